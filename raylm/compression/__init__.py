@@ -1,0 +1,1 @@
+"""Smaller models, and the report that compares before and after."""

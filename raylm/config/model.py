@@ -1,0 +1,43 @@
+"""Sections about the network and its task: ``model`` and ``objective``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from raylm.config.base import Section
+
+FAMILIES = ("gpt2", "llama")
+
+
+class ModelSection(Section):
+    """``model``: a new model of a ``family``, or the one at ``path``."""
+
+    family: str | None = None
+    """Architecture of a new model: gpt2 or llama."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the architecture's Hugging Face configuration; the vocabulary size comes from the tokenizer."""
+    path: str | None = None
+    """Hugging Face directory, run directory or hub name of an existing model."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSection:
+        if (self.family is None) == (self.path is None):
+            raise ValueError("give either family (a new model) or path (an existing one)")
+        if self.family is not None and self.family not in FAMILIES:
+            raise ValueError(f"family: found '{self.family}', allowed: {', '.join(FAMILIES)}")
+        if self.path is not None and self.config:
+            raise ValueError("config is for a new model; the one at path brings its own")
+        if "vocab_size" in self.config:
+            raise ValueError("config.vocab_size comes from the tokenizer: leave it out")
+        return self
+
+
+class ObjectiveSection(Section):
+    """``objective``: what the loss is."""
+
+    type: Literal["causal"] = "causal"
+    """causal: predict each next token."""
+    answer_only: bool = True
+    """On prompt and answer pairs: count the loss on the answer's tokens alone."""

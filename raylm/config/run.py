@@ -1,0 +1,60 @@
+"""Sections about where a run lives and what it may use: ``run`` and ``resources``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from raylm.config.base import Section
+
+
+class RunSection(Section):
+    """``run``: the name and place of a run directory, ``<storage>/<name>/``."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Directory name of the run. The same name in the same storage resumes."""
+    storage: str = "./runs"
+    """Directory that holds the runs. On several hosts it must be shared by all of them."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random: initial weights, the order of samples, dropout."""
+
+    @field_validator("storage")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("a local or shared directory is needed; remote URIs are not supported yet")
+        return value
+
+    @property
+    def directory(self) -> Path:
+        """Absolute path of the run directory."""
+        return Path(self.storage).expanduser().resolve() / self.name
+
+
+class ResourcesSection(Section):
+    """``resources``: processes and what each of them holds."""
+
+    workers: int | Literal["auto"] = "auto"
+    """Worker processes; ``auto`` takes every GPU, or else every CPU, that the cluster has."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs that a worker reserves; a fraction lets several workers share a core."""
+    gpus_per_worker: int | Literal["auto"] = "auto"
+    """GPUs that a worker holds, 0 or 1; ``auto`` is 1 where the cluster has GPUs."""
+    max_failures: int = Field(default=3, ge=0)
+    """How often a run restarts from its last checkpoint after workers died."""
+
+    @field_validator("workers")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or auto")
+        return value
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _zero_or_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value not in (0, 1):
+            raise ValueError("must be 0, 1 or auto")
+        return value

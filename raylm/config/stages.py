@@ -1,0 +1,121 @@
+"""One configuration model per stage, each a selection of the sections."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from raylm.config.base import Section
+from raylm.config.data import DataSection, TokenizerSection
+from raylm.config.evaluation import CompressionSection, EvaluationSection
+from raylm.config.model import ModelSection, ObjectiveSection
+from raylm.config.run import ResourcesSection, RunSection
+from raylm.config.serving import ServingSection
+from raylm.config.training import CheckpointSection, ParallelSection, TrainingSection
+from raylm.config.tuning import TuningSection
+
+
+class PrepareConfig(Section):
+    """``raylm prepare``: sources to documents, tokenizer and token shards."""
+
+    run: RunSection
+    data: DataSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    resources: ResourcesSection = ResourcesSection()
+
+
+class TrainConfig(Section):
+    """What pretraining and fine-tuning share."""
+
+    run: RunSection
+    data: DataSection
+    tokenizer: TokenizerSection | None = None
+    model: ModelSection
+    objective: ObjectiveSection = ObjectiveSection()
+    parallel: ParallelSection = ParallelSection()
+    training: TrainingSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    resources: ResourcesSection = ResourcesSection()
+
+    @model_validator(mode="after")
+    def _layout(self) -> TrainConfig:
+        workers, data = self.resources.workers, self.parallel.data
+        if isinstance(workers, int) and isinstance(data, int) and workers != data:
+            raise ValueError(
+                f"parallel.data: found {data}, allowed: auto or {workers}, as data x tensor x pipeline must equal "
+                f"resources.workers ({workers})"
+            )
+        known = workers if isinstance(workers, int) else data
+        if isinstance(known, int):
+            if self.training.batch_size % known:
+                raise ValueError(
+                    f"training.batch_size: found {self.training.batch_size}, allowed: a multiple of the "
+                    f"{known} data-parallel workers"
+                )
+            micro = self.parallel.micro_batch_size
+            if isinstance(micro, int) and (self.training.batch_size // known) % micro:
+                raise ValueError(
+                    f"parallel.micro_batch_size: found {micro}, allowed: a divisor of each worker's share of the "
+                    f"batch ({self.training.batch_size // known})"
+                )
+        return self
+
+
+class PretrainConfig(TrainConfig):
+    """``raylm pretrain``: token shards to a model."""
+
+
+class FinetuneConfig(TrainConfig):
+    """``raylm finetune``: an existing model and prompt/answer pairs (or text) to a model."""
+
+    @model_validator(mode="after")
+    def _existing_model(self) -> FinetuneConfig:
+        if self.model.path is None:
+            raise ValueError("model.path is needed: finetune goes on from an existing model")
+        if self.tokenizer is not None:
+            raise ValueError("tokenizer: leave it out, the model at model.path brings its own")
+        return self
+
+
+class TuneConfig(FinetuneConfig):
+    """``raylm tune``: a search over fine-tuning runs."""
+
+    tuning: TuningSection
+
+
+class EvaluateConfig(Section):
+    """``raylm evaluate``: a model and text to cross-entropy, perplexity and bits per byte."""
+
+    run: RunSection
+    data: DataSection
+    model: ModelSection
+    evaluation: EvaluationSection = EvaluationSection()
+    resources: ResourcesSection = ResourcesSection()
+
+
+class CompressConfig(Section):
+    """``raylm compress``: a model to a smaller one, and the report that compares them."""
+
+    run: RunSection
+    data: DataSection
+    model: ModelSection
+    compression: CompressionSection = CompressionSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+
+class ServeConfig(Section):
+    """``raylm serve``: a model directory to an HTTP server."""
+
+    run: RunSection
+    model: ModelSection
+    serving: ServingSection = ServingSection()
+
+
+STAGES: dict[str, type[Section]] = {
+    "prepare": PrepareConfig,
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "tune": TuneConfig,
+    "evaluate": EvaluateConfig,
+    "compress": CompressConfig,
+    "serve": ServeConfig,
+}

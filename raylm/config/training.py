@@ -1,0 +1,108 @@
+"""Sections about optimisation: ``training``, ``parallel`` and ``checkpoint``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raylm.config.base import Section
+
+
+class EarlyStoppingSection(Section):
+    """``training.early_stopping``: stop when a metric no longer improves."""
+
+    metric: Literal["validation_loss", "loss"] = "validation_loss"
+    """Metric that must fall."""
+    patience: int = Field(default=3, ge=1)
+    """Evaluations in a row without improvement after which training stops; the best weights are exported."""
+    minimum_change: float = Field(default=0.0, ge=0)
+    """A fall smaller than this does not count as an improvement."""
+
+
+class TrainingSection(Section):
+    """``training``: length, batch, optimizer, schedule, precision, logging."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps. One of steps, tokens and epochs is given."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens to train on; rounded up to whole steps."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training set; rounded up to whole steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Sequences a step, all workers together."""
+    sequence_length: int = Field(default=256, ge=2)
+    """Tokens a sequence."""
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """muon orthogonalises the updates of weight matrices and gives the other parameters to AdamW."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate; under muon, of what AdamW updates (embeddings, norms, biases)."""
+    matrix_learning_rate: float = Field(default=0.02, gt=0)
+    """Peak learning rate of the weight matrices under muon."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Momentum of muon and sgd."""
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    """AdamW's decay rates of the first and second moment."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's term against division by zero."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """wsd: share of the steps, at the end, in which the learning rate falls linearly."""
+    final_learning_rate_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest norm of the whole gradient; 0 does not clip."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp32."""
+    log_every_steps: int = Field(default=10, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+    evaluate_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between two evaluations; the end of training is always evaluated."""
+    evaluation_batches: int | None = Field(default=None, ge=1)
+    """Batches an evaluation reads; by default the whole validation set."""
+    early_stopping: EarlyStoppingSection | None = None
+    """Stop when a metric no longer improves; off by default."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of steps, tokens and epochs; found: {', '.join(given) or 'none'}")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps: found {self.warmup_steps}, allowed: fewer than steps ({self.steps})")
+        if self.early_stopping and self.early_stopping.metric == "validation_loss" and not self.evaluate_every_steps:
+            raise ValueError("early_stopping on validation_loss needs evaluate_every_steps")
+        return self
+
+
+class ParallelSection(Section):
+    """``parallel``: how the model and the batch are cut over the workers."""
+
+    data: int | Literal["auto"] = "auto"
+    """Replicas that share a batch; auto is the number of workers."""
+    tensor: Literal[1] = 1
+    """Processes that share each layer; only 1 so far."""
+    pipeline: Literal[1] = 1
+    """Pipeline stages; only 1 so far."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 0 replicates all, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Sequences that a worker takes at once; the rest of its share of the batch is accumulated."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+
+
+class CheckpointSection(Section):
+    """``checkpoint``: when to save, and how many to keep."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between two checkpoints."""
+    every_seconds: float | None = Field(default=60.0, gt=0)
+    """Seconds between two checkpoints; the end of training always saves one."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints to keep; the best one is kept as well under early stopping."""

@@ -1,0 +1,64 @@
+"""Section about the search for hyperparameters: ``tuning``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from raylm.config.base import Section
+
+
+class Distribution(Section):
+    """One dimension of a search space; exactly one key is given."""
+
+    choice: list[Any] | None = Field(default=None, min_length=1)
+    """Values to draw from."""
+    grid: list[Any] | None = Field(default=None, min_length=1)
+    """Values of which every one is tried."""
+    uniform: list[float] | None = Field(default=None, min_length=2, max_length=2)
+    """Bounds of a uniform distribution."""
+    log_uniform: list[float] | None = Field(default=None, min_length=2, max_length=2)
+    """Bounds of a distribution that is uniform in the logarithm."""
+    integer: list[int] | None = Field(default=None, min_length=2, max_length=2)
+    """Smallest and largest integer."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Distribution:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}; found: {given or 'none'}")
+        for name in ("uniform", "log_uniform", "integer"):
+            bounds = getattr(self, name)
+            if bounds and bounds[0] >= bounds[1]:
+                raise ValueError(f"{name}: found {bounds}, allowed: [low, high] with low < high")
+        if self.log_uniform and self.log_uniform[0] <= 0:
+            raise ValueError(f"log_uniform: found {self.log_uniform}, allowed: bounds above 0")
+        return self
+
+
+class TuningSection(Section):
+    """``tuning``: a search space over dotted keys of the same file, and how to search it."""
+
+    space: dict[str, Distribution] = Field(min_length=1)
+    """Dotted key, for example training.learning_rate, to a distribution."""
+    trials: int = Field(default=8, ge=1)
+    """Draws from the space (for each point of a grid, where there is one)."""
+    metric: Literal["validation_loss"] = "validation_loss"
+    """Metric that the best trial has the lowest value of."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha stops trials early that are behind at the same step (Li et al. 2020, arXiv:1810.05934)."""
+    grace_evaluations: int = Field(default=1, ge=1)
+    """Evaluations that every trial may finish before asha may stop it."""
+    reduction_factor: int = Field(default=2, ge=2)
+    """asha keeps one trial in this many at each rung."""
+    max_concurrent: int | Literal["auto"] = "auto"
+    """Trials at a time; auto is what the resources hold. More than that is refused."""
+
+    @field_validator("space")
+    @classmethod
+    def _inside_training(cls, value: dict[str, Distribution]) -> dict[str, Distribution]:
+        for key in value:
+            if not key.startswith(("training.", "objective.")):
+                raise ValueError(f"space: found '{key}', allowed: keys of training and objective")
+        return value

@@ -1,0 +1,1 @@
+"""What a model is worth: cross-entropy, bits per byte, generation probes, reports."""

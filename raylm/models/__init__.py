@@ -1,0 +1,1 @@
+"""Model families by Hugging Face configuration, and loading what a directory holds. Knows no parallelism."""

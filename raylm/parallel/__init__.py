@@ -1,0 +1,1 @@
+"""The plan over workers and the DeepSpeed engine behind one train_step."""

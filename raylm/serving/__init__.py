@@ -1,0 +1,1 @@
+"""The Ray Serve application: engines, retrieval, OpenAI-compatible routes."""
