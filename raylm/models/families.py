@@ -1,0 +1,157 @@
+"""Model families: a Hugging Face configuration and a freshly initialised model by family name.
+
+``model.config`` in the YAML holds the Hugging Face configuration's own keys. What raylm adds: the vocabulary size and
+special tokens come from the tokenizer, the number of positions defaults to the training context, and dropout is off
+by default, as is usual in pretraining.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raylm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Family:
+    """What raylm knows about one architecture.
+
+    Attributes:
+        model_type: the name that transformers has for it.
+        positions_key: configuration key of the longest context.
+        heads_key: configuration key of the number of attention heads.
+        width_key: configuration key of the width of the residual stream.
+        defaults: configuration values that differ from the Hugging Face ones.
+        fused_matrices: suffix of a weight's name -> number of matrices side by side in its last dimension.
+    """
+
+    model_type: str
+    positions_key: str
+    heads_key: str
+    width_key: str
+    defaults: dict[str, Any]
+    fused_matrices: dict[str, int]
+
+
+FAMILIES = {
+    "gpt2": Family(
+        model_type="gpt2",
+        positions_key="n_positions",
+        heads_key="n_head",
+        width_key="n_embd",
+        # gelu_pytorch_tanh is gelu_new (the same formula) in one fused kernel instead of eight.
+        defaults={
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "activation_function": "gelu_pytorch_tanh",
+        },
+        fused_matrices={"attn.c_attn.weight": 3},
+    ),
+    "llama": Family(
+        model_type="llama",
+        positions_key="max_position_embeddings",
+        heads_key="num_attention_heads",
+        width_key="hidden_size",
+        defaults={"attention_dropout": 0.0},
+        fused_matrices={},
+    ),
+}
+
+
+def build_config(
+    family: str, values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+) -> PretrainedConfig:
+    """The Hugging Face configuration of a new model.
+
+    Args:
+        family: a key of :data:`FAMILIES`.
+        values: the user's ``model.config``.
+        tokenizer: source of the vocabulary size and the special tokens.
+        sequence_length: tokens a training sequence; the default for the number of positions.
+
+    Raises:
+        UserError: a key that the configuration does not have, or values that do not go together.
+    """
+    from transformers import AutoConfig
+
+    known = FAMILIES[family]
+    reference = AutoConfig.for_model(known.model_type)
+    # attribute_map holds the generic names (hidden_size for n_embd), which the configuration takes as well.
+    names = set(reference.to_dict()) | set(reference.attribute_map)
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(key, sorted(names), n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise UserError(f"model.config.{key}: no such key in the {family} configuration{hint}")
+    settings = {known.positions_key: sequence_length, **known.defaults, **values}
+    settings |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        config = AutoConfig.for_model(known.model_type, **settings)
+    except (TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"model.config: {text}") from None
+    for name in (known.width_key, known.heads_key):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"model.config.{name}: found {value!r}, allowed: an integer above 0")
+    width, heads = getattr(config, known.width_key), getattr(config, known.heads_key)
+    if width % heads:
+        raise UserError(
+            f"model.config.{known.heads_key}: found {heads}, allowed: a divisor of {known.width_key} ({width})"
+        )
+    key_value_heads = getattr(config, "num_key_value_heads", None)
+    if key_value_heads and heads % key_value_heads:
+        raise UserError(
+            f"model.config.num_key_value_heads: found {key_value_heads}, "
+            f"allowed: a divisor of {known.heads_key} ({heads})"
+        )
+    return config
+
+
+def check_positions(config: PretrainedConfig, sequence_length: int, key: str = "training.sequence_length") -> None:
+    """Refuse sequences that are longer than the model's positions.
+
+    Raises:
+        UserError: names ``key``, the length and the number of positions.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise UserError(f"{key}: found {sequence_length}, allowed: at most the model's {positions} positions")
+
+
+def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """A new model in fp32 with weights drawn from ``seed``; the same on every process."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def parameter_count(config: PretrainedConfig) -> int:
+    """Parameters of a model of this configuration, tied weights once; allocates none of them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fused_parts(name: str, model_type: str) -> int:
+    """How many matrices lie side by side in the last dimension of the weight ``name``; 1 for most."""
+    family = FAMILIES.get(model_type)
+    fused = family.fused_matrices if family else {}
+    return next((parts for suffix, parts in fused.items() if name.endswith(suffix)), 1)

@@ -1,0 +1,117 @@
+"""Who holds which part of which parameter, under any ZeRO stage.
+
+Every rank describes what it owns as :class:`Fragment` objects: a flat range of a parameter, with views of the fp32
+weight and of the optimizer's moments in that range. Checkpoints are written from these views and read into them,
+which is what makes them independent of the layout; nothing is gathered.
+
+ZeRO's partitions are read from DeepSpeed's own tables: the ``_hp_mapping`` of stages 1 and 2, and the sub-groups and
+``grad_position`` of stage 3 (deepspeed.runtime.zero.stage_1_and_2, stage3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Optimizer state that is a tensor of the parameter's shape.
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+@dataclass
+class Fragment:
+    """A flat range of one parameter that this rank owns.
+
+    Attributes:
+        name: the parameter's Hugging Face name.
+        shape: shape of the whole parameter.
+        start: first element of the range in the flattened parameter.
+        length: elements in the range.
+        tensors: "weight" and the optimizer's moments -> fp32 views of ``length`` elements.
+        group: index of the parameter group in the optimizer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    tensors: dict[str, torch.Tensor]
+    group: int
+
+
+def even_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The ``rank``-th of ``world_size`` nearly equal ranges of ``numel`` elements, as (start, stop)."""
+    per_rank = -(-numel // world_size)
+    return min(rank * per_rank, numel), min((rank + 1) * per_rank, numel)
+
+
+def initialize_moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
+    """Optimizer state of ``flat``, with zero moments where the optimizer has not made them yet.
+
+    torch's optimizers create state in their first step; a checkpoint is to be loaded before it.
+    """
+    state = optimizer.state[flat]
+    for name in group["moments"]:
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+    if "exp_avg" in group["moments"] and "step" not in state:
+        state["step"] = torch.tensor(0.0, dtype=torch.float32, device=flat.device if group.get("fused") else "cpu")
+    return state
+
+
+def replicated_fragments(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int | None, world_size: int
+) -> Iterator[Fragment]:
+    """ZeRO 0: every rank holds everything; each answers for one range of each parameter.
+
+    Args:
+        rank: whose ranges; None for the whole parameters (what a load fills).
+    """
+    groups = {id(p): (i, group) for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for name, parameter in parameters.items():
+        index, group = groups[id(parameter)]
+        state = initialize_moments(optimizer, parameter, group)
+        start, stop = (0, parameter.numel()) if rank is None else even_range(parameter.numel(), rank, world_size)
+        if start == stop:
+            continue
+        tensors = {"weight": parameter.detach().view(-1)[start:stop]}
+        tensors |= {key: state[key].view(-1)[start:stop] for key in group["moments"]}
+        yield Fragment(name, tuple(parameter.shape), start, stop - start, tensors, index)
+
+
+def sharded_fragments(parameters: dict[str, nn.Parameter], zero_optimizer) -> Iterator[Fragment]:
+    """ZeRO 1 and 2: each group's parameters lie end to end in a flat fp32 buffer that is cut evenly over the ranks."""
+    inner = zero_optimizer.optimizer
+    for name, parameter in parameters.items():
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            continue
+        index = mapping.param_group_index
+        flat = zero_optimizer.single_partition_of_fp32_groups[index]
+        group = inner.param_groups[index]
+        state = initialize_moments(inner, flat, group)
+        where = mapping.hp_fragment_address
+        tensors = {"weight": flat.detach()[where.start : where.start + where.numel]}
+        tensors |= {key: state[key][where.start : where.start + where.numel] for key in group["moments"]}
+        yield Fragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, where.numel, tensors, index)
+
+
+def partitioned_fragments(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> Iterator[Fragment]:
+    """ZeRO 3: each parameter is cut evenly over the ranks, the last range padded; sub-groups join the ranges."""
+    inner = zero_optimizer.optimizer
+    for name, parameter in parameters.items():
+        sub_group, offset, _ = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
+        index = zero_optimizer.sub_group_to_group_id[sub_group]
+        flat = zero_optimizer.fp32_partitioned_groups_flat[sub_group]
+        group = inner.param_groups[index]
+        state = initialize_moments(inner, flat, group)
+        per_rank = parameter.ds_tensor.ds_numel
+        start = min(rank * per_rank, parameter.ds_numel)
+        length = min(per_rank, parameter.ds_numel - start)
+        if length <= 0:
+            continue
+        tensors = {"weight": flat.detach()[offset : offset + length]}
+        tensors |= {key: state[key][offset : offset + length] for key in group["moments"]}
+        yield Fragment(name, tuple(parameter.ds_shape), start, length, tensors, index)
