@@ -1,0 +1,178 @@
+"""The data-parallel engine: DeepSpeed with ZeRO 0 to 3 behind one ``train_step``.
+
+In: a causal objective, an optimizer over its parameters, and this rank's micro-batches. Out: the step's loss and
+gradient norm over all workers. Losses are summed in each micro-batch and divided once by the number of targets in the
+whole batch, so that the result does not depend on how the batch is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raylm.objectives.causal import IGNORED, CausalObjective
+from raylm.parallel.fragments import Fragment, partitioned_fragments, replicated_fragments, sharded_fragments
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured.
+
+    Attributes:
+        loss: this rank's summed loss, nats; a tensor, so that nothing waits for it.
+        targets: targets in the whole batch.
+        gradient_norm: norm of the whole gradient before clipping.
+    """
+
+    loss: torch.Tensor
+    targets: int
+    gradient_norm: float
+
+
+class DataParallelEngine:
+    """Holds the model, the optimizer and DeepSpeed's engine on one rank.
+
+    Args:
+        objective: the model in its objective; identical weights on every rank.
+        make_optimizer: from the objective's parameters by name to an optimizer whose groups name their ``moments``.
+        zero_stage: 0 to 3.
+        micro_batch_size: sequences of one micro-batch.
+        accumulation: micro-batches of one step on this rank.
+        clipping: largest gradient norm; 0 does not clip.
+        bf16: compute in bf16 with fp32 master weights (zero_stage 1 to 3).
+        device: where the model goes.
+    """
+
+    def __init__(
+        self,
+        objective: CausalObjective,
+        make_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
+        *,
+        zero_stage: int,
+        micro_batch_size: int,
+        accumulation: int,
+        clipping: float,
+        bf16: bool,
+        device: torch.device,
+    ) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.zero_stage, self.clipping, self.device = zero_stage, clipping, device
+        objective.to(device)
+        named = {name.removeprefix("model."): p for name, p in objective.named_parameters()}
+        optimizer = make_optimizer(named)
+        self.engine, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=optimizer,
+            model_parameters=objective.parameters(),
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": accumulation,
+                # Stage 0 is clipped here (train_step), where its norm can be read as well.
+                "gradient_clipping": clipping if zero_stage else 0.0,
+                "zero_optimization": {"stage": zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "steps_per_print": 10**12,
+                **({"bf16": {"enabled": True}} if bf16 else {}),
+            },
+        )
+        self.parameters = {name.removeprefix("model."): p for name, p in self.engine.module.named_parameters()}
+        self.optimizer = optimizer
+
+    @property
+    def objective(self) -> CausalObjective:
+        """The model in its objective, as trained."""
+        return self.engine.module
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Set every group's learning rate to ``factor`` times its peak."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_learning_rate"] * factor
+
+    def train_step(self, micro_batches: list[Batch]) -> StepResult:
+        """One optimizer step over this rank's ``micro_batches``, each ``input_ids`` and ``targets`` (batch, time)."""
+        self.engine.train()
+        targets = self._total_targets(micro_batches)
+        total = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            loss = self.engine(batch["input_ids"], batch["targets"])
+            # DeepSpeed averages over the ranks; the sum over ranks is wanted.
+            self.engine.backward(loss * (self.world_size / targets), scale_wrt_gas=False)
+            total += loss.detach()
+            if self.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+                norm = self._clip()
+            self.engine.step()
+        if self.zero_stage:
+            norm = float(self.engine.get_global_grad_norm() or 0.0)
+        return StepResult(total, targets, norm)
+
+    def _clip(self) -> float:
+        limit = self.clipping if self.clipping > 0 else float("inf")
+        return float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
+
+    def _total_targets(self, batches: list[Batch]) -> int:
+        count = torch.stack([(batch["targets"] != IGNORED).sum() for batch in batches]).sum().to(self.device)
+        dist.all_reduce(count)
+        return max(1, int(count))
+
+    def mean_loss(self, result: StepResult) -> float:
+        """The step's loss over all ranks, nats a target; a collective."""
+        total = result.loss.double()
+        dist.all_reduce(total)
+        return float(total) / result.targets
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
+        """Summed loss (nats) and number of targets over all ranks' ``batches``, of which every rank has equally many."""
+        self.engine.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            total[0] += self.engine(batch["input_ids"], batch["targets"]).double()
+            total[1] += (batch["targets"] != IGNORED).sum()
+        dist.all_reduce(total)
+        return float(total[0]), int(total[1])
+
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, time, vocabulary) of the live weights; a collective under ZeRO 3."""
+        self.engine.eval()
+        modules = list(self.engine.module.parameters())
+        with deepspeed.zero.GatheredParameters(modules, enabled=self.zero_stage == 3):
+            return self.objective.logits(input_ids).float()
+
+    def fragments(self, *, for_loading: bool = False) -> list[Fragment]:
+        """What this rank owns of the weights and the optimizer's moments (all of them at ZeRO 0 ``for_loading``)."""
+        if self.zero_stage == 0:
+            rank = None if for_loading else self.rank
+            return list(replicated_fragments(self.parameters, self.optimizer, rank, self.world_size))
+        if self.zero_stage == 3:
+            return list(partitioned_fragments(self.parameters, self.engine.optimizer, self.rank))
+        return list(sharded_fragments(self.parameters, self.engine.optimizer))
+
+    @torch.no_grad()
+    def adopt(self, read_weight: Callable[[str], torch.Tensor], optimizer_steps: int) -> None:
+        """After a load has filled :meth:`fragments`: bring the working weights and the step counters in line.
+
+        Args:
+            read_weight: from a parameter's name to its whole fp32 tensor.
+            optimizer_steps: steps that the optimizer had made, for AdamW's bias correction.
+        """
+        if self.zero_stage == 3:
+            zero = self.engine.optimizer
+            for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        else:
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(read_weight(name))
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(float(optimizer_steps))
+        dist.barrier()
