@@ -131,7 +131,7 @@ class DataParallelEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
-        """Summed loss (nats) and number of targets over all ranks' ``batches``, of which every rank has equally many."""
+        """Summed loss (nats) and targets over all ranks' ``batches``, of which every rank has equally many."""
         self.engine.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
