@@ -1,0 +1,78 @@
+"""A checkpoint to a Hugging Face directory, one tensor after the other, and the proof that it loads.
+
+The weights come from the checkpoint's files, not from a live model, so that the export does not depend on the layout
+and no process holds more than one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+
+from raylm.models.loading import load_tokenizer
+from raylm.training.checkpoints import CheckpointReader
+
+SHARD_BYTES = 2 * 1024**3
+
+
+def export_model(
+    checkpoint: Path, config: PretrainedConfig, tokenizer_directory: Path, output: Path, dtype: torch.dtype
+) -> None:
+    """Write ``output`` (config, safetensors, tokenizer, generation config) from ``checkpoint``; it appears whole.
+
+    Args:
+        dtype: type of the weights on disk.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = type(config).from_dict(config.to_dict())
+    config.dtype = dtype
+    with torch.device("meta"):
+        config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
+    config.save_pretrained(partial)
+    _write_weights(CheckpointReader(checkpoint), partial, dtype)
+    tokenizer = load_tokenizer(tokenizer_directory)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(partial)
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(partial)
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+
+
+def _write_weights(reader: CheckpointReader, output: Path, dtype: torch.dtype) -> None:
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, shape in reader.shapes.items():
+        length = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and size + length > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += length
+        total += length
+    weight_map = {}
+    for index, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: reader.weight(name).to(dtype) for name in names}, output / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2))
+
+
+@torch.no_grad()
+def largest_difference(output: Path, input_ids: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference of the reloaded model's logits from ``expected`` on ``input_ids`` (batch, time)."""
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return float((logits - expected).abs().max())

@@ -1,0 +1,90 @@
+"""Where metrics go: ``metrics.jsonl``, TensorBoard, Ray's dashboard (``ray.util.metrics``) and the driver's bar.
+
+Only rank 0 has a recorder. After a resume the file is cut back to the checkpoint's step, so that each step stands in
+it once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from raylm.config.run_directory import write_atomically
+
+# Metrics that are curves; the others (step, tokens, samples, time) are their axes.
+CURVES = (
+    "loss",
+    "validation_loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+    "mfu",
+    "data_wait_seconds",
+    "checkpoint_seconds",
+)
+
+
+class MetricsRecorder:
+    """Appends one object a line to ``<run>/metrics.jsonl`` and mirrors it elsewhere.
+
+    Args:
+        directory: the run directory.
+        start_step: step that training goes on from; later lines of an interrupted attempt are dropped.
+        run_name: tag of the dashboard's gauges.
+        progress: Ray actor handle with an ``update`` method, or None.
+    """
+
+    def __init__(self, directory: Path, start_step: int, run_name: str, progress: Any = None) -> None:
+        self.path = directory / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._stream = self.path.open("a", encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+        self._gauges = _make_gauges()
+        self._tags = {"run": run_name}
+        self._progress = progress
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Write one line; ``metrics`` has ``step`` and what was measured there."""
+        line = {**metrics, "time": time.time()}
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
+        for name in CURVES:
+            if name in metrics:
+                self._board.add_scalar(name, metrics[name], metrics["step"])
+                if name in self._gauges:
+                    self._gauges[name].set(metrics[name], tags=self._tags)
+        if self._progress is not None:
+            self._progress.update.remote(line)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._stream.close()
+        self._board.close()
+
+
+def _make_gauges() -> dict[str, Any]:
+    import ray
+
+    if not ray.is_initialized():
+        return {}
+    from ray.util.metrics import Gauge
+
+    return {name: Gauge(f"raylm_{name}", f"raylm training: {name}", tag_keys=("run",)) for name in CURVES}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line that a crash cut off is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
