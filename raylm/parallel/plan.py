@@ -1,0 +1,204 @@
+"""The plan of a training run: who does what, how much memory it takes, and what is refused.
+
+In: a training configuration and what the cluster has. Out: the configuration with every ``auto`` as a number, and a
+description for ``raylm plan``. Only data parallelism with ZeRO so far.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from raylm.config.stages import TrainConfig
+from raylm.errors import UserError
+from raylm.models.families import build_config, check_positions, parameter_count
+from raylm.models.loading import load_tokenizer, resolve_model
+
+BYTES = 4
+# Tokens of one micro-batch beyond which a bigger one gains nothing on a CPU but takes memory.
+AUTO_MICRO_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is cut.
+
+    Attributes:
+        workers: processes, all data-parallel.
+        micro_batch_size: sequences that a worker takes at once.
+        accumulation: micro-batches of a step on each worker.
+        use_gpu: whether each worker holds a GPU.
+        precision: fp32 or bf16.
+    """
+
+    workers: int
+    micro_batch_size: int
+    accumulation: int
+    use_gpu: bool
+    precision: str
+
+
+def make_layout(config: TrainConfig, cpus: float, gpus: float) -> Layout:
+    """Turn every ``auto`` into a number for a cluster of ``cpus`` and ``gpus``.
+
+    Raises:
+        UserError: more is asked for than the cluster has, or the batch does not divide.
+    """
+    resources, training, parallel = config.resources, config.training, config.parallel
+    per_worker_gpus = resources.gpus_per_worker
+    use_gpu = gpus >= 1 if per_worker_gpus == "auto" else per_worker_gpus == 1
+    available = int(gpus) if use_gpu else int(cpus / resources.cpus_per_worker + 1e-9)
+    if use_gpu:
+        available = min(available, int(cpus / resources.cpus_per_worker + 1e-9))
+    wanted = resources.workers if resources.workers != "auto" else parallel.data
+    if wanted == "auto":
+        # The largest number of workers that the batch divides over.
+        workers = next((n for n in range(max(1, available), 0, -1) if training.batch_size % n == 0), 1)
+    else:
+        workers = int(wanted)
+    if workers > available:
+        unit = "1 GPU and " if use_gpu else ""
+        raise UserError(
+            f"resources.workers: found {workers} with {unit}{resources.cpus_per_worker:g} CPUs each, allowed: at most "
+            f"{available}, as the cluster has {cpus:g} CPUs and {gpus:g} GPUs"
+        )
+    if training.batch_size % workers:
+        raise UserError(f"training.batch_size: found {training.batch_size}, allowed: a multiple of {workers} workers")
+    share = training.batch_size // workers
+    micro = parallel.micro_batch_size
+    if micro == "auto":
+        limit = max(1, AUTO_MICRO_BATCH_TOKENS // training.sequence_length)
+        micro = next(n for n in range(min(share, limit), 0, -1) if share % n == 0)
+    if share % int(micro):
+        raise UserError(
+            f"parallel.micro_batch_size: found {micro}, allowed: a divisor of each worker's share ({share})"
+        )
+    precision = training.precision if training.precision != "auto" else ("bf16" if use_gpu else "fp32")
+    if precision == "bf16" and parallel.zero_stage == 0:
+        if training.precision == "bf16":
+            raise UserError(
+                "parallel.zero_stage: found 0, allowed with training.precision bf16: 1, 2, 3, as ZeRO keeps the fp32 "
+                "master weights"
+            )
+        precision = "fp32"
+    return Layout(workers, int(micro), share // int(micro), use_gpu, precision)
+
+
+def apply_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
+    """A copy of ``config`` in which the layout's numbers stand in place of ``auto``."""
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(
+                update={"data": layout.workers, "micro_batch_size": layout.micro_batch_size}
+            ),
+            "training": config.training.model_copy(update={"precision": layout.precision}),
+            "resources": config.resources.model_copy(update={"workers": layout.workers}),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``raylm plan`` shows."""
+
+    config: TrainConfig
+    layout: Layout
+    parameters: int
+    vocab_size: int
+    width: int
+    layers: int
+
+    def memory_bytes(self) -> dict[str, float]:
+        """Estimated bytes on one rank: weights, gradients, optimizer, activations, logits."""
+        world, stage = self.layout.workers, self.config.parallel.zero_stage
+        low = 2 if self.layout.precision == "bf16" else BYTES
+        moments = {"adamw": 2, "muon": 2, "sgd": 1}[self.config.training.optimizer]
+        # ZeRO keeps its own fp32 copy of the weights beside the moments.
+        copies = moments + (1 if stage else 0)
+        tokens = self.layout.micro_batch_size * self.config.training.sequence_length
+        per_layer = 2 if self.config.parallel.activation_checkpointing else 24
+        return {
+            "weights": self.parameters * low / (world if stage == 3 else 1),
+            "gradients": self.parameters * low / (world if stage >= 2 else 1),
+            "optimizer": self.parameters * BYTES * copies / (world if stage else 1),
+            "activations": tokens * self.width * self.layers * per_layer * low,
+            "logits": tokens * self.vocab_size * BYTES * 2.0,
+        }
+
+    def describe(self) -> str:
+        """The plan as lines of text."""
+        training, layout, memory = self.config.training, self.layout, self.memory_bytes()
+        tokens = training.batch_size * training.sequence_length
+        length = next(
+            f"{getattr(training, name):g} {name}"
+            for name in ("steps", "tokens", "epochs")
+            if getattr(training, name) is not None
+        )
+        lines = [
+            f"layout          {layout.workers} data x 1 tensor x 1 pipeline, ZeRO {self.config.parallel.zero_stage}, "
+            f"{'GPU' if layout.use_gpu else 'CPU'}, {layout.precision}",
+            f"parameters      {self.parameters:,} (vocabulary {self.vocab_size:,})",
+            f"batch           {training.batch_size} sequences = {layout.workers} workers x {layout.accumulation} "
+            f"micro-batches x {layout.micro_batch_size}; {tokens:,} tokens a step",
+            f"length          {length}",
+            "memory per rank " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in memory.items()),
+            f"                {sum(memory.values()) / 1e6:,.1f} MB in all (an estimate)",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(config: TrainConfig, cpus: float | None = None, gpus: float | None = None) -> Plan:
+    """The plan for this machine, or for a cluster of ``cpus`` and ``gpus``; starts nothing.
+
+    Raises:
+        UserError: what is refused, with the reason.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    layout = make_layout(
+        config,
+        cpus if cpus is not None else float(os.cpu_count() or 1),
+        gpus if gpus is not None else float(torch.cuda.device_count()),
+    )
+    if config.model.path is not None:
+        model_config = AutoConfig.from_pretrained(resolve_model(config.model.path))
+    else:
+        tokenizer = _planned_tokenizer(config)
+        model_config = build_config(
+            config.model.family, config.model.config, tokenizer, config.training.sequence_length
+        )
+    check_positions(model_config, config.training.sequence_length)
+    return Plan(
+        config,
+        layout,
+        parameter_count(model_config),
+        model_config.vocab_size,
+        model_config.hidden_size,
+        model_config.num_hidden_layers,
+    )
+
+
+class _PlannedTokenizer:
+    """Stands for a tokenizer that is not trained yet: its vocabulary size is known, its ids are not needed."""
+
+    bos_token_id = eos_token_id = 0
+    pad_token_id = 1
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return self._vocab_size
+
+
+def _planned_tokenizer(config: TrainConfig):
+    if config.tokenizer is not None and config.tokenizer.path is not None:
+        return load_tokenizer(config.tokenizer.path, "tokenizer.path")
+    for source in config.data.train_sources:
+        if (directory := Path(source) / "tokenizer").is_dir():
+            return load_tokenizer(directory, "data.train")
+    if config.tokenizer is not None and config.tokenizer.vocab_size is not None:
+        return _PlannedTokenizer(config.tokenizer.vocab_size)
+    raise UserError("tokenizer: missing; give tokenizer.vocab_size, tokenizer.path, or prepared data in data.train")
