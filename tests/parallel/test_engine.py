@@ -1,0 +1,103 @@
+"""The engine against a plain PyTorch loop: same losses and gradient norms at every ZeRO stage, any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from parity_process import STEPS, build, step_data, training_section
+
+from raylm.training.optimizers import is_hidden_matrix
+
+SCRIPT = Path(__file__).parent / "parity_process.py"
+TOLERANCE = 1e-5
+
+
+def run_processes(count: int, output: Path, cases: list[str]) -> dict[str, dict[str, list[float]]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    result = subprocess.run([*command, str(SCRIPT), str(output), *cases], capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+def plain_loop(optimizer_name: str) -> dict[str, list[float]]:
+    """One process, plain PyTorch: no Ray, no DeepSpeed, no code of raylm's engine or optimizers."""
+    section = training_section(optimizer_name)
+    model = build()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if optimizer_name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=section.learning_rate, betas=tuple(section.betas), eps=section.epsilon)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum)
+    losses, norms = [], []
+    for step in range(STEPS):
+        data = step_data(step)
+        logits = model(input_ids=data["input_ids"]).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), data["targets"].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clipping or 1e9)))
+        optimizer.step()
+        losses.append(loss.item())
+    return {"loss": losses, "gradient_norm": norms}
+
+
+def largest_difference(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_parity_with_plain_loop(count: int, tmp_path: Path) -> None:
+    cases = [f"{optimizer}:{stage}" for optimizer in ("adamw", "sgd") for stage in range(4)]
+    results = run_processes(count, tmp_path / "losses.json", cases)
+    for optimizer in ("adamw", "sgd"):
+        expected = plain_loop(optimizer)
+        for stage in range(4):
+            found = results[f"{optimizer}:{stage}"]
+            assert largest_difference(found["loss"], expected["loss"]) < TOLERANCE, (optimizer, stage)
+            # Norms are some hundred times larger than the differences in loss.
+            assert largest_difference(found["gradient_norm"], expected["gradient_norm"]) < 10 * TOLERANCE
+
+
+def test_muon_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    one = run_processes(1, tmp_path / "one.json", ["muon:0", "muon:0:gpt2"])
+    two = run_processes(2, tmp_path / "two.json", ["muon:0", "muon:0:gpt2"])
+    for case in one:
+        # Five rounds of a steep polynomial enlarge rounding differences.
+        assert largest_difference(one[case]["loss"], two[case]["loss"]) < 1e-3, case
+        assert one[case]["loss"][-1] < one[case]["loss"][0]
+
+
+@pytest.mark.slow
+def test_checkpoints_fit_any_stage_and_any_number_of_workers(tmp_path: Path) -> None:
+    stores = {stage: tmp_path / f"zero{stage}" for stage in range(4)}
+    saved = run_processes(2, tmp_path / "saved.json", [f"adamw:{s}:save={d}" for s, d in stores.items()])
+    loads = [f"adamw:{target}:load={stores[source]}" for source in range(4) for target in range(4)]
+    for count in (1, 2):
+        loaded = run_processes(count, tmp_path / f"loaded{count}.json", loads)
+        for case, found in loaded.items():
+            whole = saved[f"adamw:0:save={stores[0]}"]["loss"][STEPS // 2 :]
+            assert largest_difference(found["loss"], whole) < TOLERANCE, (count, case)
+    same = json.loads((tmp_path / "loaded2.json").read_text())
+    for stage, store in stores.items():
+        # The same layout repeats the bits.
+        whole = saved[f"adamw:{stage}:save={store}"]["loss"][STEPS // 2 :]
+        assert same[f"adamw:{stage}:load={store}"]["loss"] == whole, stage
+
+
+def test_muon_takes_hidden_matrices_only() -> None:
+    chosen = {name for name, p in build("gpt2").named_parameters() if is_hidden_matrix(name, p)}
+    assert "transformer.h.0.attn.c_attn.weight" in chosen
+    assert not any(part in name for name in chosen for part in ("wte", "wpe", "bias", "ln_"))
