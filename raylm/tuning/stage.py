@@ -1,0 +1,152 @@
+"""The stage ``tune``: search, print and save the table of trials, export the best trial's model."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from raylm.cluster import cluster_resources, ray_session
+from raylm.config.run_directory import RunDirectory
+from raylm.config.stages import TuneConfig
+from raylm.errors import RunFailure
+from raylm.tuning.search import (
+    HEAD_NODE_SHARE,
+    concurrency,
+    draw_candidates,
+    run_trial,
+    trial_config,
+    trial_directory,
+)
+
+
+def tune(config: TuneConfig) -> None:
+    """Search ``tuning.space``; the best trial's model becomes ``<run>/model``.
+
+    Raises:
+        UserError: configuration or input is wrong; nothing was started.
+        RunFailure: no trial finished.
+    """
+    from raylm.training.stage import ensure_data, validate
+
+    run = RunDirectory("tune", config)
+    run.check()
+    if (done := run.report()) is not None:
+        print(f"tune: {run.path} is done already; best model in {run.path / 'model'}")
+        print(table(done["trials"], list(config.tuning.space)))
+        return
+    validate(config)
+    candidates = draw_candidates(config.tuning.space, config.tuning.trials, config.run.seed)
+    for candidate in candidates:
+        trial_config(config, candidate)
+
+    from raylm.models.loading import resolve_model
+    from raylm.training.launch import exclusive, new_attempt
+    from raylm.training.worker import TrainingJob
+
+    # Without the dashboard, stopped trials leak their placement groups.
+    with ray_session(dashboard=True):
+        cluster = cluster_resources()
+        configs, at_a_time, use_gpu = _resolve(config, candidates, cluster)
+        run.create()
+        with exclusive(run.path):
+            data_directory, tokenizer_directory = ensure_data(config, run.path)
+            base = TrainingJob(
+                config=configs[0],
+                stage="finetune",
+                directory=run.path,
+                data_directory=data_directory,
+                tokenizer_directory=tokenizer_directory,
+                model_source=resolve_model(config.model.path),
+                use_gpu=use_gpu,
+                attempt=new_attempt(),
+            )
+            rows = _search(config, base, configs, candidates, at_a_time)
+    finished = [row for row in rows if row["status"] == "finished"]
+    if not finished:
+        raise RunFailure(f"no trial finished; see {run.path / 'trials'}")
+    best = min(finished, key=lambda row: row["validation_loss"])
+    partial = run.path / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(trial_directory(run.path, best["trial"]) / "model", partial)
+    shutil.rmtree(run.path / "model", ignore_errors=True)
+    partial.rename(run.path / "model")
+    run.write_report({"best": best, "trials": rows, "concurrent_trials": at_a_time})
+    print(table(rows, list(config.tuning.space)))
+    print(f"tune: best is trial {best['trial']}, validation loss {best['validation_loss']:.4f}")
+    print(f"  model in {run.path / 'model'}, trials in {run.path / 'trials'}")
+
+
+def _resolve(config: TuneConfig, candidates: list[dict[str, Any]], cluster: dict[str, float]):
+    from raylm.parallel.plan import apply_layout, make_layout
+
+    # A search runs many trials; one worker each is what uses a small machine best.
+    workers = 1 if config.resources.workers == "auto" else config.resources.workers
+    single = config.resources.model_copy(update={"workers": workers})
+    configs = []
+    for candidate in candidates:
+        one = trial_config(config, candidate).model_copy(update={"resources": single})
+        layout = make_layout(one, cluster["CPU"], cluster["GPU"])
+        configs.append(apply_layout(one, layout))
+    return configs, concurrency(config, cluster["CPU"], cluster["GPU"], layout.use_gpu, workers), layout.use_gpu
+
+
+def _search(config: TuneConfig, base, configs, candidates, at_a_time: int) -> list[dict[str, Any]]:
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    resources = config.resources
+    inside = configs[0].resources.workers == 1
+    share = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if base.use_gpu else {})} if inside else HEAD_NODE_SHARE
+    trainable = tune.with_resources(tune.with_parameters(run_trial, base=base, configs=configs), share)
+    scheduler = None
+    if config.tuning.scheduler == "asha" and inside:
+        scheduler = ASHAScheduler(
+            time_attr="training_iteration",
+            # Larger than any number of reports, so that no trial is cut off at the end.
+            max_t=10**6,
+            grace_period=config.tuning.grace_evaluations,
+            reduction_factor=config.tuning.reduction_factor,
+        )
+
+    results = tune.Tuner(
+        trainable,
+        param_space={"candidate": tune.grid_search(list(range(len(candidates))))},
+        tune_config=tune.TuneConfig(
+            metric=config.tuning.metric, mode="min", scheduler=scheduler, max_concurrent_trials=at_a_time
+        ),
+        run_config=tune.RunConfig(
+            name=f"search-{base.attempt}",
+            storage_path=str(base.directory / "ray-tune"),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
+        ),
+    ).fit()
+    rows = []
+    for result in results:
+        metrics, index = result.metrics or {}, result.config["candidate"]
+        finished = bool(metrics.get("finished"))
+        rows.append(
+            {
+                "trial": index,
+                **candidates[index],
+                "step": metrics.get("step"),
+                "validation_loss": metrics.get("validation_loss"),
+                "status": "failed" if result.error else "finished" if finished else "stopped",
+            }
+        )
+    return sorted(rows, key=lambda row: row["trial"])
+
+
+def table(rows: list[dict[str, Any]], keys: list[str]) -> str:
+    """The trials as lines of text, best first."""
+    columns = ["trial", *keys, "step", "validation_loss", "status"]
+    ordered = sorted(rows, key=lambda row: (row["validation_loss"] is None, row["validation_loss"]))
+    cells = [columns, *[[_cell(row.get(column)) for column in columns] for row in ordered]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
