@@ -36,13 +36,14 @@ def validate(config: TrainConfig) -> None:
     Raises:
         UserError: one line.
     """
-    from raylm.data.prepare import check_sources
+    from raylm.data.sources import open_sources
     from raylm.models.families import check_positions
     from raylm.models.loading import load_tokenizer, resolve_model
 
     source = prepared_source(config)
     if source is None:
-        check_sources(config.data)
+        open_sources(config.data, config.data.train_sources, "data.train")
+        open_sources(config.data, config.data.validation_sources, "data.validation")
     elif config.tokenizer is not None:
         raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
     if config.model.path is not None:

@@ -1,0 +1,8 @@
+"""`raylm prepare` as a job: `ray job submit --working-dir . -- python jobs/prepare.py CONFIG.yaml [key=value ...]`."""
+
+import sys
+
+from raylm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`raylm serve` as a job: `ray job submit --working-dir . -- python jobs/serve.py CONFIG.yaml [key=value ...]`."""
+
+import sys
+
+from raylm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["serve", *sys.argv[1:]]))
