@@ -1,4 +1,4 @@
-"""`raylm compress` as a job: `ray job submit --working-dir . -- python jobs/compress.py CONFIG.yaml [key=value ...]`."""
+"""`raylm compress` as a job: `ray job submit --working-dir . -- python jobs/compress.py CONFIG.yaml [KEY=VALUE]`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`raylm evaluate` as a job: `ray job submit --working-dir . -- python jobs/evaluate.py CONFIG.yaml [key=value]`."""
+"""`raylm evaluate` as a job: `ray job submit --working-dir . -- python jobs/evaluate.py CONFIG.yaml [KEY=VALUE]`."""
 
 import sys
 

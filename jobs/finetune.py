@@ -1,4 +1,4 @@
-"""`raylm finetune` as a job: `ray job submit --working-dir . -- python jobs/finetune.py CONFIG.yaml [key=value ...]`."""
+"""`raylm finetune` as a job: `ray job submit --working-dir . -- python jobs/finetune.py CONFIG.yaml [KEY=VALUE]`."""
 
 import sys
 

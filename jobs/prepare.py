@@ -1,4 +1,4 @@
-"""`raylm prepare` as a job: `ray job submit --working-dir . -- python jobs/prepare.py CONFIG.yaml [key=value ...]`."""
+"""`raylm prepare` as a job: `ray job submit --working-dir . -- python jobs/prepare.py CONFIG.yaml [KEY=VALUE]`."""
 
 import sys
 

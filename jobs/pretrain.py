@@ -1,4 +1,4 @@
-"""`raylm pretrain` as a job: `ray job submit --working-dir . -- python jobs/pretrain.py CONFIG.yaml [key=value ...]`."""
+"""`raylm pretrain` as a job: `ray job submit --working-dir . -- python jobs/pretrain.py CONFIG.yaml [KEY=VALUE]`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`raylm serve` as a job: `ray job submit --working-dir . -- python jobs/serve.py CONFIG.yaml [key=value ...]`."""
+"""`raylm serve` as a job: `ray job submit --working-dir . -- python jobs/serve.py CONFIG.yaml [KEY=VALUE]`."""
 
 import sys
 

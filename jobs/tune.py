@@ -1,4 +1,4 @@
-"""`raylm tune` as a job: `ray job submit --working-dir . -- python jobs/tune.py CONFIG.yaml [key=value ...]`."""
+"""`raylm tune` as a job: `ray job submit --working-dir . -- python jobs/tune.py CONFIG.yaml [KEY=VALUE]`."""
 
 import sys
 

@@ -138,9 +138,7 @@ def schema(stage: Annotated[str, typer.Argument(help="prepare, pretrain, finetun
 @app.command()
 def quickstart(
     serve: Annotated[bool, typer.Option("--serve", help="Keep the server running at the end.")] = False,
-    directory: Annotated[Path, typer.Option(help="Working directory; results go to runs/quickstart in it.")] = Path(
-        "."
-    ),
+    directory: Annotated[Path, typer.Option(help="Working directory; results go to runs/quickstart in it.")] = Path(),
 ) -> None:
     """Run the whole pipeline on the embedded corpus and ask the served model two questions."""
     from raylm.quickstart import run_quickstart
