@@ -1,0 +1,157 @@
+"""The embedded corpora: what the standard library of the running Python says about itself.
+
+``stdlib-docs``: docstrings of its modules, classes, functions and methods, read with :mod:`ast` from source (nothing
+is imported), and the language reference in ``pydoc_data.topics``. ``stdlib-pairs``: "What does NAME do?" and the first
+sentence of NAME's docstring. Both are keyed by the dotted name, so that a passage and its question are on one side of
+the split.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from raylm.data.documents import Document, make_pair
+from raylm.errors import UserError
+
+# Tests, vendored packages and programs whose docstrings are no documentation of the library.
+EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+CONTEXT_CHARACTERS = 400
+ANSWER_CHARACTERS = (15, 300)
+# The end of a sentence: a stop, then white space and something that begins one.
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(])")
+
+
+def stdlib_documents() -> list[Document]:
+    """Documents of ``stdlib-docs`` in the order of their files: a title line with the signature, then the docstring.
+
+    Identical docstrings and repeated names are kept once, the first of them.
+
+    Raises:
+        UserError: this Python comes without the sources of its library.
+    """
+    documents: list[Document] = []
+    seen: set[str] = set()
+    for title, heading, docstring in _docstrings():
+        body = inspect.cleandoc(docstring).strip()
+        # Source files may hold what UTF-8 cannot (lone surrogates in escapes); such a text is of no use.
+        if not body or title in seen or body in seen or not _encodable(body):
+            continue
+        seen |= {title, body}
+        documents.append(Document(text=f"{heading}\n\n{body}", title=title, split_key=title))
+    return documents
+
+
+def stdlib_pairs(with_context: bool) -> list[Document]:
+    """Pairs of ``stdlib-pairs``: public names whose docstring begins with a sentence.
+
+    Args:
+        with_context: give half of the pairs, chosen by the name's hash, the beginning of the document that they are
+            about as context; otherwise none has one.
+    """
+    pairs = []
+    for document in stdlib_documents():
+        heading, _, body = document.text.partition("\n\n")
+        answer = _first_sentence(body)
+        private = any(part.startswith("_") for part in document.title.split("."))
+        if private or heading.startswith("topic ") or answer is None:
+            continue
+        chosen = hashlib.blake2b(document.title.encode(), person=b"raylm-context").digest()[0] % 2 == 0
+        context = _passage(document.text) if with_context and chosen else ""
+        prompt = f"What does {document.title} do?"
+        pairs.append(make_pair(prompt, answer, context, title=document.title, split_key=document.title))
+    return pairs
+
+
+def _first_sentence(body: str) -> str | None:
+    """The first sentence of a docstring on one line, or None where it is a signature, too short or too long."""
+    paragraph = " ".join(body.split("\n\n", 1)[0].split())
+    sentence = _SENTENCE_END.split(paragraph, maxsplit=1)[0]
+    shortest, longest = ANSWER_CHARACTERS
+    if not shortest <= len(sentence) <= longest or " " not in sentence or "->" in sentence or not sentence[0].isalpha():
+        return None
+    return sentence
+
+
+def _passage(text: str) -> str:
+    """The beginning of ``text``, cut between words at ``CONTEXT_CHARACTERS``."""
+    if len(text) <= CONTEXT_CHARACTERS:
+        return text
+    cut = text[: CONTEXT_CHARACTERS + 1]
+    return cut[: max(cut.rfind(" "), cut.rfind("\n"))].rstrip()
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _docstrings() -> Iterator[tuple[str, str, str]]:
+    """(dotted name, title line, docstring) of everything documented, and of the language reference's topics."""
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in root.rglob("*.py") if not _excluded(path.relative_to(root))]
+    if not paths:
+        raise UserError(
+            f"data.train: stdlib-docs: {root} has no Python source files; use a Python that comes with them"
+        )
+    # Public modules first: where a private twin documents the same name, the public one is kept.
+    for path in sorted(paths, key=lambda path: (path.name.startswith("_py"), path.relative_to(root).as_posix())):
+        name = _module_name(path.relative_to(root))
+        try:
+            module = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            # Templates and files that are broken on purpose.
+            continue
+        docstring = ast.get_docstring(module, clean=False)
+        if docstring:
+            yield name, f"module {name}", docstring
+        yield from _members(module, name)
+    for topic, text in sorted(topics.items()):
+        yield topic, f"topic {topic}", text
+
+
+def _excluded(path: Path) -> bool:
+    return any(part in EXCLUDED or part.startswith(("config-", "__phello__")) for part in path.parts)
+
+
+def _module_name(path: Path) -> str:
+    """``json/__init__.py`` is ``json``; ``_pydecimal.py``, the source twin of a C module, is ``decimal``."""
+    parts = list(path.with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts.pop()
+    if parts[0].startswith("_py") and len(parts[0]) > 3 and parts[0] != "_pyrepl":
+        parts[0] = parts[0].removeprefix("_py")
+    return ".".join(parts)
+
+
+def _members(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str]]:
+    for node in ast.iter_child_nodes(parent):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{prefix}.{node.name}"
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring:
+                yield name, _heading(node, name), docstring
+            if isinstance(node, ast.ClassDef):
+                yield from _members(node, name)
+        elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+            # What is defined under a condition still belongs to the same parent.
+            yield from _members(node, prefix)
+
+
+def _heading(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        return f"class {name}({bases})" if bases else f"class {name}"
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    prefix = "async " if isinstance(node, ast.AsyncFunctionDef) else ""
+    return f"{prefix}{name}({ast.unparse(node.args)}){returns}"
