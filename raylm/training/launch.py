@@ -19,10 +19,12 @@ from raylm.progress import ProgressBar
 from raylm.training.worker import TrainingJob, Worker
 
 POLL_SECONDS = 0.5
+HANDOVER_SECONDS = 60.0
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
+    import ray
     import ray.train
 
     from raylm.parallel.environment import prepare_deepspeed
@@ -36,7 +38,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     if job.progress is not None and context.get_world_rank() == 0:
         job.progress.update.remote({"total_steps": loop.total_steps})
     final = loop.run()
-    ray.train.report(final)
+    if job.progress is not None and context.get_world_rank() == 0:
+        ray.get(job.progress.update.remote({"final": final}), timeout=HANDOVER_SECONDS)
 
 
 class ProgressBoard:
@@ -87,7 +90,7 @@ def launch(job: TrainingJob, cpus_per_worker: float, max_failures: int) -> dict[
 
     def fit() -> None:
         try:
-            outcome["metrics"] = trainer.fit().metrics
+            trainer.fit()
         except TrainingFailedError as error:
             outcome["error"] = error
 
@@ -102,8 +105,9 @@ def launch(job: TrainingJob, cpus_per_worker: float, max_failures: int) -> dict[
         last = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
         logs = Path(ray._private.worker._global_node.get_logs_dir_path()) if ray._private.worker._global_node else ""
         raise RunFailure(f"{where}{last} (logs of the workers: {logs})") from None
-    metrics = outcome.get("metrics")
-    if not metrics or not metrics.get("finished"):
+    # Ray Train keeps the metrics of reports with a checkpoint only; ours are not its checkpoints.
+    metrics = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS).get("final")
+    if metrics is None:
         raise RunFailure(f"{job.directory}: the workers ended without a result")
     return metrics
 
@@ -114,11 +118,11 @@ def _show_progress(job: TrainingJob, thread: threading.Thread) -> None:
     latest: dict[str, Any] = {}
     while thread.is_alive() and "total_steps" not in latest:
         thread.join(POLL_SECONDS)
-        latest = ray.get(job.progress.latest.remote(), timeout=60)
+        latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
     with ProgressBar(job.stage, latest.get("total_steps"), "steps", latest.get("step", 0)) as bar:
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            latest = ray.get(job.progress.latest.remote(), timeout=60)
+            latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
             if "step" in latest:
                 validation = f" validation {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
                 bar.update(

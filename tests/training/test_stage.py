@@ -1,0 +1,216 @@
+"""Pretraining and fine-tuning under real Ray Train workers: results, resuming after kills, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raylm.config import load_config
+from raylm.errors import UserError
+from raylm.training.metrics import read_metrics
+from raylm.training.stage import finetune, pretrain
+
+STEPS = 24
+
+
+def write_config(directory: Path, prepared: Path, name: str, **training) -> Path:
+    values = {
+        "run": {"name": name, "storage": str(directory)},
+        "data": {"train": str(prepared)},
+        "model": {
+            "family": "llama",
+            "config": {
+                "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "tie_word_embeddings": True,
+            },
+        },
+        "training": {
+            "steps": STEPS, "batch_size": 4, "sequence_length": 32, "learning_rate": 0.005, "log_every_steps": 1,
+            **training,
+        },
+        "parallel": {"zero_stage": 1},
+        "resources": {"workers": 2},
+        "checkpoint": {"every_steps": 5, "every_seconds": None},
+    }  # fmt: skip
+    path = directory / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(ray_instance, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished, uninterrupted run."""
+    directory = tmp_path_factory.mktemp("runs")
+    pretrain(load_config("pretrain", write_config(directory, prepared, "whole", evaluate_every_steps=12)))
+    return directory / "whole"
+
+
+def losses(run: Path) -> list[float]:
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "each step stands there once"
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.slow
+def test_run_directory_holds_what_the_design_says(finished: Path) -> None:
+    lines = read_metrics(finished / "metrics.jsonl")
+    assert losses(finished)[-1] < losses(finished)[0] - 0.5
+    assert {"step", "tokens", "samples", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu"} <= set(
+        lines[0]
+    )
+    assert [line["step"] for line in lines if "validation_loss" in line] == [12, 24]
+    report = json.loads((finished / "report.json").read_text())
+    assert report["logits_difference"] < 1e-4
+    assert (finished / "checkpoints" / "LATEST").read_text().strip() == f"step-{STEPS:08d}"
+    assert any((finished / "tensorboard").iterdir())
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    ids = tokenizer("12 apples and", return_tensors="pt").input_ids
+    assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.slow
+def test_done_run_is_not_repeated_and_another_configuration_is_refused(
+    finished: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished.parent / "whole.yaml"
+    began = (finished / "metrics.jsonl").stat().st_mtime
+    pretrain(load_config("pretrain", path))
+    assert "done already" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").stat().st_mtime == began
+    with pytest.raises(UserError, match=r"training\.learning_rate \(was 0\.005, now 0\.1\)"):
+        pretrain(load_config("pretrain", path, ["training.learning_rate=0.1"]))
+
+
+def start(config: Path) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "raylm.cli", "pretrain", str(config)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        lines = read_metrics(run / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def training_workers(driver: subprocess.Popen) -> list[psutil.Process]:
+    """The Ray Train worker processes that ``driver`` started, in order of their age."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found, key=lambda process: process.create_time())
+
+
+@pytest.mark.slow
+def test_killed_worker_repeats_the_bits(finished: Path, prepared: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, prepared, "killed", evaluate_every_steps=12)
+    driver = start(config)
+    wait_for_step(tmp_path / "killed", 8, driver)
+    training_workers(driver)[-1].send_signal(signal.SIGKILL)
+    _, errors = driver.communicate(timeout=240)
+    assert driver.returncode == 0, errors[-2000:]
+    assert losses(tmp_path / "killed") == losses(finished)
+
+
+@pytest.mark.slow
+def test_killed_driver_resumes_with_the_same_command(finished: Path, prepared: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, prepared, "killed", evaluate_every_steps=12)
+    driver = start(config)
+    wait_for_step(tmp_path / "killed", 8, driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate(timeout=60)
+    again = start(config)
+    _, errors = again.communicate(timeout=240)
+    assert again.returncode == 0, errors[-2000:]
+    assert losses(tmp_path / "killed") == losses(finished)
+    steps = [line["step"] for line in read_metrics(tmp_path / "killed" / "metrics.jsonl")]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_is_passed_over(finished: Path, prepared: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "whole"
+    shutil.copytree(finished, run)
+    (run / "report.json").unlink()
+    newest = run / "checkpoints" / f"step-{STEPS:08d}"
+    file = next(newest.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    path = finished.parent / "whole.yaml"
+    pretrain(load_config("pretrain", path, [f"run.storage={tmp_path}"]))
+    assert losses(run) == losses(finished)
+
+
+@pytest.mark.slow
+def test_finetune_learns_the_answers_and_stops_early(finished: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} apples?", "answer": "yes"} for i in range(60)]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "run": {"name": "tuned", "storage": str(tmp_path)},
+        "data": {"train": str(source), "validation_fraction": 0.2},
+        "model": {"path": str(finished)},
+        "training": {
+            "steps": 400, "batch_size": 4, "sequence_length": 32, "learning_rate": 0.01, "schedule": "constant",
+            "evaluate_every_steps": 10, "early_stopping": {"patience": 2, "minimum_change": 0.01},
+        },
+        "resources": {"workers": 2},
+    }  # fmt: skip
+    path = tmp_path / "finetune.yaml"
+    path.write_text(yaml.safe_dump(values))
+    finetune(load_config("finetune", path))
+    report = json.loads((tmp_path / "tuned" / "report.json").read_text())
+    assert report["stopped_early"]
+    assert report["best_validation_loss"] < 0.2
+    assert report["exported_step"] <= report["step"] < 400
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.config.hidden_sice=8", "model.config.hidden_sice: no such key in the llama configuration"),
+        ("model.config.num_attention_heads=5", "num_attention_heads"),
+        ("model.config.max_position_embeddings=16", "training.sequence_length: found 32, allowed: at most the model"),
+        ("parallel.data=3", "parallel.data: found 3, allowed: auto or 2"),
+        ("training.batch_size=5", "training.batch_size: found 5, allowed: a multiple of the 2 data-parallel workers"),
+        ("resources.workers=64", "multiple of the 64 data-parallel workers"),
+        ("data.train=nowhere.txt", "nowhere.txt"),
+        ("training.sequence_length=1000000", "training.sequence_length"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_starts(prepared: Path, tmp_path: Path, override: str, expected: str) -> None:
+    path = write_config(tmp_path, prepared, "refused")
+    overrides = [override]
+    if override.startswith("training.sequence_length"):
+        overrides.append("model.config.max_position_embeddings=2000000")
+    with pytest.raises(UserError) as caught:
+        pretrain(load_config("pretrain", path, overrides))
+    assert expected in str(caught.value)
+    assert not (tmp_path / "refused").exists()
