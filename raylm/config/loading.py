@@ -181,7 +181,7 @@ def to_yaml(config: BaseModel) -> str:
 
 
 # What may differ between the first start of a run and its resumption.
-_FREE_SECTIONS = {"parallel", "resources", "checkpoint"}
+_FREE_SECTIONS = {"parallel", "resources", "checkpoint", "serving"}
 _FREE_KEYS = {
     "run.storage",
     "training.steps",

@@ -23,20 +23,29 @@ class ServingSection(Section):
     """auto takes OpenVINO GenAI on a CPU where the model directory has an openvino/ export, else transformers."""
     replicas: int = Field(default=1, ge=1)
     """Copies of the model."""
-    cpus_per_replica: float = Field(default=1.0, gt=0)
-    """CPUs that a replica reserves."""
+    cpus_per_replica: float | Literal["auto"] = "auto"
+    """CPUs that a replica reserves and computes with; auto shares the largest host's CPUs among the replicas."""
+    gpus_per_replica: float = Field(default=0, ge=0)
+    """GPUs that a replica reserves; with 0 the model runs on the CPU."""
     max_concurrent_requests: int = Field(default=64, ge=1)
-    """Requests in work at a replica."""
+    """Texts that a replica generates together."""
     max_queued_requests: int = Field(default=256, ge=1)
-    """Requests that wait; further ones get status 503."""
+    """Texts that wait at a replica for their turn; further ones get status 503."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """Most tokens that a request may ask for."""
+    """Most tokens that a request may ask for, and what it gets if it does not say."""
     cache_gigabytes: int = Field(default=1, ge=1)
     """OpenVINO: memory of the key-value cache."""
     collection: str | None = None
     """Directory made by ``raylm prepare`` whose documents /v1/qa searches."""
     passages: int = Field(default=3, ge=1, le=20)
     """Passages that a question's answer is generated from."""
+
+    @field_validator("cpus_per_replica")
+    @classmethod
+    def _positive(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError("allowed: a number above 0, or auto")
+        return value
 
     @field_validator("host")
     @classmethod

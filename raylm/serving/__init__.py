@@ -1,1 +1,1 @@
-"""The Ray Serve application: engines, retrieval, OpenAI-compatible routes."""
+"""A model directory behind OpenAI-compatible HTTP routes on Ray Serve: engines, routes, retrieval, ``serve``."""

@@ -1,0 +1,127 @@
+"""/v1/qa: passages found in the collection, and an answer that the model generates from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi.responses import Response
+
+from raylm.data.chat import question_messages
+from raylm.serving.errors import RequestError
+from raylm.serving.replies import Reply, send_reply
+from raylm.serving.requests import QuestionRequest
+from raylm.serving.retrieval import Collection, Match
+from raylm.serving.service import ModelService, Piece, Usage
+
+# Share of the context that is kept for the answer where the request does not say how long it may be.
+ANSWER_SHARE = 0.25
+
+
+class QuestionReply(Reply):
+    """Of ``/v1/qa``: the answer and its sources; a stream sends the sources first."""
+
+    prefix, kind, chunk_kind = "qa", "qa", "qa.chunk"
+
+    def __init__(self, service: ModelService, matches: Sequence[Match], used: int) -> None:
+        super().__init__(service)
+        self._sources = [
+            {
+                "id": match.passage.id,
+                "title": match.passage.title,
+                "score": round(match.score, 4),
+                "text": match.passage.text,
+                "in_context": place < used,
+            }
+            for place, match in enumerate(matches)
+        ]
+
+    def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """The answer in one object."""
+        return self._head | {
+            "object": self.kind,
+            "answer": pieces[0].text,
+            "finish_reason": pieces[0].finish_reason,
+            "sources": self._sources,
+            "usage": usage.as_dict(),
+        }
+
+    def opening(self, texts: int) -> list[dict[str, Any]]:
+        """The sources: they are known before the answer begins."""
+        return [self._head | {"object": self.chunk_kind, "sources": self._sources}]
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """A piece of the answer."""
+        return self._head | {"object": self.chunk_kind, **self._delta(piece)}
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """Token counts."""
+        return self._head | {"object": self.chunk_kind, "usage": usage.as_dict()}
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        return {"answer": piece.text, "finish_reason": piece.finish_reason}
+
+    _delta = _choice
+
+
+async def answer_question(
+    service: ModelService, collection: Collection | None, request: QuestionRequest, count: int
+) -> Response:
+    """Find ``count`` passages, put them before the question, and answer.
+
+    Raises:
+        RequestError: there is no collection, or the question alone fills the context.
+    """
+    service.check_model(request.model)
+    if collection is None:
+        raise RequestError(
+            "This server has no collection to answer from; set serving.collection", status=404, code="no_collection"
+        )
+    matches = collection.search(request.question, count)
+    wanted = request.max_tokens
+    if wanted is None and service.context_length is not None:
+        wanted = max(1, min(service.max_new_tokens, int(service.context_length * ANSWER_SHARE)))
+    prompt, used = fit_prompt(service, request.question, matches, wanted or service.max_new_tokens)
+    parameters = service.parameters(request, wanted, len(prompt))
+    return await send_reply(service, request, QuestionReply(service, matches, used), [prompt], [parameters])
+
+
+def fit_prompt(
+    service: ModelService, question: str, matches: Sequence[Match], answer_tokens: int
+) -> tuple[list[int], int]:
+    """The prompt with as much of the passages as the context holds, and how many passages those are.
+
+    The best passage comes first and is the last to be cut. The question is never cut.
+
+    Args:
+        answer_tokens: tokens to leave for the answer.
+
+    Returns:
+        Token ids, and how many of the matches are in them, the last one perhaps in part.
+    """
+    bare = service.encode_messages(question_messages(question))
+    room = None if service.context_length is None else service.context_length - answer_tokens - len(bare)
+    context = "\n\n".join(match.passage.text for match in matches)
+    prompt = service.encode_messages(question_messages(question, context)) if context else bare
+    # Ids of a text are not a prefix of the ids of a longer one: what was cut is measured again.
+    while context and room is not None and len(prompt) - len(bare) > room:
+        excess = len(prompt) - len(bare) - room
+        context = _shorten(service, context, excess)
+        prompt = service.encode_messages(question_messages(question, context)) if context else bare
+    used, end = 0, 0
+    for match in matches:
+        used += end < len(context)
+        end += len(match.passage.text) + len("\n\n")
+    return prompt, used
+
+
+def _shorten(service: ModelService, text: str, tokens: int) -> str:
+    """``text`` without at least its last ``tokens`` tokens, cut between words where there are any."""
+    ids = service.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    kept = service.tokenizer.decode(
+        ids[: max(0, len(ids) - tokens)], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    # Never longer than before, whatever the tokenizer made of it.
+    kept = kept.rstrip("\N{REPLACEMENT CHARACTER}")[: len(text) - 1]
+    words = kept.rsplit(None, 1)
+    return words[0] if len(words) == 2 else kept

@@ -1,0 +1,41 @@
+"""Drawing one request's next token from logits, with random numbers of its own."""
+
+from __future__ import annotations
+
+import torch
+
+from raylm.serving.engines.base import LEAST_TEMPERATURE, FinishReason, SamplingParameters
+
+
+class Sampler:
+    """State of one request's decoding: random numbers and how many tokens it has.
+
+    Args:
+        parameters: temperature, top_p, seed and the length.
+        end_ids: token ids that end a text.
+    """
+
+    def __init__(self, parameters: SamplingParameters, end_ids: frozenset[int]) -> None:
+        self.greedy = parameters.greedy
+        self._parameters = parameters
+        self._end_ids = end_ids
+        self._generated = 0
+        self._random = torch.Generator().manual_seed(parameters.seed)
+
+    def draw(self, logits: torch.Tensor) -> int:
+        """A token id drawn from ``logits`` [vocabulary] by temperature and nucleus (Holtzman et al. 2020)."""
+        logits = logits.float().cpu() / max(self._parameters.temperature, LEAST_TEMPERATURE)
+        probabilities, tokens = logits.softmax(dim=-1).sort(descending=True)
+        if self._parameters.top_p < 1:
+            before = probabilities.cumsum(dim=-1) - probabilities
+            # The likeliest token, before which nothing stands, always stays.
+            probabilities = probabilities.masked_fill(before >= self._parameters.top_p, 0)
+        chosen = torch.multinomial(probabilities, 1, generator=self._random)
+        return int(tokens[chosen])
+
+    def account(self, token: int) -> FinishReason | None:
+        """Count ``token``; the reason if the request ends with it."""
+        self._generated += 1
+        if token in self._end_ids:
+            return "stop"
+        return "length" if self._generated >= self._parameters.max_new_tokens else None

@@ -1,0 +1,173 @@
+"""What clients may send: OpenAI's request bodies, as far as they are supported.
+
+A parameter that is not supported is refused by name, unless it has the value that changes nothing: clients send
+``"logprobs": null`` or ``"frequency_penalty": 0`` without meaning anything by it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# Texts that one request may ask for: its prompts times n.
+MOST_CHOICES = 64
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+# Parameters of OpenAI's that are not supported, and the values besides null that change nothing.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+}
+
+
+class StreamOptions(BaseModel):
+    """``stream_options``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+    """Send the token counts in a last event."""
+    include_obfuscation: bool = False
+    """Accepted for OpenAI's client; nothing is added."""
+
+
+class GenerationRequest(BaseModel):
+    """What all routes that generate text share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    model: str | None = None
+    """Name of the model; the one that is served where it is left out."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens to generate."""
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """Divides the logits; 0 takes the likeliest token each time; default 1."""
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    """Share of the probability to sample from; default 1."""
+    seed: int | None = None
+    """Seed of the sampling; the same seed gives the same text."""
+    stop: str | list[str] | None = None
+    """Strings before which the text ends; at most 4."""
+    stream: bool | None = None
+    """Send the text as server-sent events while it is generated."""
+    stream_options: StreamOptions | None = None
+    """Only together with stream."""
+    user: str | None = None
+    """The client's own name for its user; without effect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_has_no_effect(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name in cls.model_fields or not _idle(name, value)}
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) > 4:
+            raise ValueError(f"at most 4 strings are allowed, found {len(value)}")
+        return value
+
+    @property
+    def stops(self) -> list[str]:
+        """``stop`` as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+def _idle(name: str, value: Any) -> bool:
+    """Whether an unsupported parameter is given with a value that changes nothing."""
+    if name not in _WITHOUT_EFFECT:
+        return False
+    # True == 1 in Python, but "logprobs": 0 asks for something and "logprobs": false does not.
+    return value is None or any(
+        value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in _WITHOUT_EFFECT[name]
+    )
+
+
+class CompletionRequest(GenerationRequest):
+    """``POST /v1/completions``."""
+
+    prompt: str | TokenIds | list[str] | list[TokenIds]
+    """Text, token ids, or a list of either."""
+    n: int | None = Field(default=None, ge=1)
+    """Completions of each prompt; default 1."""
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        prompts = self.prompts
+        if not prompts:
+            raise ValueError("prompt: at least one is needed")
+        if len(prompts) * (self.n or 1) > MOST_CHOICES:
+            raise ValueError(f"at most {MOST_CHOICES} completions a request are allowed (prompts times n)")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """``prompt`` as a list of prompts."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+class TextPart(BaseModel):
+    """A part of a message's content; only text is supported."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """The message as a chat template takes it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatRequest(GenerationRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    """The conversation so far."""
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """OpenAI's newer name of max_tokens."""
+    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
+    """Answers to give; default 1."""
+
+
+class QuestionRequest(GenerationRequest):
+    """``POST /v1/qa``: a question to the served collection."""
+
+    question: str = Field(min_length=1)
+    """The question."""
+    passages: int | None = Field(default=None, ge=1, le=20)
+    """Passages to answer from; by default what the server is set to."""

@@ -1,0 +1,224 @@
+"""What the routes work with: the model's name, tokenizer and engine, its limits, and texts in generation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from raylm.data.chat import neutralize
+from raylm.serving.engines.base import Engine, FinishReason, SamplingParameters
+from raylm.serving.errors import RequestError
+from raylm.serving.requests import GenerationRequest
+from raylm.serving.text import IncrementalDecoder, StopStrings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Seeds are taken modulo this: engines want them in 63 bits, clients may send any integer.
+SEEDS = 2**63
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one text, as it is streamed: ``finish_reason`` comes with the last one."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class Usage:
+    """Token counts of one request."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """OpenAI's usage object."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+@dataclass
+class ModelService:
+    """A served model.
+
+    Attributes:
+        name: what requests call the model.
+        engine: decodes token ids.
+        tokenizer: of the model's directory, with its chat template.
+        context_length: prompt and answer tokens together; None without a limit.
+        max_new_tokens: most tokens of one text.
+        capacity: texts in work and waiting together; more are refused with 503.
+    """
+
+    name: str
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    context_length: int | None
+    max_new_tokens: int
+    capacity: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse any other model's name; none at all is taken for this one."""
+        if name is not None and name != self.name:
+            raise RequestError(
+                f"The model '{name}' does not exist; served is '{self.name}'",
+                status=404,
+                parameter="model",
+                code="model_not_found",
+            )
+
+    def encode_prompt(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt; given ids are checked against the vocabulary."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+            if not ids and self.tokenizer.bos_token_id is not None:
+                ids = [self.tokenizer.bos_token_id]
+            if not ids:
+                raise RequestError("prompt: the text has no tokens, at least one is needed", parameter="prompt")
+            return ids
+        vocabulary = len(self.tokenizer)
+        unknown = next((token for token in prompt if token >= vocabulary), None)
+        if unknown is not None:
+            raise RequestError(f"prompt: found token id {unknown}, allowed: 0 to {vocabulary - 1}", parameter="prompt")
+        return prompt
+
+    def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation by the model's own chat template, up to where the answer begins.
+
+        Text that reads as a special token is defused: no message can end its own turn.
+        """
+        if not self.tokenizer.chat_template:
+            raise RequestError(
+                f"The model '{self.name}' has no chat template; use /v1/completions", code="no_chat_template"
+            )
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        safe = [message | {"content": neutralize(message["content"], special)} for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise RequestError(f"messages: the chat template refuses them: {error}", parameter="messages") from None
+        # The template writes the special tokens itself.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def parameters(self, request: GenerationRequest, max_tokens: int | None, prompt_tokens: int) -> SamplingParameters:
+        """How to decode ``request`` after a prompt of ``prompt_tokens``.
+
+        Args:
+            max_tokens: what the request asks for; None takes what is allowed and fits.
+
+        Raises:
+            RequestError: more than the server allows, or than the model's context holds.
+        """
+        if max_tokens is not None and max_tokens > self.max_new_tokens:
+            raise RequestError(
+                f"max_tokens: found {max_tokens}, allowed: at most {self.max_new_tokens}", parameter="max_tokens"
+            )
+        room = self.max_new_tokens
+        if self.context_length is not None:
+            room = self.context_length - prompt_tokens
+            if room < (max_tokens or 1):
+                raise RequestError(
+                    f"This model's maximum context length is {self.context_length} tokens, but the request needs "
+                    f"{prompt_tokens + (max_tokens or 1)}: {prompt_tokens} of the prompt and at least "
+                    f"{max_tokens or 1} of the answer",
+                    parameter="max_tokens" if max_tokens and room > 0 else "prompt",
+                    code="context_length_exceeded",
+                )
+        temperature = 1.0 if request.temperature is None else request.temperature
+        top_p = 1.0 if request.top_p is None else request.top_p
+        seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
+        return SamplingParameters(
+            max_new_tokens=max_tokens or min(room, self.max_new_tokens),
+            # Sampling from no share of the probability at all leaves the likeliest token.
+            temperature=temperature if top_p > 0 else 0.0,
+            top_p=top_p or 1.0,
+            seed=seed % SEEDS,
+        )
+
+    def admit(self, texts: int) -> None:
+        """Refuse ``texts`` more where the queue is full."""
+        stats = self.engine.stats()
+        if stats.running + stats.waiting + texts > self.capacity:
+            raise RequestError(
+                f"The server is busy: {stats.running} texts in work, {stats.waiting} waiting; try again later",
+                status=503,
+                code="server_busy",
+                kind="server_error",
+            )
+
+    async def generate(
+        self, prompts: Sequence[list[int]], parameters: Sequence[SamplingParameters], stops: Sequence[str], usage: Usage
+    ) -> AsyncIterator[Piece]:
+        """Generate the texts of all ``prompts`` side by side, and give their pieces as they come.
+
+        When the caller stops listening, the engine stops generating.
+
+        Args:
+            prompts: one list of token ids per text.
+            parameters: one per text.
+            stops: strings before which a text ends.
+            usage: counts completion tokens on the way.
+        """
+        if len(prompts) == 1:
+            async for piece in self._text(0, prompts[0], parameters[0], stops, usage):
+                yield piece
+            return
+        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+
+        async def follow(index: int) -> None:
+            try:
+                async for piece in self._text(index, prompts[index], parameters[index], stops, usage):
+                    pieces.put_nowait(piece)
+            finally:
+                pieces.put_nowait(None)
+
+        tasks = [asyncio.create_task(follow(index)) for index in range(len(prompts))]
+        try:
+            ended = 0
+            while ended < len(tasks):
+                piece = await pieces.get()
+                if piece is None:
+                    ended += 1
+                else:
+                    yield piece
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _text(
+        self, index: int, prompt: list[int], parameters: SamplingParameters, stops: Sequence[str], usage: Usage
+    ) -> AsyncIterator[Piece]:
+        decoder, stopping = IncrementalDecoder(self.tokenizer), StopStrings(stops)
+        stream = self.engine.submit(prompt, parameters)
+        with contextlib.ExitStack() as stack:
+            stack.callback(stream.cancel)
+            async for tokens in stream:
+                usage.completion_tokens += len(tokens)
+                text = stopping.push(decoder.push(tokens))
+                if stopping.found:
+                    yield Piece(index, text, "stop")
+                    return
+                if text:
+                    yield Piece(index, text)
+            text = stopping.push(decoder.finish())
+            if stopping.found:
+                yield Piece(index, text, "stop")
+                return
+            yield Piece(index, text + stopping.finish(), stream.finish_reason)

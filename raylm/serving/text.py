@@ -1,0 +1,91 @@
+"""Token ids to text piece by piece: no piece splits a character, and none goes past a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What a tokenizer writes for bytes that are no character, or not yet.
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class IncrementalDecoder:
+    """Decodes a growing list of ids, and gives out only text that later ids cannot change.
+
+    Text up to the last place where all characters were complete is settled. What follows is decoded together with
+    the settled piece before it, as some tokenizers treat the start of a text in their own way (the leading space of
+    SentencePiece).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # ids[:_settled] are settled; decoding starts at _context; _ahead characters after the settled ones are out.
+        self._context = self._settled = self._ahead = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Take ``ids`` and return the text that is certain now, perhaps none."""
+        self._ids += ids
+        text = self._unsettled()
+        certain = text.rstrip(REPLACEMENT)
+        if len(certain) < len(text):
+            piece = certain[self._ahead :]
+            self._ahead = max(self._ahead, len(certain))
+            return piece
+        return self._settle(text)
+
+    def finish(self) -> str:
+        """What is left at the end, with replacement characters for incomplete ones."""
+        return self._settle(self._unsettled())
+
+    def _unsettled(self) -> str:
+        settled = self._decode(self._ids[self._context : self._settled])
+        return self._decode(self._ids[self._context :])[len(settled) :]
+
+    def _settle(self, text: str) -> str:
+        piece = text[self._ahead :]
+        if text:
+            # Ids without text (special tokens) are no context that would show how the next piece starts.
+            self._context = self._settled
+        self._settled, self._ahead = len(self._ids), 0
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class StopStrings:
+    """Cuts a growing text at the first of ``strings``; holds back what may be the start of one."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = [string for string in strings if string]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Take ``text`` and return what certainly stands before any stop string."""
+        self._held += text
+        places = [place for string in self._strings if (place := self._held.find(string)) >= 0]
+        if places:
+            self.found = True
+            return self._take(min(places))
+        return self._take(len(self._held) - self._possible_start())
+
+    def finish(self) -> str:
+        """What was held back for nothing."""
+        return self._take(len(self._held))
+
+    def _take(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        return text
+
+    def _possible_start(self) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        longest = max(map(len, self._strings), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(string.startswith(self._held[-length:]) for string in self._strings):
+                return length
+        return 0
