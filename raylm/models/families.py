@@ -78,6 +78,7 @@ def build_config(
     Raises:
         UserError: a key that the configuration does not have, or values that do not go together.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     known = FAMILIES[family]
@@ -98,9 +99,9 @@ def build_config(
     }
     try:
         config = AutoConfig.for_model(known.model_type, **settings)
-    except (TypeError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"model.config: {text}") from None
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        # The last line is the reason; the ones before say which validator found it.
+        raise UserError(f"model.config: {str(error).strip().splitlines()[-1].strip()}") from None
     for name in (known.width_key, known.heads_key):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:

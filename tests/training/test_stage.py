@@ -196,7 +196,7 @@ def test_finetune_learns_the_answers_and_stops_early(finished: Path, tmp_path: P
     ("override", "expected"),
     [
         ("model.config.hidden_sice=8", "model.config.hidden_sice: no such key in the llama configuration"),
-        ("model.config.num_attention_heads=5", "num_attention_heads"),
+        ("model.config.num_attention_heads=5", "(32) is not a multiple of the number of attention heads (5)"),
         ("model.config.max_position_embeddings=16", "training.sequence_length: found 32, allowed: at most the model"),
         ("parallel.data=3", "parallel.data: found 3, allowed: auto or 2"),
         ("training.batch_size=5", "training.batch_size: found 5, allowed: a multiple of the 2 data-parallel workers"),
