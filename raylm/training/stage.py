@@ -41,10 +41,12 @@ def validate(config: TrainConfig) -> None:
     from raylm.models.loading import load_tokenizer, resolve_model
 
     source = prepared_source(config)
-    if source is None:
+    if source is not None:
+        check_samples(config, source)
+    else:
         open_sources(config.data, config.data.train_sources, "data.train")
         open_sources(config.data, config.data.validation_sources, "data.validation")
-    elif config.tokenizer is not None:
+    if source is not None and config.tokenizer is not None:
         raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
     if config.model.path is not None:
         from transformers import AutoConfig
@@ -57,6 +59,18 @@ def validate(config: TrainConfig) -> None:
 
         # CPUs and GPUs of the cluster are checked once it is joined.
         make_plan(config, cpus=float("1e6"), gpus=0.0 if config.resources.gpus_per_worker != 1 else 1e6)
+
+
+def check_samples(config: TrainConfig, directory: Path) -> None:
+    """Refuse shards that are damaged or too short for the sequence length.
+
+    Raises:
+        UserError: one line.
+    """
+    from raylm.data.samples import open_samples
+
+    for split in ("train", "validation"):
+        open_samples(directory, split, config.training.sequence_length, config.run.seed, config.objective.answer_only)
 
 
 def ensure_data(config: TrainConfig, directory: Path) -> tuple[Path, Path]:
@@ -72,6 +86,7 @@ def ensure_data(config: TrainConfig, directory: Path) -> tuple[Path, Path]:
     if config.model.path is not None:
         tokenizer = TokenizerSection(path=resolve_model(config.model.path))
     prepare_directory(target, config.data, tokenizer)
+    check_samples(config, target)
     return target, target / "tokenizer"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,8 @@ def join_single_process_group(timeout_seconds: float = 600.0) -> None:
     """A process group of one, for a trial that trains inside itself; needs no port."""
     import torch.distributed as dist
 
+    # DeepSpeed reads these even where the group exists already.
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo",

@@ -1,0 +1,97 @@
+"""Memory and speed of one engine on one model, measured in a process of its own.
+
+``python -m raylm.compression.measure JOB.json`` reads the job, measures, and prints one JSON object. Run by the
+compress stage, so that one engine's memory never stands in another's figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure ``job``: engine, model, prompts (token ids), new_tokens, threads.
+
+    Returns:
+        resident_bytes (after load, above the process before it), peak_bytes, tokens_per_second by batch, outputs.
+    """
+    make = {"transformers": _transformers, "openvino": _openvino}[job["engine"]]
+    generate, resident = make(job)
+    prompts, new_tokens = job["prompts"], job["new_tokens"]
+    generate(prompts[:1], 4)
+    speed = {}
+    for batch in (1, 8):
+        chosen = [prompts[i % len(prompts)] for i in range(batch)]
+        began = time.perf_counter()
+        generate(chosen, new_tokens)
+        speed[str(batch)] = batch * new_tokens / (time.perf_counter() - began)
+    outputs = [tokens for i in range(0, len(prompts), 8) for tokens in generate(prompts[i : i + 8], new_tokens)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"resident_bytes": resident, "peak_bytes": peak, "tokens_per_second": speed, "outputs": outputs}
+
+
+def _resident() -> int:
+    return psutil.Process(os.getpid()).memory_info().rss
+
+
+def _transformers(job: dict[str, Any]):
+    import torch
+
+    from raylm.models.loading import load_model
+
+    torch.set_num_threads(job["threads"])
+    before = _resident()
+    model = load_model(job["model"]).eval()
+    resident = _resident() - before
+    # Both engines generate on past the end of text, so that they do the same work.
+    model.generation_config.eos_token_id = None
+
+    def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        with torch.inference_mode():
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                max_new_tokens=count, pad_token_id=0,
+            )  # fmt: skip
+        return output[:, ids.shape[1] :].tolist()
+
+    return generate, resident
+
+
+def _openvino(job: dict[str, Any]):
+    import numpy as np
+    import openvino
+    import openvino_genai
+
+    from raylm.models.openvino import open_pipeline
+
+    before = _resident()
+    pipeline = open_pipeline(job["model"], cache_gigabytes=1, threads=job["threads"])
+    resident = _resident() - before
+    numbers = iter(range(10**9))
+
+    def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+        settings = openvino_genai.GenerationConfig()
+        settings.max_new_tokens = count
+        settings.ignore_eos, settings.do_sample = True, False
+        handles = [
+            pipeline.add_request(next(numbers), openvino.Tensor(np.array([ids], dtype=np.int64)), settings)
+            for ids in prompts
+        ]
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+        return [list(handle.read_all()[0].generated_ids) for handle in handles]
+
+    return generate, resident
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(Path(sys.argv[1]).read_text()))))

@@ -1,0 +1,80 @@
+"""int8 weights through the OpenVINO exporter, and scoring with the exported graph.
+
+Weights are stored in 8 bits with a scale per channel; activations stay in floating point (design, section 9).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from raylm.errors import UserError
+from raylm.models.openvino import EXPORT_MODEL, find_export
+
+
+def check_installed() -> None:
+    """Refuse to start without the exporter.
+
+    Raises:
+        UserError: the extra ``cpu`` is not installed.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in ("openvino", "openvino_genai", "nncf") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"compression.method: int8 needs {', '.join(missing)}: pip install 'raylm[cpu]'")
+
+
+def export_int8(model_directory: str, output: Path) -> None:
+    """Write an OpenVINO export of the causal model in ``model_directory`` with 8-bit weights into ``output``."""
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+        model = OVModelForCausalLM.from_pretrained(
+            model_directory, export=True, compile=False, quantization_config=OVWeightQuantizationConfig(bits=8)
+        )
+        model.save_pretrained(output)
+
+
+class OpenVINOScorer:
+    """Scores batches like :class:`~raylm.evaluation.perplexity.TransformersScorer`, with an OpenVINO export."""
+
+    def __init__(self, directory: str | Path, threads: int) -> None:
+        import openvino
+
+        export = find_export(directory)
+        assert export is not None
+        compiled = openvino.Core().compile_model(export / EXPORT_MODEL, "CPU", {"INFERENCE_NUM_THREADS": threads})
+        self._request = compiled.create_infer_request()
+        self._inputs = {name for port in compiled.inputs for name in port.get_names()}
+
+    def logits(self, input_ids: np.ndarray) -> np.ndarray:
+        """``input_ids`` int64 [rows, time] to logits fp32 [rows, time, vocabulary]."""
+        rows, time = input_ids.shape
+        values = {
+            "input_ids": input_ids,
+            "attention_mask": np.ones_like(input_ids),
+            "position_ids": np.broadcast_to(np.arange(time), (rows, time)).copy(),
+            "beam_idx": np.arange(rows, dtype=np.int32),
+        }
+        self._request.reset_state()
+        result = self._request.infer({name: value for name, value in values.items() if name in self._inputs})
+        return result["logits"]
+
+    def __call__(self, input_ids: np.ndarray, targets: np.ndarray) -> float:
+        """Summed negative log-likelihood, nats, of ``targets`` (-100 not counted)."""
+        logits = self.logits(input_ids).astype(np.float64)
+        rows, columns = np.nonzero(targets >= 0)
+        chosen = logits[rows, columns]
+        top = chosen.max(axis=1, keepdims=True)
+        normalizer = top[:, 0] + np.log(np.exp(chosen - top).sum(axis=1))
+        return float((normalizer - chosen[np.arange(len(rows)), targets[rows, columns]]).sum())

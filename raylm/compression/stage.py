@@ -1,0 +1,200 @@
+"""The stage ``compress``: a model to int8 weights for OpenVINO, and the comparison of before and after.
+
+``<run>/model`` is the original Hugging Face directory with the export in its ``openvino/`` folder; the stage succeeds
+only after the export was loaded again and its logits were compared with the original's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raylm.config.run_directory import RunDirectory
+from raylm.config.stages import CompressConfig
+from raylm.errors import RunFailure, UserError
+from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
+
+ROUNDS = 3
+MEASURE_SECONDS = 900.0
+# 8-bit weights move the logits a little; a broken export moves them altogether.
+LEAST_COSINE = 0.98
+
+
+def compress(config: CompressConfig) -> None:
+    """Run the stage.
+
+    Raises:
+        UserError: configuration or input is wrong; nothing was started.
+        RunFailure: the export's logits do not agree with the original's, or measuring failed.
+    """
+    from raylm.compression.openvino import check_installed, export_int8
+    from raylm.evaluation.stage import open_text, window_of
+    from raylm.models.loading import load_model, load_tokenizer, resolve_model
+
+    run = RunDirectory("compress", config)
+    run.check()
+    if (report := run.report()) is not None:
+        print(f"compress: {run.path} is done already\n{table(report)}")
+        return
+    if config.model.path is None:
+        raise UserError("model.path: missing; compress needs an existing model")
+    check_installed()
+    source = resolve_model(config.model.path)
+    if not Path(source).is_dir():
+        raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
+    tokenizer = load_tokenizer(source)
+    model = load_model(source)
+    window = window_of(config.evaluation, model.config)
+    stream = open_text(config.data, config.evaluation.split, tokenizer)
+    prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
+    run.create()
+
+    partial = run.path / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("openvino"))
+    export_int8(source, partial / "openvino")
+    scorer = _compare_logits(model, partial, prompts)
+    threads = os.cpu_count() or 1
+    before = figures(stream, score_stream(stream, TransformersScorer(model), *window))
+    after = figures(stream, score_stream(stream, scorer[0], *window))
+    measured = _measure(
+        {"transformers": source, "openvino": str(partial)}, prompts, config.compression.new_tokens, threads
+    )
+    shutil.rmtree(run.path / "model", ignore_errors=True)
+    partial.rename(run.path / "model")
+    outputs = measured["transformers"].pop("outputs"), measured["openvino"].pop("outputs")
+    report = {
+        "model": config.model.path,
+        "threads": threads,
+        "logits_cosine": scorer[1],
+        "before": {
+            "engine": "transformers fp32",
+            "weight_bytes": _size(Path(source), "*.safetensors"),
+            **measured["transformers"],
+            "bits_per_byte": before["bits_per_byte"],
+        },
+        "after": {
+            "engine": "OpenVINO int8",
+            "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
+            **measured["openvino"],
+            "bits_per_byte": after["bits_per_byte"],
+        },
+        "greedy_agreement": agreement(*outputs),
+    }
+    run.write_report(report)
+    print(f"compress: {config.model.path} to 8-bit weights, {threads} threads\n{table(report)}")
+    print(f"  model in {run.path / 'model'} (export in openvino/)")
+
+
+def take_prompts(stream: TextStream, count: int, length: int) -> list[list[int]]:
+    """``count`` prompts of ``length`` tokens, evenly spaced over the text.
+
+    Raises:
+        UserError: the text is too short.
+    """
+    room = len(stream.tokens) - length
+    if room < count:
+        raise UserError(
+            f"compression.prompts: found {count} prompts of {length} tokens, allowed: what the text's "
+            f"{len(stream.tokens)} tokens hold"
+        )
+    starts = np.linspace(0, room, count, dtype=np.int64)
+    return [stream.tokens[start : start + length].tolist() for start in starts]
+
+
+def agreement(before: list[list[int]], after: list[list[int]]) -> dict[str, float]:
+    """How greedy outputs agree: share of equal tokens up to the first difference, and of identical outputs."""
+    same = 0
+    for one, other in zip(before, after, strict=True):
+        same += next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return {
+        "tokens_before_first_difference": same / sum(len(one) for one in before),
+        "identical_outputs": statistics.mean(one == other for one, other in zip(before, after, strict=True)),
+    }
+
+
+def _compare_logits(model, directory: Path, prompts: list[list[int]]) -> tuple[Any, float]:
+    import torch
+
+    from raylm.compression.openvino import OpenVINOScorer
+
+    scorer = OpenVINOScorer(directory, os.cpu_count() or 1)
+    ids = np.array(prompts, dtype=np.int64)
+    with torch.inference_mode():
+        expected = model.eval()(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
+    found = scorer.logits(ids)
+    centred = [x - x.mean(axis=-1, keepdims=True) for x in (expected, found)]
+    cosine = float((centred[0] * centred[1]).sum() / np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
+    if not cosine >= LEAST_COSINE:
+        raise RunFailure(f"the export's logits do not agree with the model's: cosine {cosine:.4f} < {LEAST_COSINE}")
+    return scorer, cosine
+
+
+def _measure(models: dict[str, str], prompts: list[list[int]], new_tokens: int, threads: int) -> dict[str, Any]:
+    """Medians of interleaved rounds, each in a fresh process."""
+    rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in models}
+    for _ in range(ROUNDS):
+        for engine, path in models.items():
+            job = {
+                "engine": engine, "model": path, "prompts": prompts, "new_tokens": new_tokens, "threads": threads,
+            }  # fmt: skip
+            rounds[engine].append(_measure_once(job))
+    return {
+        engine: {
+            "resident_bytes": statistics.median(r["resident_bytes"] for r in found),
+            "peak_bytes": statistics.median(r["peak_bytes"] for r in found),
+            "tokens_per_second": {
+                batch: statistics.median(r["tokens_per_second"][batch] for r in found) for batch in ("1", "8")
+            },
+            "outputs": found[0]["outputs"],
+        }
+        for engine, found in rounds.items()
+    }
+
+
+def _measure_once(job: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "job.json"
+        path.write_text(json.dumps(job))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+        result = subprocess.run(
+            [sys.executable, "-m", "raylm.compression.measure", str(path)],
+            env=environment, capture_output=True, text=True, timeout=MEASURE_SECONDS,
+        )  # fmt: skip
+    if result.returncode:
+        raise RunFailure(f"measuring {job['engine']} failed: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def _size(directory: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in directory.glob(pattern))
+
+
+def table(report: dict[str, Any]) -> str:
+    """Before and after as lines of text."""
+    rows = [("", report["before"]["engine"], report["after"]["engine"])]
+    for title, read in (
+        ("weights on disk, MB", lambda r: f"{r['weight_bytes'] / 1e6:.2f}"),
+        ("resident after load, MB", lambda r: f"{r['resident_bytes'] / 1e6:.0f}"),
+        ("peak memory, MB", lambda r: f"{r['peak_bytes'] / 1e6:.0f}"),
+        ("tokens/s, batch 1", lambda r: f"{r['tokens_per_second']['1']:,.0f}"),
+        ("tokens/s, batch 8", lambda r: f"{r['tokens_per_second']['8']:,.0f}"),
+        ("bits per byte", lambda r: f"{r['bits_per_byte']:.4f}"),
+    ):
+        rows.append((title, read(report["before"]), read(report["after"])))
+    lines = [f"  {title:<26}{one:>18}{other:>16}" for title, one, other in rows]
+    agreed = report["greedy_agreement"]
+    lines.append(
+        f"  greedy output: {agreed['identical_outputs']:.0%} of prompts identical, "
+        f"{agreed['tokens_before_first_difference']:.0%} of tokens before the first difference"
+    )
+    return "\n".join(lines)
