@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -34,8 +33,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         generate(chosen, new_tokens)
         speed[str(batch)] = batch * new_tokens / (time.perf_counter() - began)
     outputs = [tokens for i in range(0, len(prompts), 8) for tokens in generate(prompts[i : i + 8], new_tokens)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"resident_bytes": resident, "peak_bytes": peak, "tokens_per_second": speed, "outputs": outputs}
+    return {"resident_bytes": resident, "peak_bytes": _peak(), "tokens_per_second": speed, "outputs": outputs}
+
+
+def _peak() -> int:
+    # VmHWM starts anew with the program; ru_maxrss would still hold the parent's size from before exec.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return psutil.Process(os.getpid()).memory_info().rss
 
 
 def _resident() -> int:

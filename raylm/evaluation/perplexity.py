@@ -42,7 +42,7 @@ def make_stream(texts: Iterable[str], tokenizer) -> TextStream:
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     parts, size, count = [np.array([end])], 0, 0
     for text in texts:
-        parts.append(np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], end]))
+        parts.append(np.array([*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], end]))
         size += len(text.encode())
         count += 1
     return TextStream(np.concatenate(parts).astype(np.int64), size, count)

@@ -46,7 +46,10 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, key: str = "m
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    # A bar for each load says nothing on a stage's own output.
+    logging.disable_progress_bar()
     source = resolve_model(path, key)
     try:
         return AutoModelForCausalLM.from_pretrained(

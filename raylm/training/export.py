@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from raylm.models.loading import load_tokenizer
+from raylm.models.loading import load_model, load_tokenizer
 from raylm.training.checkpoints import CheckpointReader
 
 SHARD_BYTES = 2 * 1024**3
@@ -73,6 +73,6 @@ def _write_weights(reader: CheckpointReader, output: Path, dtype: torch.dtype) -
 @torch.no_grad()
 def largest_difference(output: Path, input_ids: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference of the reloaded model's logits from ``expected`` on ``input_ids`` (batch, time)."""
-    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    model = load_model(output).eval()
     logits = model(input_ids=input_ids, use_cache=False).logits
     return float((logits - expected).abs().max())
