@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from raylm.config.data import BYTE_ALPHABET, SPECIAL_TOKENS, TokenizerSection
 from raylm.config.stages import TrainConfig
 from raylm.errors import UserError
 from raylm.models.families import build_config, check_positions, parameter_count
@@ -18,6 +19,8 @@ from raylm.models.loading import load_tokenizer, resolve_model
 BYTES = 4
 # Tokens of one micro-batch beyond which a bigger one gains nothing on a CPU but takes memory.
 AUTO_MICRO_BATCH_TOKENS = 16384
+# Byte and character tokenizers find their vocabulary in the text; the plan takes the size of the byte one.
+FOUND_VOCABULARY = BYTE_ALPHABET + len(SPECIAL_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,5 @@ def _planned_tokenizer(config: TrainConfig):
     for source in config.data.train_sources:
         if (directory := Path(source) / "tokenizer").is_dir():
             return load_tokenizer(directory, "data.train")
-    if config.tokenizer is not None and config.tokenizer.vocab_size is not None:
-        return _PlannedTokenizer(config.tokenizer.vocab_size)
-    raise UserError("tokenizer: missing; give tokenizer.vocab_size, tokenizer.path, or prepared data in data.train")
+    section = config.tokenizer or TokenizerSection()
+    return _PlannedTokenizer(section.vocab_size or FOUND_VOCABULARY)

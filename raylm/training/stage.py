@@ -54,7 +54,7 @@ def validate(config: TrainConfig) -> None:
         load_tokenizer(config.model.path)
         model_config = AutoConfig.from_pretrained(resolve_model(config.model.path))
         check_positions(model_config, config.training.sequence_length)
-    elif source is not None or config.tokenizer is not None:
+    else:
         from raylm.parallel.plan import make_plan
 
         # CPUs and GPUs of the cluster are checked once it is joined.
