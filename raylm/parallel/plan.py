@@ -12,6 +12,7 @@ from pathlib import Path
 
 from raylm.config.data import BYTE_ALPHABET, SPECIAL_TOKENS, TokenizerSection
 from raylm.config.stages import TrainConfig
+from raylm.data.sources import open_sources
 from raylm.errors import UserError
 from raylm.models.families import build_config, check_positions, parameter_count
 from raylm.models.loading import load_tokenizer, resolve_model
@@ -202,5 +203,6 @@ def _planned_tokenizer(config: TrainConfig):
     for source in config.data.train_sources:
         if (directory := Path(source) / "tokenizer").is_dir():
             return load_tokenizer(directory, "data.train")
+    open_sources(config.data, config.data.train_sources, "data.train")
     section = config.tokenizer or TokenizerSection()
     return _PlannedTokenizer(section.vocab_size or FOUND_VOCABULARY)

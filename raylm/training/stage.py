@@ -58,7 +58,7 @@ def validate(config: TrainConfig) -> None:
         from raylm.parallel.plan import make_plan
 
         # CPUs and GPUs of the cluster are checked once it is joined.
-        make_plan(config, cpus=float("1e6"), gpus=0.0 if config.resources.gpus_per_worker != 1 else 1e6)
+        make_plan(config, cpus=1e6, gpus=0.0 if config.resources.gpus_per_worker != 1 else 1e6)
 
 
 def check_samples(config: TrainConfig, directory: Path) -> None:
