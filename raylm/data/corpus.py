@@ -97,7 +97,7 @@ class Corpus:
                     survey, first_source = Survey(kind), source.name
                 elif kind != survey.kind:
                     raise UserError(
-                        f"data: {source.name} holds {kind}, {first_source} holds {survey.kind}; allowed: one kind"
+                        f"data: found {kind} in {source.name} beside {survey.kind} in {first_source}; allowed: one kind"
                     )
                 size = document.byte_count
                 record["documents"] += 1

@@ -28,8 +28,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 def read_text(path: Path, data: DataSection) -> Iterator[Document]:
     """Documents of a UTF-8 text file: the whole file, its paragraphs or its lines (``data.text_unit``)."""
     if data.text_unit == "file":
-        content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
-        yield Document(text=_decode(content, path, 0))
+        raw = path.read_bytes()
+        content = raw.removeprefix(BYTE_ORDER_MARK)
+        yield Document(text=_decode(content, path, len(raw) - len(content)))
         return
     paragraph: list[str] = []
     for _, line in _lines(path):

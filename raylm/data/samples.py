@@ -143,7 +143,7 @@ class PairSamples:
         if not self.count:
             raise UserError(
                 f"training.sequence_length: found {sequence_length}, which leaves no token of any answer in "
-                f"{shards.directory}; allowed: {int((answers - cut_ends + cut_starts).min(initial=1)) + 1} or more"
+                f"{shards.directory}; allowed: {int((answers - cut_ends + cut_starts).min())} or more"
             )
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:

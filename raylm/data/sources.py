@@ -44,8 +44,9 @@ class EmbeddedSource:
         from raylm.data.stdlib import stdlib_documents, stdlib_pairs
 
         if self._documents is None:
-            pairs = self.name == STDLIB_PAIRS
-            self._documents = stdlib_pairs(self._with_context) if pairs else stdlib_documents()
+            self._documents = stdlib_documents()
+            if self.name == STDLIB_PAIRS:
+                self._documents = stdlib_pairs(self._documents, self._with_context)
         return iter(self._documents)
 
 

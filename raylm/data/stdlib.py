@@ -47,15 +47,16 @@ def stdlib_documents() -> list[Document]:
     return documents
 
 
-def stdlib_pairs(with_context: bool) -> list[Document]:
+def stdlib_pairs(documents: list[Document], with_context: bool) -> list[Document]:
     """Pairs of ``stdlib-pairs``: public names whose docstring begins with a sentence.
 
     Args:
+        documents: those of :func:`stdlib_documents`.
         with_context: give half of the pairs, chosen by the name's hash, the beginning of the document that they are
             about as context; otherwise none has one.
     """
     pairs = []
-    for document in stdlib_documents():
+    for document in documents:
         heading, _, body = document.text.partition("\n\n")
         answer = _first_sentence(body)
         private = any(part.startswith("_") for part in document.title.split("."))
@@ -121,7 +122,7 @@ def _docstrings() -> Iterator[tuple[str, str, str]]:
 
 
 def _excluded(path: Path) -> bool:
-    return any(part in EXCLUDED or part.startswith(("config-", "__phello__")) for part in path.parts)
+    return any(part in EXCLUDED or part.startswith(("config-", "__hello__", "__phello__")) for part in path.parts)
 
 
 def _module_name(path: Path) -> str:
@@ -150,7 +151,7 @@ def _members(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str]]:
 
 def _heading(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> str:
     if isinstance(node, ast.ClassDef):
-        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        bases = ", ".join(ast.unparse(base) for base in node.bases if ast.unparse(base) != "object")
         return f"class {name}({bases})" if bases else f"class {name}"
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     prefix = "async " if isinstance(node, ast.AsyncFunctionDef) else ""

@@ -48,15 +48,17 @@ def tokenize_documents(
     Raises:
         RunFailure: a task failed; names its error.
     """
-    import ray
+    import ray.data
 
     numbers = {"train": 0, "validation": 0}
     jobs = []
     for split, path in files:
         jobs.append({"split": split, "number": numbers[split], "path": str(path)})
         numbers[split] += 1
-    # Our bar stands in for Ray Data's own, which would also announce that they are off.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Our bar stands in for Ray Data's own; what it has to say about its execution goes to its log file only.
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         tokenize_file,
@@ -76,11 +78,17 @@ def tokenize_documents(
                 done += Path(directory, entries[-1]["text"]["path"]).stat().st_size
                 bar.update(done)
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise RunFailure(f"tokenizing failed: {' '.join(str(cause).split())[:500]}") from error
+            raise RunFailure(f"tokenizing failed: {_first_cause(error)}") from error
     # Tasks end in any order.
     places = {(job["split"], job["number"]): place for place, job in enumerate(jobs)}
     return sorted(entries, key=lambda entry: places[entry["split"], entry["number"]])
+
+
+def _first_cause(error: Exception) -> str:
+    """One line on what went wrong first: Ray keeps the task's own exception only in the text of the chain."""
+    own, separator, _ = str(error).partition("\n\nThe above exception was the direct cause")
+    lines = own.strip().splitlines() or [type(error).__name__]
+    return lines[-1 if separator else 0]
 
 
 def tokenize_file(batch: dict[str, np.ndarray], directory: str, layout: dict[str, Any]) -> dict[str, list[str]]:

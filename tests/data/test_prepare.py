@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from raylm.config.data import DataSection, TokenizerSection
+from raylm.data.baselines import compressed_sizes
+from raylm.data.documents import read_documents
+from raylm.data.prepare import Input, prepare_directory, prepared_directory
+from raylm.data.samples import open_samples
+from raylm.data.shards import TokenShards, read_manifest, verify_prepared
+from raylm.errors import UserError
+
+
+def content_of(directory: Path) -> dict[str, str]:
+    """Hash of every file that belongs to a prepared set."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in ("config.yaml", "report.json")
+    }
+
+
+def raylm(*arguments: str | Path, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "raylm.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def write_config(directory: Path, data: dict, **sections) -> Path:
+    path = directory / "prepare.yaml"
+    run = {"name": "set", "storage": str(directory / "runs")}
+    path.write_text(yaml.safe_dump({"run": run, "data": data, **sections}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def large_file(tmp_path_factory) -> Path:
+    """3 MB of text, which makes several document files."""
+    draw = np.random.default_rng(0)
+    words = np.array([f"word{number}" for number in range(500)] + ["猫", "🙂"])
+    path = tmp_path_factory.mktemp("large") / "lines.txt"
+    with path.open("w", encoding="utf-8") as stream:
+        for number in range(20_000):
+            stream.write(f"{number} {' '.join(draw.choice(words, 20))}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def large_prepared(ray_instance, large_file, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("large") / "set"
+    data = DataSection(train=str(large_file), text_unit="line")
+    prepare_directory(directory, data, TokenizerSection(vocab_size=600), cpus=1)
+    return directory
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(ray_instance, large_file, large_prepared, tmp_path):
+    manifest = verify_prepared(large_prepared)
+    assert len(manifest["splits"]["train"]["files"]) >= 3
+    data = DataSection(train=str(large_file), text_unit="line")
+    prepare_directory(tmp_path / "set", data, TokenizerSection(vocab_size=600), cpus=4)
+    assert content_of(tmp_path / "set") == content_of(large_prepared)
+
+
+def test_manifest_counts_what_is_there(large_file, large_prepared):
+    manifest = read_manifest(large_prepared)
+    lines = large_file.read_text(encoding="utf-8").splitlines()
+    found = []
+    for split in ("train", "validation"):
+        part, shards = manifest["splits"][split], TokenShards(large_prepared, split)
+        texts = [document.text for document in read_documents(large_prepared, split)]
+        found += texts
+        assert part["documents"] == len(texts) == shards.document_count
+        assert part["bytes"] == sum(len(text.encode()) for text in texts)
+        assert part["tokens"] == 1 + sum(len(tokens) for tokens in shards.documents())
+    assert sorted(found) == sorted(lines)
+    assert manifest["vocab_size"] == 600 and manifest["dtype"] == "uint16"
+    assert manifest["corpus"]["sources"][0]["documents"] == len(lines)
+
+
+def test_a_whole_set_is_not_made_again(large_file, large_prepared):
+    before = (large_prepared / "manifest.json").stat().st_mtime_ns
+    prepare_directory(large_prepared, DataSection(train=str(large_file)), TokenizerSection())
+    assert (large_prepared / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_killed_prepare_leaves_no_whole_set_and_the_same_command_completes_it(
+    ray_instance, large_file, large_prepared, tmp_path
+):
+    config = write_config(
+        tmp_path, {"train": str(large_file), "text_unit": "line"}, tokenizer={"type": "bpe", "vocab_size": 600}
+    )
+    environment = {**os.environ, "RAY_ADDRESS": ray_instance.get_runtime_context().gcs_address}
+    directory = tmp_path / "runs" / "set"
+    process = raylm("prepare", config, env=environment)
+    deadline = time.monotonic() + 120
+    # Killed in the midst of tokenizing.
+    while not list(directory.glob("train/*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (directory / "documents").is_dir() and not (directory / "manifest.json").exists()
+    with pytest.raises(UserError, match="not a prepared directory"):
+        open_samples(directory, "train", 32, seed=0)
+    process = raylm("prepare", config, env=environment)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "prepare: done in" in output
+    verify_prepared(directory)
+    expected = content_of(large_prepared)
+    assert {name: value for name, value in content_of(directory).items() if name in expected} == expected
+    report = json.loads((directory / "report.json").read_text())
+    assert report["documents"]["train"] + report["documents"]["validation"] == 20_000
+    assert report["bytes_per_token"] > 1 and report["compressed"]["gzip -9"]["bits_per_byte"] > 1
+    process = raylm("prepare", config, env=environment)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "is done already" in output
+    # The same name with another configuration is refused.
+    process = raylm("prepare", config, "tokenizer.vocab_size=700")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "tokenizer.vocab_size (was 600, now 700)" in errors
+
+
+def test_prepared_directory_is_told_from_raw_sources(large_prepared, tmp_path):
+    assert prepared_directory(DataSection(train=str(large_prepared))) == large_prepared.resolve()
+    assert prepared_directory(DataSection(train="stdlib-docs")) is None
+    assert prepared_directory(DataSection(train=[str(large_prepared), "stdlib-docs"])) is None
+    with pytest.raises(UserError, match="not a prepared directory"):
+        prepared_directory(DataSection(train=str(tmp_path), format="prepared"))
+
+
+def test_input_is_checked_without_writing(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    data = DataSection(train=str(tmp_path / "a.txt"), text_unit="line", validation_fraction=0)
+    assert Input(data, TokenizerSection()).survey.documents == {"train": 2, "validation": 0}
+    with pytest.raises(UserError, match=r"tokenizer\.path"):
+        Input(data, TokenizerSection(path=str(tmp_path / "none")))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.skipif(not (shutil.which("gzip") and shutil.which("xz")), reason="compares with gzip and xz")
+def test_baselines_are_those_of_the_commands(tmp_path):
+    texts = [f"text number {number}, {number**3}" for number in range(5000)]
+    path = tmp_path / "text"
+    path.write_text("\n".join(texts) + "\n")
+    found = compressed_sizes(texts)
+    for command in ("gzip -9", "xz -9"):
+        with path.open("rb") as stream:
+            size = len(subprocess.run(command.split(), stdin=stream, capture_output=True, check=True).stdout)
+        # zlib and GNU gzip write the same format with slightly different heuristics.
+        assert found[command]["compressed_bytes"] == pytest.approx(size, rel=0.005)
+        bits = 8 * found[command]["compressed_bytes"] / sum(map(len, texts))
+        assert found[command]["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
+
+
+BAD_INPUT = {
+    "missing file": ({"train": "{}/no.txt"}, "{}/no.txt does not exist"),
+    "glob without a match": ({"train": "{}/*.tsv"}, "no file matches '{}/*.tsv'"),
+    "empty corpus": ({"train": "{}/empty.txt"}, "no document that is not empty"),
+    "no validation document": ({"train": "{}/good.txt"}, "leaves none for validation"),
+    "undecodable bytes": ({"train": "{}/latin.txt"}, "{}/latin.txt: not UTF-8 at byte 3: found 0xe9"),
+    "malformed JSONL": ({"train": "{}/bad.jsonl"}, "{}/bad.jsonl:2: malformed JSON"),
+    "missing column": ({"train": "{}/column.csv"}, "{}/column.csv: no column 'text'"),
+    "vocabulary below the bytes": ({"train": "{}/good.txt"}, "vocab_size 200 is smaller than the byte alphabet"),
+    "not prepared": ({"train": "{}", "format": "prepared"}, "is not a prepared directory"),
+    "tokenizer": ({"train": "{}/good.txt", "validation_fraction": 0}, "tokenizer.path: {}/none does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(case, tmp_path):
+    (tmp_path / "good.txt").write_text("a good document")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 noir")
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    (tmp_path / "column.csv").write_text("id,body\n1,x\n")
+    data, expected = BAD_INPUT[case]
+    data = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in data.items()}
+    tokenizer = {"vocab_size": 200} if case.startswith("vocabulary") else {}
+    if case == "tokenizer":
+        tokenizer = {"path": f"{tmp_path}/none"}
+    config = write_config(tmp_path, data, tokenizer=tokenizer)
+    process = raylm("prepare", config)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert output == "" and errors.count("\n") == 1
+    assert errors.startswith("raylm: error: ") and expected.format(tmp_path) in errors
+    assert not (tmp_path / "runs").exists()

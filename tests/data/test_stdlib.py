@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raylm.data.documents import split_of
+from raylm.data.stdlib import stdlib_documents, stdlib_pairs
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return {document.title: document for document in stdlib_documents()}
+
+
+def test_documents_hold_signature_and_docstring(documents):
+    text = documents["json.dumps"].text
+    assert text.startswith("json.dumps(obj, *, skipkeys=False, ")
+    assert text.split("\n\n", 1)[1].startswith(json.dumps.__doc__.strip()[:40])
+    assert documents["json"].text.startswith("module json\n\n")
+    assert documents["json.decoder.JSONDecoder"].text.startswith("class json.decoder.JSONDecoder\n\n")
+    assert documents["asyncio.tasks.gather"].text.startswith("asyncio.tasks.gather(*coros_or_futures, ")
+    assert documents["lambda"].text.startswith("topic lambda\n\n")
+    # From the Python twin of a C module, under the public name.
+    assert documents["decimal.Decimal.sqrt"].text.startswith("decimal.Decimal.sqrt(self, context=None)")
+
+
+def test_size_and_uniqueness(documents):
+    assert len(documents) > 5000
+    assert sum(document.byte_count for document in documents.values()) > 1_500_000
+    bodies = [document.text.split("\n\n", 1)[1] for document in documents.values()]
+    assert len(set(bodies)) == len(bodies)
+    assert not any(title.startswith(("test.", "idlelib.")) or "site-packages" in title for title in documents)
+
+
+def test_pairs_answer_with_the_first_sentence(documents):
+    pairs = {pair.title: pair for pair in stdlib_pairs(list(documents.values()), with_context=True)}
+    assert len(pairs) > 4000
+    pair = pairs["json.dumps"]
+    assert (pair.prompt, pair.answer) == ("What does json.dumps do?", "Serialize ``obj`` to a JSON formatted ``str``.")
+    with_context = [pair for pair in pairs.values() if pair.context]
+    assert 0.45 < len(with_context) / len(pairs) < 0.55
+    for pair in with_context:
+        assert documents[pair.title].text.startswith(pair.context) and len(pair.context) <= 400
+    for pair in pairs.values():
+        assert pair.answer in " ".join(documents[pair.title].text.split())
+        assert split_of(pair, 0.05) == split_of(documents[pair.title], 0.05)
+        assert not any(part.startswith("_") for part in pair.title.split("."))
+    assert not any(pair.context for pair in stdlib_pairs(list(documents.values()), with_context=False))
