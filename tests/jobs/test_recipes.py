@@ -42,12 +42,13 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_prepare_and_pretrain_as_jobs(tmp_path: Path) -> None:
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    # The agent takes the jobs; its default port is held where the session's own Ray runs.
     head = subprocess.Popen(
         ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-         "--dashboard-host=127.0.0.1", "--disable-usage-stats"],
+         "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
