@@ -1,0 +1,116 @@
+"""``raylm serve`` as a user runs it: a real process, real HTTP, the ``openai`` client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def write_config(directory: Path, model: Path, port: int) -> Path:
+    path = directory / "serve.yaml"
+    path.write_text(
+        f"run: {{name: server, storage: {directory}}}\nmodel: {{path: {model}}}\n"
+        f"serving: {{port: {port}, name: tiny, engine: transformers}}\n"
+    )
+    return path
+
+
+def command(path: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "raylm.cli", "serve", str(path), *overrides]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    directory = tmp_path_factory.mktemp("server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(command(write_config(directory, tiny_model, port)), env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 180
+        while not healthy(url):
+            assert process.poll() is None, "the server ended"
+            assert time.monotonic() < deadline, "the server did not come up"
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@pytest.mark.slow
+def test_completion_equals_generate_and_streams(server: str, tiny_model: Path) -> None:
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = tokenizer("the quick brown", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    arguments = {"model": "tiny", "prompt": "the quick brown", "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**arguments)
+    assert whole.choices[0].text == expected
+    assert whole.usage.prompt_tokens == ids.shape[1]
+    streamed = client.completions.create(**arguments, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == expected
+
+
+@pytest.mark.slow
+def test_chat_answers_and_streams_the_same(server: str) -> None:
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    arguments = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
+    whole = client.chat.completions.create(**arguments)
+    streamed = client.chat.completions.create(**arguments, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert whole.usage.completion_tokens <= 8
+
+
+@pytest.mark.slow
+def test_mistakes_are_openai_errors(server: str) -> None:
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="256"):
+        client.completions.create(model="tiny", prompt="fox " * 400, max_tokens=8)
+
+
+@pytest.mark.parametrize("broken", ["missing model", "port in use"])
+def test_refused_with_one_line(broken: str, tiny_model: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        model = tiny_model
+        if broken == "missing model":
+            taken.close()
+            model = tmp_path / "nowhere"
+        result = subprocess.run(
+            command(write_config(tmp_path, model, port)), capture_output=True, text=True, timeout=120
+        )
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert ("nowhere" if broken == "missing model" else str(port)) in result.stderr
