@@ -36,7 +36,7 @@ def validate(config: TrainConfig) -> None:
     Raises:
         UserError: one line.
     """
-    from raylm.data.sources import open_sources
+    from raylm.data.prepare import Input
     from raylm.models.families import check_positions
     from raylm.models.loading import load_tokenizer, resolve_model
 
@@ -44,8 +44,8 @@ def validate(config: TrainConfig) -> None:
     if source is not None:
         check_samples(config, source)
     else:
-        open_sources(config.data, config.data.train_sources, "data.train")
-        open_sources(config.data, config.data.validation_sources, "data.validation")
+        # Reads all of it, so that a bad row is found before anything is written.
+        Input(config.data, tokenizer_section(config))
     if source is not None and config.tokenizer is not None:
         raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
     if config.model.path is not None:
@@ -59,6 +59,15 @@ def validate(config: TrainConfig) -> None:
 
         # CPUs and GPUs of the cluster are checked once it is joined.
         make_plan(config, cpus=1e6, gpus=0.0 if config.resources.gpus_per_worker != 1 else 1e6)
+
+
+def tokenizer_section(config: TrainConfig) -> TokenizerSection:
+    """How raw sources are tokenized: with an existing model's own tokenizer, else as the file says."""
+    if config.model.path is not None:
+        from raylm.models.loading import resolve_model
+
+        return TokenizerSection(path=resolve_model(config.model.path))
+    return config.tokenizer or TokenizerSection()
 
 
 def check_samples(config: TrainConfig, directory: Path) -> None:
@@ -76,16 +85,12 @@ def check_samples(config: TrainConfig, directory: Path) -> None:
 def ensure_data(config: TrainConfig, directory: Path) -> tuple[Path, Path]:
     """Prepare raw sources into ``<run>/data``; returns the data's and the tokenizer's directories."""
     from raylm.data.prepare import prepare_directory
-    from raylm.models.loading import resolve_model
 
     source = prepared_source(config)
     if source is not None:
         return source, source / "tokenizer"
     target = directory / "data"
-    tokenizer = config.tokenizer or TokenizerSection()
-    if config.model.path is not None:
-        tokenizer = TokenizerSection(path=resolve_model(config.model.path))
-    prepare_directory(target, config.data, tokenizer)
+    prepare_directory(target, config.data, tokenizer_section(config))
     check_samples(config, target)
     return target, target / "tokenizer"
 
