@@ -37,6 +37,7 @@ class Document:
         prompt, answer, context: the parts of a pair; empty for plain text. The context may be empty for a pair too.
         split_key: text whose hash decides between training and validation; the document's own text where empty.
         split: the side that the source itself has decided on, or None.
+        aliases: other names than the title, with spaces between; retrieval looks at them too.
     """
 
     text: str
@@ -46,6 +47,7 @@ class Document:
     context: str = ""
     split_key: str = ""
     split: Split | None = None
+    aliases: str = ""
 
     @property
     def id(self) -> str:
@@ -90,7 +92,7 @@ class DocumentWriter:
     """
 
     def __init__(self, directory: Path, split: Split, kind: Kind, file_bytes: int) -> None:
-        names = ["id", "title", "text"] + (["prompt", "answer", "context"] if kind == "pairs" else [])
+        names = ["id", "title", "text"] + (["prompt", "answer", "context"] if kind == "pairs" else ["aliases"])
         self._schema = pa.schema([(name, pa.string()) for name in names])
         self._directory, self._split, self._file_bytes = directory, split, file_bytes
         self._rows: list[Document] = []

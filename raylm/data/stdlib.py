@@ -13,10 +13,13 @@ import hashlib
 import inspect
 import re
 import sysconfig
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from raylm.data.documents import Document, make_pair
+from raylm.data.stdlib_names import PublicNames
 from raylm.errors import UserError
 
 # Tests, vendored packages and programs whose docstrings are no documentation of the library.
@@ -30,21 +33,35 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(])")
 def stdlib_documents() -> list[Document]:
     """Documents of ``stdlib-docs`` in the order of their files: a title line with the signature, then the docstring.
 
-    Identical docstrings and repeated names are kept once, the first of them.
+    Identical docstrings and repeated names are kept once, the first of them. ``aliases`` are other names under which
+    the library offers the same thing, and those of its twins (``ntpath.basename``, ``posixpath.basename``).
 
     Raises:
         UserError: this Python comes without the sources of its library.
     """
-    documents: list[Document] = []
-    seen: set[str] = set()
-    for title, heading, docstring in _docstrings():
+    documents: dict[str, Document] = {}
+    titles: set[str] = set()
+    twins: dict[str, list[str]] = defaultdict(list)
+    modules, packages = _modules()
+    for title, heading, docstring in _docstrings(modules):
         body = inspect.cleandoc(docstring).strip()
         # Source files may hold what UTF-8 cannot (lone surrogates in escapes); such a text is of no use.
-        if not body or title in seen or body in seen or not _encodable(body):
+        if not body or title in titles or not _encodable(body):
             continue
-        seen |= {title, body}
-        documents.append(Document(text=f"{heading}\n\n{body}", title=title, split_key=title))
-    return documents
+        titles.add(title)
+        if body not in documents:
+            documents[body] = Document(text=f"{heading}\n\n{body}", title=title, split_key=title)
+        elif title.rpartition(".")[2] == documents[body].title.rpartition(".")[2]:
+            twins[body].append(title)
+    public = PublicNames(modules, packages)
+    named = []
+    for body, document in documents.items():
+        names = [document.title, *twins[body]]
+        aliases = dict.fromkeys([*twins[body], *(other for name in names for other in public.of(name))])
+        # A name that has a document of its own stands for that one.
+        own = [alias for alias in aliases if alias not in titles or alias in twins[body]]
+        named.append(replace(document, aliases=" ".join(own)))
+    return named
 
 
 def stdlib_pairs(documents: list[Document], with_context: bool) -> list[Document]:
@@ -95,16 +112,16 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _docstrings() -> Iterator[tuple[str, str, str]]:
-    """(dotted name, title line, docstring) of everything documented, and of the language reference's topics."""
-    from pydoc_data.topics import topics
-
+def _modules() -> tuple[list[tuple[str, ast.Module]], set[str]]:
+    """The library's modules with their names, private twins last, and which of the names are packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in root.rglob("*.py") if not _excluded(path.relative_to(root))]
     if not paths:
         raise UserError(
             f"data.train: stdlib-docs: {root} has no Python source files; use a Python that comes with them"
         )
+    modules: list[tuple[str, ast.Module]] = []
+    packages: set[str] = set()
     # Public modules first: where a private twin documents the same name, the public one is kept.
     for path in sorted(paths, key=lambda path: (path.name.startswith("_py"), path.relative_to(root).as_posix())):
         name = _module_name(path.relative_to(root))
@@ -113,6 +130,17 @@ def _docstrings() -> Iterator[tuple[str, str, str]]:
         except (SyntaxError, ValueError):
             # Templates and files that are broken on purpose.
             continue
+        modules.append((name, module))
+        if path.name == "__init__.py":
+            packages.add(name)
+    return modules, packages
+
+
+def _docstrings(modules: list[tuple[str, ast.Module]]) -> Iterator[tuple[str, str, str]]:
+    """(dotted name, title line, docstring) of everything documented, and of the language reference's topics."""
+    from pydoc_data.topics import topics
+
+    for name, module in modules:
         docstring = ast.get_docstring(module, clean=False)
         if docstring:
             yield name, f"module {name}", docstring

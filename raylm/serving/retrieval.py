@@ -18,6 +18,7 @@ import pyarrow.parquet as parquet
 from raylm.errors import UserError
 
 COLUMNS = ("id", "title", "text")
+OPTIONAL_COLUMNS = ("aliases",)
 # Passages end at the first paragraph end after this many characters: about a hundred words.
 PASSAGE_CHARACTERS = 600
 # How much a match in the title counts against one in the text.
@@ -30,11 +31,12 @@ _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a document."""
+    """A piece of a document, with the document's id, title and other names."""
 
     id: str
     title: str
     text: str
+    aliases: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,25 +116,36 @@ class Collection:
     def __init__(self, passages: list[Passage]) -> None:
         self.passages = passages
         self._text_index = _index([tokenize(passage.text) for passage in passages])
-        self._title_index = _index([tokenize(passage.title) for passage in passages])
+        self._title_index = _index([tokenize(f"{passage.title} {passage.aliases}") for passage in passages])
 
     @classmethod
     def open(cls, directory: str | Path) -> Collection:
         """Read the documents of a prepared directory and index their passages."""
         passages = []
         for file in collection_files(directory):
-            for row in parquet.read_table(file, columns=list(COLUMNS)).to_pylist():
-                title = row["title"] or ""
-                passages += [Passage(row["id"], title, piece) for piece in split_passages(row["text"] or "")]
+            names = set(parquet.read_schema(file).names)
+            columns = [*COLUMNS, *(name for name in OPTIONAL_COLUMNS if name in names)]
+            for row in parquet.read_table(file, columns=columns).to_pylist():
+                title, aliases = row["title"] or "", row.get("aliases") or ""
+                passages += [Passage(row["id"], title, piece, aliases) for piece in split_passages(row["text"] or "")]
         return cls(passages)
 
     def search(self, question: str, count: int) -> list[Match]:
-        """The ``count`` best passages for ``question``, best first; only those that share a word with it."""
+        """The best passages of the ``count`` best documents for ``question``, best first.
+
+        Only passages that share a word with it, and one passage a document: further ones of the same would leave no
+        room for others.
+        """
         words = tokenize(question)
         scores = _scores(self._text_index, words) + TITLE_WEIGHT * _scores(self._title_index, words)
+        found: dict[str, Match] = {}
         # Stable: of equal passages the earlier one in its document comes first.
-        best = np.argsort(-scores, kind="stable")[:count]
-        return [Match(self.passages[place], float(scores[place])) for place in best if scores[place] > 0]
+        for place in np.argsort(-scores, kind="stable"):
+            if scores[place] <= 0 or len(found) == count:
+                break
+            passage = self.passages[place]
+            found.setdefault(passage.id, Match(passage, float(scores[place])))
+        return list(found.values())
 
 
 def _index(texts: list[list[str]]) -> bm25s.BM25:

@@ -47,3 +47,27 @@ def test_pairs_answer_with_the_first_sentence(documents):
         assert split_of(pair, 0.05) == split_of(documents[pair.title], 0.05)
         assert not any(part.startswith("_") for part in pair.title.split("."))
     assert not any(pair.context for pair in stdlib_pairs(list(documents.values()), with_context=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("os.path.join", "posixpath.join"),
+        # One docstring in both twins: kept under the first, found under either.
+        ("os.path.basename", "ntpath.basename"),
+        ("posixpath.basename", "ntpath.basename"),
+        ("asyncio.run", "asyncio.runners.run"),
+        ("asyncio.Queue.get", "asyncio.queues.Queue.get"),
+        ("unittest.TestCase.assertEqual", "unittest.case.TestCase.assertEqual"),
+        ("collections.abc.Mapping.get", "_collections_abc.Mapping.get"),
+    ],
+)
+def test_aliases_are_what_people_call_it(documents, name, title):
+    assert [document.title for document in documents.values() if name in document.aliases.split()] == [title]
+
+
+def test_aliases_name_nothing_that_a_module_merely_uses(documents):
+    assert "contextlib.wraps" not in documents["functools.wraps"].aliases.split()
+    for document in documents.values():
+        # A name with a document of its own belongs to that document.
+        assert not set(document.aliases.split()) & documents.keys()
