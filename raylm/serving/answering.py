@@ -82,7 +82,8 @@ async def answer_question(
     if wanted is None and service.context_length is not None:
         wanted = max(1, min(service.max_new_tokens, int(service.context_length * ANSWER_SHARE)))
     prompt, used = fit_prompt(service, request.question, matches, wanted or service.max_new_tokens)
-    parameters = service.parameters(request, wanted, len(prompt))
+    # The likeliest answer, unless the request asks for chance: sampling invents what the passages do not say.
+    parameters = service.parameters(request, wanted, len(prompt), temperature=0.0)
     return await send_reply(service, request, QuestionReply(service, matches, used), [prompt], [parameters])
 
 

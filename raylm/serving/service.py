@@ -115,11 +115,14 @@ class ModelService:
         # The template writes the special tokens itself.
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def parameters(self, request: GenerationRequest, max_tokens: int | None, prompt_tokens: int) -> SamplingParameters:
+    def parameters(
+        self, request: GenerationRequest, max_tokens: int | None, prompt_tokens: int, *, temperature: float = 1.0
+    ) -> SamplingParameters:
         """How to decode ``request`` after a prompt of ``prompt_tokens``.
 
         Args:
             max_tokens: what the request asks for; None takes what is allowed and fits.
+            temperature: of a request that does not say.
 
         Raises:
             RequestError: more than the server allows, or than the model's context holds.
@@ -139,7 +142,7 @@ class ModelService:
                     parameter="max_tokens" if max_tokens and room > 0 else "prompt",
                     code="context_length_exceeded",
                 )
-        temperature = 1.0 if request.temperature is None else request.temperature
+        temperature = temperature if request.temperature is None else request.temperature
         top_p = 1.0 if request.top_p is None else request.top_p
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         return SamplingParameters(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import socket
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +23,7 @@ from raylm.models.loading import first_line, load_tokenizer, resolve_model
 APPLICATION = "raylm"
 # Loading a large model from a slow disk takes minutes; a server that is not up by then will not come up.
 START_SECONDS = 600.0
+SILENT_SECONDS = 60.0
 
 
 def serve(config: ServeConfig) -> None:
@@ -32,22 +33,19 @@ def serve(config: ServeConfig) -> None:
         UserError: the configuration is wrong; nothing was started.
         RunFailure: the server did not come up, or died.
     """
-    from raylm.serving.app import model_name
-
-    interrupted = threading.Event()
-    with _signals(interrupted), running_server(config) as url:
-        name = model_name(config)
-        print(f"serving {name} at {url} (Ctrl-C stops it); try:")
-        print(f"  {example_request(url, name)}", flush=True)
-        misses = 0
-        while not interrupted.wait(timeout=2.0):
-            misses = 0 if health(url, timeout=60) else misses + 1
-            if misses >= 30:
-                raise RunFailure(f"the server at {url} no longer answers; Ray's logs are in {_log_directory()}")
-        print("stopping", flush=True)
-    directory = config.run.directory
-    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    print(f"served {report['requests']} texts, {report['generated_tokens']} tokens; report in {directory}/report.json")
+    run = check(config)
+    try:
+        # Ray puts a handler of its own on SIGTERM when it starts: ours must come after it.
+        with _serve_session(), _interrupted_by_sigterm(), _application(config, run) as url:
+            _announce(config, url)
+            _watch(url)
+    except KeyboardInterrupt:
+        pass
+    report = run.report() or {}
+    print(
+        f"stopped; served {report.get('requests', 0)} texts, {report.get('generated_tokens', 0)} tokens; "
+        f"report: {run.path}/report.json"
+    )
 
 
 @contextlib.contextmanager
@@ -59,32 +57,66 @@ def running_server(config: ServeConfig) -> Iterator[str]:
         RunFailure: the server did not come up.
     """
     run = check(config)
+    with _serve_session(), _application(config, run) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _serve_session() -> Iterator[None]:
+    """Ray with room for Ray Serve; a cluster that stays keeps nothing of it."""
+    import ray
+
     from raylm.cluster import ray_session
 
-    run.create()
-    # Written as root's handlers would have it: Serve reports every step of its own life otherwise.
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    began = time.monotonic()
+    stays = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
     with ray_session():
         from ray import serve as ray_serve
 
-        url = f"http://{_url_host(config.serving.host)}:{config.serving.port}"
+        # Serve reports every step of its own life otherwise.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if ray_serve.status().proxies:
+            raise UserError("Ray Serve already runs on this cluster; use `serve deploy`, or another cluster")
         try:
-            _start(config)
-            _wait_until_healthy(url)
-            started = time.monotonic()
-            yield url
-            last = health(url) or {}
+            yield
         finally:
-            ray_serve.shutdown()
-        run.write_report(
-            {
-                "url": url,
-                "start_seconds": round(started - began, 2),
-                "served_seconds": round(time.monotonic() - started, 2),
-                **{key: value for key, value in last.items() if key not in ("status", "running", "waiting")},
-            }
-        )
+            # Where Ray itself ends now, Serve ends with it, and without the error that its shutdown reports.
+            if stays:
+                ray_serve.shutdown()
+
+
+@contextlib.contextmanager
+def _application(config: ServeConfig, run: RunDirectory) -> Iterator[str]:
+    """The running application, from start to report; gives its base URL."""
+    from ray import serve as ray_serve
+
+    run.create()
+    began = time.monotonic()
+    url = f"http://{_url_host(config.serving.host)}:{config.serving.port}"
+    try:
+        _start(config)
+        _wait_until_healthy(url)
+        started = time.monotonic()
+        try:
+            yield url
+        finally:
+            _report(run, url, started - began, time.monotonic() - started)
+    finally:
+        ray_serve.delete(APPLICATION)
+
+
+def _report(run: RunDirectory, url: str, start_seconds: float, served_seconds: float) -> None:
+    last = health(url) or {}
+    counters = {key: value for key, value in last.items() if key not in ("status", "running", "waiting")}
+    times = {"start_seconds": round(start_seconds, 2), "served_seconds": round(served_seconds, 2)}
+    run.write_report({"url": url, **times, **counters})
+
+
+def _announce(config: ServeConfig, url: str) -> None:
+    from raylm.serving.app import model_name
+
+    name = model_name(config)
+    print(f"serving {name} at {url} (Ctrl-C stops it); try:")
+    print(f"  {example_request(config, url, name)}", flush=True)
 
 
 def check(config: ServeConfig) -> RunDirectory:
@@ -97,12 +129,12 @@ def check(config: ServeConfig) -> RunDirectory:
         raise UserError("model.path: missing; serve needs an existing model")
     run = RunDirectory("serve", config)
     run.check()
-    _check_address(config.serving.host, config.serving.port)
     check_model(config)
     if config.serving.collection is not None:
         from raylm.serving.retrieval import collection_files
 
         collection_files(config.serving.collection)
+    _check_address(config.serving.host, config.serving.port)
     return run
 
 
@@ -133,10 +165,12 @@ def health(url: str, timeout: float = 5.0) -> dict[str, Any] | None:
         return None
 
 
-def example_request(url: str, name: str) -> str:
+def example_request(config: ServeConfig, url: str, name: str) -> str:
     """A curl line that asks the server something."""
-    body = json.dumps({"model": name, "prompt": "The", "max_tokens": 32})
-    return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+    route, body = "completions", {"model": name, "prompt": "The", "max_tokens": 32}
+    if config.serving.collection is not None:
+        route, body = "qa", {"question": "What does json.dumps do?"}
+    return f"curl -s {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
 def _start(config: ServeConfig) -> None:
@@ -144,8 +178,6 @@ def _start(config: ServeConfig) -> None:
 
     from raylm.serving.app import build_application
 
-    if ray_serve.status().proxies:
-        raise RunFailure("Ray Serve already runs on this cluster; use `serve deploy`, or another cluster")
     serving = config.serving
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     ray_serve.start(
@@ -183,15 +215,24 @@ def _log_directory() -> str:
     return f"{ray._private.worker.global_worker.node.get_session_dir_path()}/logs/serve"
 
 
+def _watch(url: str) -> None:
+    """Return never; fail when the server has not answered for a minute."""
+    answered = time.monotonic()
+    while time.monotonic() - answered < SILENT_SECONDS:
+        time.sleep(2.0)
+        if health(url, timeout=SILENT_SECONDS):
+            answered = time.monotonic()
+    raise RunFailure(f"the server at {url} no longer answers; Ray's logs are in {_log_directory()}")
+
+
 @contextlib.contextmanager
-def _signals(event: threading.Event) -> Iterator[None]:
-    """Set ``event`` at SIGINT and SIGTERM instead of ending the process."""
-    previous = {number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _check_address(host: str, port: int) -> None:

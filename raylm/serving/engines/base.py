@@ -18,8 +18,8 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 
-# Below this, dividing logits by the temperature overflows without changing the likeliest token.
-LEAST_TEMPERATURE = 0.01
+# Below this, logits divided by the temperature may overflow: the likeliest token is taken.
+LEAST_TEMPERATURE = 1e-3
 
 
 class EngineFailure(Exception):
@@ -45,7 +45,7 @@ class SamplingParameters:
     @property
     def greedy(self) -> bool:
         """Whether nothing is left to chance."""
-        return self.temperature == 0
+        return self.temperature < LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class TokenStream:
         return tokens
 
     def cancel(self) -> None:
-        """Give the request's place free; harmless after the end."""
+        """Give the request's place free; what arrived and was not read is dropped. Harmless after the end."""
         if self.finish_reason is None and self._error is None:
-            self._error = "cancelled"
+            self._error, self._tokens = "cancelled", []
             self._engine._commands.put(_Cancel(self._number))
 
     def _receive(self, event: Event) -> None:

@@ -13,7 +13,7 @@ import openvino
 import openvino_genai
 
 from raylm.models.openvino import open_pipeline
-from raylm.serving.engines.base import LEAST_TEMPERATURE, Engine, EngineRequest, Event, FinishReason
+from raylm.serving.engines.base import Engine, EngineRequest, Event, FinishReason
 
 _REASONS: dict[openvino_genai.GenerationFinishReason, FinishReason] = {
     openvino_genai.GenerationFinishReason.STOP: "stop",
@@ -51,7 +51,7 @@ class OpenVinoEngine(Engine):
             stop_token_ids=set(self._end_ids),
         )
         if not parameters.greedy:
-            config.temperature = max(parameters.temperature, LEAST_TEMPERATURE)
+            config.temperature = parameters.temperature
             config.top_p = parameters.top_p
             config.rng_seed = parameters.seed
         prompt = openvino.Tensor(np.array([request.prompt_ids], dtype=np.int64))

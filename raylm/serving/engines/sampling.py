@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from raylm.serving.engines.base import LEAST_TEMPERATURE, FinishReason, SamplingParameters
+from raylm.serving.engines.base import FinishReason, SamplingParameters
 
 
 class Sampler:
@@ -24,7 +24,7 @@ class Sampler:
 
     def draw(self, logits: torch.Tensor) -> int:
         """A token id drawn from ``logits`` [vocabulary] by temperature and nucleus (Holtzman et al. 2020)."""
-        logits = logits.float().cpu() / max(self._parameters.temperature, LEAST_TEMPERATURE)
+        logits = logits.float().cpu() / self._parameters.temperature
         probabilities, tokens = logits.softmax(dim=-1).sort(descending=True)
         if self._parameters.top_p < 1:
             before = probabilities.cumsum(dim=-1) - probabilities
