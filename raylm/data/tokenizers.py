@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,3 +139,14 @@ def tokenizer_hash(directory: Path) -> str:
     digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
     digest.update(template.read_bytes() if template.is_file() else b"")
     return digest.hexdigest()
+
+
+def reused_hash(path: str) -> str:
+    """:func:`tokenizer_hash` of a set that would be prepared with ``tokenizer.path: path``.
+
+    Raises:
+        UserError: see :func:`reuse_tokenizer`.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        reuse_tokenizer(path).save_pretrained(directory)
+        return tokenizer_hash(Path(directory))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from raylm.cluster import cluster_resources, ray_session
 from raylm.config.data import TokenizerSection
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
+from raylm.data.sources import MANIFEST
 from raylm.errors import UserError
+
+if TYPE_CHECKING:
+    from raylm.data.prepare import Input
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -21,33 +27,33 @@ def finetune(config: FinetuneConfig) -> None:
     run_training("finetune", config)
 
 
-def prepared_source(config: TrainConfig) -> Path | None:
-    """The prepared directory that ``data.train`` names, or None where it names raw sources."""
-    if len(config.data.train_sources) == 1:
-        path = Path(config.data.train_sources[0]).expanduser()
-        if (path / "manifest.json").is_file():
-            return path.resolve()
-    return None
+def validate(config: TrainConfig) -> Input | None:
+    """Refuse what can be seen to be wrong before Ray starts; call once a run, on the driver.
 
-
-def validate(config: TrainConfig) -> None:
-    """Refuse what can be seen to be wrong before Ray starts.
+    Returns:
+        raw sources, read and checked, for :func:`ensure_data`; None where the data is prepared.
 
     Raises:
         UserError: one line.
     """
-    from raylm.data.prepare import Input
+    from raylm.data.prepare import Input, prepared_directory
+    from raylm.data.shards import verify_prepared
     from raylm.models.families import check_positions
     from raylm.models.loading import load_tokenizer, resolve_model
 
-    source = prepared_source(config)
+    source = prepared_directory(config.data)
+    checked = None
     if source is not None:
+        if config.tokenizer is not None:
+            raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
+        check_tokenizer(config, verify_prepared(source))
         check_samples(config, source)
+    elif (config.run.directory / "data" / MANIFEST).is_file():
+        # What an interrupted start of the same run has prepared.
+        verify_prepared(config.run.directory / "data")
     else:
         # Reads all of it, so that a bad row is found before anything is written.
-        Input(config.data, tokenizer_section(config))
-    if source is not None and config.tokenizer is not None:
-        raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
+        checked = Input(config.data, tokenizer_section(config))
     if config.model.path is not None:
         from transformers import AutoConfig
 
@@ -59,6 +65,26 @@ def validate(config: TrainConfig) -> None:
 
         # CPUs and GPUs of the cluster are checked once it is joined.
         make_plan(config, cpus=1e6, gpus=0.0 if config.resources.gpus_per_worker != 1 else 1e6)
+    return checked
+
+
+def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
+    """Refuse prepared data whose ids are not those of the model that training goes on from.
+
+    Raises:
+        UserError: one line.
+    """
+    if config.model.path is None:
+        return
+    from raylm.data.tokenizers import reused_hash
+
+    found, expected = manifest["tokenizer_hash"], reused_hash(tokenizer_section(config).path)
+    if found != expected:
+        raise UserError(
+            f"data.train: {', '.join(config.data.train_sources)} was prepared with another tokenizer than that of "
+            f"model.path {config.model.path} (hash {found[:12]}, {expected[:12]} is needed); prepare it again with "
+            f"tokenizer.path={config.model.path}"
+        )
 
 
 def tokenizer_section(config: TrainConfig) -> TokenizerSection:
@@ -82,17 +108,38 @@ def check_samples(config: TrainConfig, directory: Path) -> None:
         open_samples(directory, split, config.training.sequence_length, config.run.seed, config.objective.answer_only)
 
 
-def ensure_data(config: TrainConfig, directory: Path) -> tuple[Path, Path]:
-    """Prepare raw sources into ``<run>/data``; returns the data's and the tokenizer's directories."""
-    from raylm.data.prepare import prepare_directory
+def ensure_data(config: TrainConfig, directory: Path, checked: Input | None) -> tuple[Path, Path]:
+    """Prepare raw sources into ``<run>/data``; returns the data's and the tokenizer's directories.
 
-    source = prepared_source(config)
-    if source is not None:
-        return source, source / "tokenizer"
-    target = directory / "data"
-    prepare_directory(target, config.data, tokenizer_section(config))
-    check_samples(config, target)
-    return target, target / "tokenizer"
+    Args:
+        directory: the run directory.
+        checked: what :func:`validate` returned.
+    """
+    from raylm.data.prepare import prepare_directory, prepared_directory
+
+    source = prepared_directory(config.data)
+    if source is None:
+        source = directory / "data"
+        prepare_directory(source, config.data, tokenizer_section(config), checked=checked)
+        check_samples(config, source)
+    return source, source / "tokenizer"
+
+
+def bits_per_byte(config: TrainConfig, directory: Path, final: dict[str, Any]) -> dict[str, float | int]:
+    """The exported model's validation loss in bits per byte of text, with the bytes; empty where only a part counted.
+
+    The windows of the packed validation stream do not overlap, so ``raylm evaluate``, which gives each token more
+    context, finds less on the same bytes.
+    """
+    from raylm.data.shards import TokenShards
+
+    shards = TokenShards(directory, "validation")
+    if shards.kind != "documents" or config.training.evaluation_batches is not None:
+        return {}
+    whole = final["exported_step"] == final["step"]
+    loss = final["validation_loss"] if whole else final["best_validation_loss"]
+    nats = loss * (shards.token_count - 1)
+    return {"bits_per_byte": nats / math.log(2) / shards.byte_count, "validation_bytes": shards.byte_count}
 
 
 def run_training(stage: str, config: TrainConfig) -> None:
@@ -107,7 +154,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
     if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
         print(f"{stage}: {run.path} is done already (step {done['step']}); model in {run.path / 'model'}")
         return
-    validate(config)
+    checked = validate(config)
 
     from raylm.models.loading import resolve_model
     from raylm.parallel.plan import apply_layout, make_layout
@@ -119,7 +166,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
         layout = make_layout(config, cluster["CPU"], cluster["GPU"])
         run.create()
         with exclusive(run.path):
-            data_directory, tokenizer_directory = ensure_data(config, run.path)
+            data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
             job = TrainingJob(
                 config=apply_layout(config, layout),
                 stage=stage,
@@ -131,9 +178,11 @@ def run_training(stage: str, config: TrainConfig) -> None:
                 attempt=new_attempt(),
             )
             final = launch(job, config.resources.cpus_per_worker, config.resources.max_failures)
+    final |= bits_per_byte(config, data_directory, final)
     run.write_report({**final, "training": config.training.model_dump(mode="json")})
+    per_byte = f" ({final['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in final else ""
     print(
         f"{stage}: {final['step']} steps, {final['tokens']:,} tokens, validation loss {final['validation_loss']:.4f} "
-        f"nats; reloaded model's logits differ by {final['logits_difference']:.1e}\n"
+        f"nats{per_byte}; reloaded model's logits differ by {final['logits_difference']:.1e}\n"
         f"  model in {run.path / 'model'}, metrics in {run.path / 'metrics.jsonl'}"
     )

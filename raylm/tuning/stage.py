@@ -34,7 +34,7 @@ def tune(config: TuneConfig) -> None:
         print(f"tune: {run.path} is done already; best model in {run.path / 'model'}")
         print(table(done["trials"], list(config.tuning.space)))
         return
-    validate(config)
+    checked = validate(config)
     candidates = draw_candidates(config.tuning.space, config.tuning.trials, config.run.seed)
     for candidate in candidates:
         trial_config(config, candidate)
@@ -49,7 +49,7 @@ def tune(config: TuneConfig) -> None:
         configs, at_a_time, use_gpu = _resolve(config, candidates, cluster)
         run.create()
         with exclusive(run.path):
-            data_directory, tokenizer_directory = ensure_data(config, run.path)
+            data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
             base = TrainingJob(
                 config=configs[0],
                 stage="finetune",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raylm.config import load_config
+from raylm.config.data import DataSection
+from raylm.data.evaluation_texts import evaluation_texts
+from raylm.data.shards import TokenShards
 from raylm.errors import UserError
 from raylm.training.metrics import read_metrics
 from raylm.training.stage import finetune, pretrain
@@ -63,7 +68,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_run_directory_holds_what_the_design_says(finished: Path) -> None:
+def test_run_directory_holds_what_the_design_says(finished: Path, prepared: Path) -> None:
     lines = read_metrics(finished / "metrics.jsonl")
     assert losses(finished)[-1] < losses(finished)[0] - 0.5
     assert {"step", "tokens", "samples", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu"} <= set(
@@ -72,6 +77,12 @@ def test_run_directory_holds_what_the_design_says(finished: Path) -> None:
     assert [line["step"] for line in lines if "validation_loss" in line] == [12, 24]
     report = json.loads((finished / "report.json").read_text())
     assert report["logits_difference"] < 1e-4
+    shards = TokenShards(prepared, "validation")
+    nats = report["validation_loss"] * (shards.token_count - 1)
+    assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / shards.byte_count)
+    assert report["validation_bytes"] == sum(
+        len(text.encode()) for text in evaluation_texts(DataSection(train=str(prepared)))
+    )
     assert (finished / "checkpoints" / "LATEST").read_text().strip() == f"step-{STEPS:08d}"
     assert any((finished / "tensorboard").iterdir())
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
@@ -153,8 +164,6 @@ def test_killed_driver_resumes_with_the_same_command(finished: Path, prepared: P
 
 @pytest.mark.slow
 def test_damaged_checkpoint_is_passed_over(finished: Path, prepared: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = tmp_path / "whole"
     shutil.copytree(finished, run)
     (run / "report.json").unlink()
@@ -213,4 +222,30 @@ def test_refused_before_anything_starts(prepared: Path, tmp_path: Path, override
     with pytest.raises(UserError) as caught:
         pretrain(load_config("pretrain", path, overrides))
     assert expected in str(caught.value)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_damaged_prepared_data_is_refused(prepared: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "prepared"
+    shutil.copytree(prepared, copy)
+    tokens = next((copy / "train").glob("*.bin"))
+    content = bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokens-00000\.bin: damaged shard: wrong checksum"):
+        pretrain(load_config("pretrain", write_config(tmp_path, copy, "refused")))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_data_of_another_tokenizer_is_refused(prepared: Path, tiny_model: Path, tmp_path: Path) -> None:
+    values = {
+        "run": {"name": "refused", "storage": str(tmp_path)},
+        "data": {"train": str(prepared)},
+        "model": {"path": str(tiny_model)},
+        "training": {"steps": 1, "batch_size": 2, "sequence_length": 32},
+    }
+    path = tmp_path / "finetune.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"prepared with another tokenizer than that of model\.path"):
+        finetune(load_config("finetune", path))
     assert not (tmp_path / "refused").exists()
