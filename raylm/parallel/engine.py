@@ -152,10 +152,10 @@ class DataParallelEngine:
         """What this rank owns of the weights and the optimizer's moments (all of them at ZeRO 0 ``for_loading``)."""
         if self.zero_stage == 0:
             rank = None if for_loading else self.rank
-            return list(replicated_fragments(self.parameters, self.optimizer, rank, self.world_size))
+            return list(replicated_fragments(self.parameters, {}, self.optimizer, rank, self.world_size))
         if self.zero_stage == 3:
             return list(partitioned_fragments(self.parameters, self.engine.optimizer, self.rank))
-        return list(sharded_fragments(self.parameters, self.engine.optimizer))
+        return list(sharded_fragments(self.parameters, {}, self.engine.optimizer))
 
     @torch.no_grad()
     def adopt(self, read_weight: Callable[[str], torch.Tensor], optimizer_steps: int) -> None:

@@ -1,8 +1,8 @@
-"""Who holds which part of which parameter, under any ZeRO stage.
+"""Who holds which part of which parameter, under any layout and ZeRO stage.
 
-Every rank describes what it owns as :class:`Fragment` objects: a flat range of a parameter, with views of the fp32
-weight and of the optimizer's moments in that range. Checkpoints are written from these views and read into them,
-which is what makes them independent of the layout; nothing is gathered.
+Every rank describes what it owns as :class:`Fragment` objects: a rectangle of a whole parameter, with views of the fp32
+weight and of the optimizer's moments in it. Checkpoints are written from these views and read into them, which is what
+makes them independent of the layout; nothing is gathered.
 
 ZeRO's partitions are read from DeepSpeed's own tables: the ``_hp_mapping`` of stages 1 and 2, and the sub-groups and
 ``grad_position`` of stage 3 (deepspeed.runtime.zero.stage_1_and_2, stage3).
@@ -10,33 +10,30 @@ ZeRO's partitions are read from DeepSpeed's own tables: the ``_hp_mapping`` of s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-# Optimizer state that is a tensor of the parameter's shape.
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+from raylm.parallel.slicing import Offset, Shape, Slicing, boxes
 
 
 @dataclass
 class Fragment:
-    """A flat range of one parameter that this rank owns.
+    """A rectangle of one parameter that this rank owns.
 
     Attributes:
         name: the parameter's Hugging Face name.
         shape: shape of the whole parameter.
-        start: first element of the range in the flattened parameter.
-        length: elements in the range.
-        tensors: "weight" and the optimizer's moments -> fp32 views of ``length`` elements.
+        offset: the rectangle's first element in the whole parameter.
+        tensors: "weight" and the optimizer's moments -> fp32 views of the rectangle.
         group: index of the parameter group in the optimizer.
     """
 
     name: str
-    shape: tuple[int, ...]
-    start: int
-    length: int
+    shape: Shape
+    offset: Offset
     tensors: dict[str, torch.Tensor]
     group: int
 
@@ -61,12 +58,27 @@ def initialize_moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, gro
     return state
 
 
-def replicated_fragments(
-    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int | None, world_size: int
+def _fragments(
+    name: str, slicing: Slicing, start: int, length: int, flat: dict[str, torch.Tensor], group: int
 ) -> Iterator[Fragment]:
-    """ZeRO 0: every rank holds everything; each answers for one range of each parameter.
+    """The flat range of ``length`` elements from ``start``, of which ``flat`` holds the values, as fragments."""
+    for offset, shape, first, part in boxes(slicing, start, start + length):
+        count = torch.Size(shape).numel()
+        tensors = {kind: values[first : first + count].view(shape)[part] for kind, values in flat.items()}
+        yield Fragment(name, slicing.shape, offset, tensors, group)
+
+
+def replicated_fragments(
+    parameters: dict[str, nn.Parameter],
+    slicings: Mapping[str, Slicing],
+    optimizer: torch.optim.Optimizer,
+    rank: int | None,
+    world_size: int,
+) -> Iterator[Fragment]:
+    """ZeRO 0: every data-parallel rank holds everything; each answers for one range of each parameter.
 
     Args:
+        slicings: of the parameters that are cut over tensor-parallel ranks.
         rank: whose ranges; None for the whole parameters (what a load fills).
     """
     groups = {id(p): (i, group) for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -74,14 +86,15 @@ def replicated_fragments(
         index, group = groups[id(parameter)]
         state = initialize_moments(optimizer, parameter, group)
         start, stop = (0, parameter.numel()) if rank is None else even_range(parameter.numel(), rank, world_size)
-        if start == stop:
-            continue
-        tensors = {"weight": parameter.detach().view(-1)[start:stop]}
-        tensors |= {key: state[key].view(-1)[start:stop] for key in group["moments"]}
-        yield Fragment(name, tuple(parameter.shape), start, stop - start, tensors, index)
+        flat = {"weight": parameter.detach().view(-1)[start:stop]}
+        flat |= {key: state[key].view(-1)[start:stop] for key in group["moments"]}
+        slicing = slicings.get(name) or Slicing(tuple(parameter.shape))
+        yield from _fragments(name, slicing, start, stop - start, flat, index)
 
 
-def sharded_fragments(parameters: dict[str, nn.Parameter], zero_optimizer) -> Iterator[Fragment]:
+def sharded_fragments(
+    parameters: dict[str, nn.Parameter], slicings: Mapping[str, Slicing], zero_optimizer
+) -> Iterator[Fragment]:
     """ZeRO 1 and 2: each group's parameters lie end to end in a flat fp32 buffer that is cut evenly over the ranks."""
     inner = zero_optimizer.optimizer
     for name, parameter in parameters.items():
@@ -89,13 +102,14 @@ def sharded_fragments(parameters: dict[str, nn.Parameter], zero_optimizer) -> It
         if mapping is None:
             continue
         index = mapping.param_group_index
-        flat = zero_optimizer.single_partition_of_fp32_groups[index]
+        whole = zero_optimizer.single_partition_of_fp32_groups[index]
         group = inner.param_groups[index]
-        state = initialize_moments(inner, flat, group)
+        state = initialize_moments(inner, whole, group)
         where = mapping.hp_fragment_address
-        tensors = {"weight": flat.detach()[where.start : where.start + where.numel]}
-        tensors |= {key: state[key][where.start : where.start + where.numel] for key in group["moments"]}
-        yield Fragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, where.numel, tensors, index)
+        flat = {"weight": whole.detach()[where.start : where.start + where.numel]}
+        flat |= {key: state[key][where.start : where.start + where.numel] for key in group["moments"]}
+        slicing = slicings.get(name) or Slicing(tuple(parameter.shape))
+        yield from _fragments(name, slicing, mapping.lp_fragment_address.start, where.numel, flat, index)
 
 
 def partitioned_fragments(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> Iterator[Fragment]:
@@ -104,14 +118,12 @@ def partitioned_fragments(parameters: dict[str, nn.Parameter], zero_optimizer, r
     for name, parameter in parameters.items():
         sub_group, offset, _ = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
         index = zero_optimizer.sub_group_to_group_id[sub_group]
-        flat = zero_optimizer.fp32_partitioned_groups_flat[sub_group]
+        whole = zero_optimizer.fp32_partitioned_groups_flat[sub_group]
         group = inner.param_groups[index]
-        state = initialize_moments(inner, flat, group)
+        state = initialize_moments(inner, whole, group)
         per_rank = parameter.ds_tensor.ds_numel
         start = min(rank * per_rank, parameter.ds_numel)
         length = min(per_rank, parameter.ds_numel - start)
-        if length <= 0:
-            continue
-        tensors = {"weight": flat.detach()[offset : offset + length]}
-        tensors |= {key: state[key][offset : offset + length] for key in group["moments"]}
-        yield Fragment(name, tuple(parameter.ds_shape), start, length, tensors, index)
+        flat = {"weight": whole.detach()[offset : offset + length]}
+        flat |= {key: state[key][offset : offset + length] for key in group["moments"]}
+        yield from _fragments(name, Slicing(tuple(parameter.ds_shape)), start, max(0, length), flat, index)

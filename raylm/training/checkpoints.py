@@ -1,9 +1,9 @@
 """Layout-free checkpoints: fp32 weights and optimizer moments under their Hugging Face names.
 
-Each rank writes one safetensors file with the flat ranges that it owns, keyed ``kind/name@start``; nothing is gathered.
-A load takes whatever ranges it needs out of all files, so that any number of workers at any ZeRO stage can read what
-any other wrote. A checkpoint is written under a partial name in the background, renamed when every rank is done, and
-only then named in ``LATEST``; one that is damaged is passed over for the one before.
+Each rank writes one safetensors file with the rectangles of the parameters that it owns, keyed ``kind/name@offset``
+(the offset's numbers joined by commas); nothing is gathered. A load takes whatever parts it needs out of all files, so
+that any layout can read what any other wrote. A checkpoint is written under a partial name in the background, renamed
+when every rank is done, and only then named in ``LATEST``; one that is damaged is passed over for the one before.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from raylm.config.run_directory import write_atomically
 from raylm.parallel.fragments import Fragment
+from raylm.parallel.slicing import Offset, Shape, Slicing, boxes
 
 LATEST, BEST, MANIFEST = "LATEST", "BEST", "checkpoint.json"
 COMMIT_TIMEOUT_SECONDS = 600.0
@@ -37,6 +38,10 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _digest(stream: Any) -> str:
@@ -88,7 +93,7 @@ class CheckpointWriter:
         """Copy ``fragments`` now and write them in the background; ``state`` (JSON) is rank 0's."""
         self.wait()
         tensors = {
-            f"{kind}/{fragment.name}@{fragment.start}": tensor.detach().to("cpu", torch.float32, copy=True)
+            f"{kind}/{fragment.name}@{','.join(map(str, fragment.offset))}": _copy_of(tensor)
             for fragment in fragments
             for kind, tensor in fragment.tensors.items()
         }
@@ -156,20 +161,20 @@ class CheckpointWriter:
 
 
 class CheckpointReader:
-    """Reads flat ranges out of a checkpoint, whoever wrote them."""
+    """Reads rectangles of parameters and moments out of a checkpoint, whoever wrote them."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         manifest = json.loads((directory / MANIFEST).read_text())
         self.state: dict[str, Any] = manifest["state"]
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(s) for name, s in manifest["shapes"].items()}
-        self._ranges: dict[str, list[tuple[int, int, Any, str]]] = defaultdict(list)
+        self._chunks: dict[str, list[tuple[Offset, Shape, Any, str]]] = defaultdict(list)
         for name in manifest["files"]:
             file = safe_open(directory / name, framework="pt")
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                whole, _, start = key.rpartition("@")
-                length = file.get_slice(key).get_shape()[0]
-                self._ranges[whole].append((int(start), length, file, key))
+                whole, _, where = key.rpartition("@")
+                offset = tuple(int(number) for number in where.split(",") if number)
+                self._chunks[whole].append((offset, tuple(file.get_slice(key).get_shape()), file, key))
 
     def fill(self, fragment: Fragment) -> None:
         """Copy into the fragment's views what the checkpoint has for them.
@@ -178,21 +183,34 @@ class CheckpointReader:
             SafetensorError: the checkpoint lacks a part of it.
         """
         for kind, tensor in fragment.tensors.items():
-            self._copy(f"{kind}/{fragment.name}", fragment.start, tensor)
+            self._copy(f"{kind}/{fragment.name}", fragment.offset, tensor)
 
     def weight(self, name: str) -> torch.Tensor:
         """The whole fp32 weight ``name`` in its shape."""
-        shape = self.shapes[name]
-        flat = torch.empty(torch.Size(shape).numel())
-        self._copy(f"weight/{name}", 0, flat)
-        return flat.view(shape)
+        return self.part(name, Slicing(self.shapes[name]))
 
-    def _copy(self, key: str, start: int, target: torch.Tensor) -> None:
-        filled, stop = 0, start + target.numel()
-        for first, length, file, full_key in self._ranges.get(key, ()):
-            low, high = max(start, first), min(stop, first + length)
-            if low < high:
-                target[low - start : high - start].copy_(file.get_slice(full_key)[low - first : high - first])
-                filled += high - low
+    def part(self, name: str, slicing: Slicing) -> torch.Tensor:
+        """The part of the fp32 weight ``name`` that ``slicing`` means; reads no more than that.
+
+        Raises:
+            SafetensorError: the checkpoint lacks a part of it.
+        """
+        part = torch.empty(slicing.local_shape)
+        for offset, shape, first, inside in boxes(slicing, 0, part.numel()):
+            count = torch.Size(shape).numel()
+            self._copy(f"weight/{name}", offset, part.view(-1)[first : first + count].view(shape)[inside])
+        return part
+
+    def _copy(self, key: str, offset: Offset, target: torch.Tensor) -> None:
+        filled = 0
+        for first, shape, file, full_key in self._chunks.get(key, ()):
+            low = [max(a, b) for a, b in zip(offset, first, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, target.shape, first, shape, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, first, strict=True))
+            here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
+            target[here].copy_(file.get_slice(full_key)[there])
+            filled += target[here].numel()
         if filled != target.numel():
-            raise SafetensorError(f"{self.directory} holds {filled} of {target.numel()} elements of {key} at {start}")
+            raise SafetensorError(f"{self.directory} holds {filled} of {target.numel()} elements of {key} at {offset}")
