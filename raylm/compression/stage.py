@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from raylm.compression.measure import BATCH_SIZES
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
@@ -38,6 +39,7 @@ def compress(config: CompressConfig) -> None:
     """
     from raylm.compression.openvino import check_installed, export_int8
     from raylm.evaluation.stage import open_text, window_of
+    from raylm.models.families import check_positions
     from raylm.models.loading import load_model, load_tokenizer, resolve_model
 
     run = RunDirectory("compress", config)
@@ -54,6 +56,11 @@ def compress(config: CompressConfig) -> None:
     tokenizer = load_tokenizer(source)
     model = load_model(source)
     window = window_of(config.evaluation, model.config)
+    check_positions(
+        model.config,
+        config.compression.prompt_tokens + config.compression.new_tokens,
+        "compression.prompt_tokens + compression.new_tokens",
+    )
     stream = open_text(config.data, config.evaluation.split, tokenizer)
     prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
     run.create()
@@ -153,7 +160,8 @@ def _measure(models: dict[str, str], prompts: list[list[int]], new_tokens: int, 
             "resident_bytes": statistics.median(r["resident_bytes"] for r in found),
             "peak_bytes": statistics.median(r["peak_bytes"] for r in found),
             "tokens_per_second": {
-                batch: statistics.median(r["tokens_per_second"][batch] for r in found) for batch in ("1", "8")
+                batch: statistics.median(r["tokens_per_second"][batch] for r in found)
+                for batch in map(str, BATCH_SIZES)
             },
             "outputs": found[0]["outputs"],
         }

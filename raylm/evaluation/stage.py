@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from raylm.cluster import cluster_resources, ray_session, worker_environment
@@ -12,7 +13,7 @@ from raylm.config.data import DataSection
 from raylm.config.evaluation import EvaluationSection
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import EvaluateConfig
-from raylm.errors import UserError
+from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import (
     TextStream,
     TransformersScorer,
@@ -22,6 +23,7 @@ from raylm.evaluation.perplexity import (
     make_stream,
     window_batches,
 )
+from raylm.models.loading import first_line
 from raylm.progress import ProgressBar
 
 LONGEST_DEFAULT_WINDOW = 1024
@@ -71,12 +73,18 @@ def window_of(section: EvaluationSection, model_config) -> tuple[int, int, int]:
     return length, stride, fixed_batch_size(section.batch_size, length, model_config.vocab_size)
 
 
-def score_share(model_path: str, tokens, batches: list, numbers: list[int]) -> list[tuple[int, float]]:
-    """What one Ray worker does: load the model, score its batches; (batch number, nats) of each."""
-    from raylm.models.loading import load_model
+class BatchScorer:
+    """What one Ray worker holds: the model and the stream; scores one batch a call."""
 
-    scorer = TransformersScorer(load_model(model_path))
-    return [(number, scorer(*batch_arrays(tokens, batches[number]))) for number in numbers]
+    def load(self, model_path: str, tokens) -> None:
+        """Load the model; not in the constructor, whose exceptions Ray does not hand on as they are."""
+        from raylm.models.loading import load_model
+
+        self._score, self._tokens = TransformersScorer(load_model(model_path)), tokens
+
+    def score(self, windows: list[tuple[int, int, int]]) -> float:
+        """Summed negative log-likelihood of the batch ``windows``, nats."""
+        return self._score(*batch_arrays(self._tokens, windows))
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -125,16 +133,13 @@ def evaluate_stream(
     workers = config.resources.workers if config.resources.workers != "auto" else min(fitting, len(batches))
     if workers > fitting:
         raise UserError(f"resources.workers: found {workers}, allowed: at most {fitting} with {cpus:g} CPUs each")
-    task = ray.remote(score_share).options(num_cpus=cpus, runtime_env={"env_vars": worker_environment(cpus)})
-    shared, plan = ray.put(stream.tokens), ray.put(batches)
+    actor = ray.remote(BatchScorer).options(num_cpus=cpus, runtime_env={"env_vars": worker_environment(cpus)})
+    shared = ray.put(stream.tokens)
     began = time.perf_counter()
-    waiting = [task.remote(source, shared, plan, list(range(w, len(batches), workers))) for w in range(workers)]
-    nats: dict[int, float] = {}
-    with ProgressBar("evaluate", len(batches), "batches") as bar:
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            nats |= dict(ray.get(done[0]))
-            bar.update(len(nats))
+    scorers = [actor.remote() for _ in range(workers)]
+    with _worker_errors():
+        ray.get([scorer.load.remote(source, shared) for scorer in scorers])
+    nats = score_batches(scorers, batches)
     seconds = time.perf_counter() - began
     return {
         **figures(stream, math.fsum(nats[number] for number in range(len(batches)))),
@@ -144,3 +149,45 @@ def evaluate_stream(
         "seconds": seconds,
         "tokens_per_second": (len(stream.tokens) - 1) / seconds,
     }
+
+
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    """A worker's user error as it is, any other failure of a worker as a :class:`RunFailure` of one line."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise RunFailure(
+            f"evaluate: a worker failed: {type(error.cause).__name__}: {first_line(error.cause)}"
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise RunFailure(f"evaluate: a worker was lost: {first_line(error)}") from error
+
+
+def score_batches(scorers: list[Any], batches: list) -> dict[int, float]:
+    """Nats of each of ``batches`` by its number; a :class:`BatchScorer` that is done with one gets the next.
+
+    Raises:
+        RunFailure: a worker failed or was lost.
+    """
+    import ray
+
+    numbers = iter(range(len(batches)))
+    waiting = {}
+    nats: dict[int, float] = {}
+    with _worker_errors(), ProgressBar("evaluate", len(batches), "batches") as bar:
+        # Two batches at each worker, so that none waits for the driver.
+        for scorer, number in zip(scorers * 2, numbers, strict=False):
+            waiting[scorer.score.remote(batches[number])] = (scorer, number)
+        while waiting:
+            done, _ = ray.wait(list(waiting))
+            scorer, number = waiting.pop(done[0])
+            nats[number] = ray.get(done[0])
+            bar.update(len(nats))
+            if (following := next(numbers, None)) is not None:
+                waiting[scorer.score.remote(batches[following])] = (scorer, following)
+    return nats

@@ -57,19 +57,19 @@ def check_export(directory: str | Path, key: str = "model.path") -> Path:
 
 
 def open_pipeline(
-    directory: str | Path, cache_gigabytes: int, threads: int, *, sequences: int = 64
+    directory: str | Path, cache_gigabytes: int, threads: int, *, sequences: int = 64, prefix_caching: bool = True
 ) -> ContinuousBatchingPipeline:
     """Open the OpenVINO export in ``directory`` for continuous batching on the CPU.
 
     Requests are token ids (``openvino.Tensor``, int64, [1, tokens]) and per-request ``GenerationConfig``. End tokens
-    come from the export's generation_config.json. Prefix caching is on: the keys and values of a prompt's start that
-    an earlier request had are reused.
+    come from the export's generation_config.json.
 
     Args:
         directory: model directory with ``openvino/`` inside, or that folder.
         cache_gigabytes: upper limit of the key-value cache; it grows as needed.
         threads: threads of a step.
         sequences: sequences decoded together.
+        prefix_caching: reuse the keys and values of a prompt's start that an earlier request had.
 
     Raises:
         UserError: no export there, damaged, or OpenVINO not installed.
@@ -82,7 +82,7 @@ def open_pipeline(
     scheduler.max_num_seqs = sequences
     scheduler.max_num_batched_tokens = TOKENS_PER_STEP
     scheduler.dynamic_split_fuse = True
-    scheduler.enable_prefix_caching = True
+    scheduler.enable_prefix_caching = prefix_caching
     # Left to itself the plugin computes in bf16 where the CPU can, which turns near ties the other way from one
     # batch to the next. fp32 activations were as fast on AVX-512 with int8 weights, and give the same text anywhere.
     properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from raylm.config import load_config
-from raylm.errors import UserError
+from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import (
     TransformersScorer,
     batch_arrays,
@@ -22,7 +23,7 @@ from raylm.evaluation.perplexity import (
     window_batches,
 )
 from raylm.evaluation.report import write_html
-from raylm.evaluation.stage import evaluate
+from raylm.evaluation.stage import BatchScorer, evaluate, score_batches
 from raylm.models.loading import load_model, load_tokenizer
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "中文 and emoji 🙂", "dogs and foxes " * 12]
@@ -99,3 +100,24 @@ def test_refused(tiny_model: Path, tmp_path: Path, override: str, expected: str)
         evaluate(load_config("evaluate", path, [override]))
     assert expected in str(caught.value)
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_damaged_model_is_named(ray_instance, tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.path: .*model cannot be loaded"):
+        evaluate(load_config("evaluate", write_config(tmp_path, copy, "damaged")))
+
+
+def test_a_lost_worker_is_a_failure_at_run_time(ray_instance, tiny_model: Path, tmp_path: Path) -> None:
+    """A worker that is killed while it scores ends the stage with one line, not with Ray's traceback."""
+    import ray
+
+    scorers = [ray.remote(BatchScorer).options(num_cpus=1, max_restarts=0).remote()]
+    stream = make_stream(TEXTS * 40, load_tokenizer(tiny_model))
+    ray.get(scorers[0].load.remote(str(tiny_model), stream.tokens))
+    ray.kill(scorers[0])
+    with pytest.raises(RunFailure, match="evaluate: a worker was lost"):
+        score_batches(scorers, window_batches(len(stream.tokens), 64, 32, 1))
