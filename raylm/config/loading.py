@@ -191,6 +191,8 @@ _FREE_KEYS = {
     "training.evaluate_every_steps",
     "training.evaluation_batches",
     "training.early_stopping",
+    "training.anomalies",
+    "training.log_samples",
 }
 
 

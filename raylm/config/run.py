@@ -44,6 +44,10 @@ class ResourcesSection(Section):
     """GPUs that a worker holds, 0 or 1; ``auto`` is 1 where the cluster has GPUs."""
     max_failures: int = Field(default=3, ge=0)
     """How often a run restarts from its last checkpoint after workers died."""
+    collective_timeout_seconds: float = Field(default=600.0, ge=1)
+    """Longest wait for the other workers in a collective operation; then stacks are dumped and all restart."""
+    heartbeat_seconds: float | None = Field(default=60.0, ge=5)
+    """A worker that gives no sign of life for so long is taken for hung, and the workers restart."""
 
     @field_validator("workers")
     @classmethod

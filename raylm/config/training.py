@@ -20,6 +20,21 @@ class EarlyStoppingSection(Section):
     """A fall smaller than this does not count as an improvement."""
 
 
+class AnomaliesSection(Section):
+    """``training.anomalies``: what to do about a gradient that is not finite, or a loss that jumps."""
+
+    policy: Literal["stop", "skip", "roll_back"] = "stop"
+    """stop ends the run. skip goes on from the last checkpoint without the batch; roll_back leaves out all batches
+    since that checkpoint too (Chowdhery et al. 2022, section 5.1)."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """A loss above this many times the median of the last ``window`` steps is an anomaly; by default only a gradient
+    that is not finite is."""
+    window: int = Field(default=50, ge=2)
+    """Steps of which the median is taken; no loss counts as a spike before a run has made so many."""
+    limit: int = Field(default=10, ge=1)
+    """Anomalies after which the run ends all the same."""
+
+
 class TrainingSection(Section):
     """``training``: length, batch, optimizer, schedule, precision, logging."""
 
@@ -67,6 +82,10 @@ class TrainingSection(Section):
     """Batches an evaluation reads; by default the whole validation set."""
     early_stopping: EarlyStoppingSection | None = None
     """Stop when a metric no longer improves; off by default."""
+    anomalies: AnomaliesSection = AnomaliesSection()
+    """What to do about a gradient that is not finite, or a loss that jumps."""
+    log_samples: bool = False
+    """Write the numbers of the samples of every step to samples/, one file a worker."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
@@ -105,4 +124,6 @@ class CheckpointSection(Section):
     every_seconds: float | None = Field(default=60.0, gt=0)
     """Seconds between two checkpoints; the end of training always saves one."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints to keep; the best one is kept as well under early stopping."""
+    """Newest checkpoints to keep; under evaluate_every_steps the one with the best validation loss is kept as well."""
+    asynchronous: bool = True
+    """Write in the background; training waits only where a write lasts longer than a forward and backward pass."""

@@ -36,13 +36,36 @@ def step_batches(
     micro_batch_size: int,
     device: torch.device,
 ) -> list[Batch]:
-    """This rank's micro-batches of ``step``: a contiguous share of the step's ``batch_size`` sample indices."""
-    share = batch_size // world_size
-    first = step * batch_size + rank * share
-    return [
-        to_tensors(samples, np.arange(start, start + micro_batch_size), device)
-        for start in range(first, first + share, micro_batch_size)
-    ]
+    """This rank's micro-batches of batch ``step``: a contiguous share of its ``batch_size`` sample indices.
+
+    Every rank has equally many, of equal size; where the batch does not divide, the last ones are filled up with
+    sequences in which no target counts.
+    """
+    indices = rank_samples(step, batch_size, rank, world_size)
+    count = micro_batches(batch_size, world_size, micro_batch_size)
+    parts = [indices[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(count)]
+    return [_filled_up(samples, part, micro_batch_size, device) for part in parts]
+
+
+def rank_samples(step: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    """The sample indices of batch ``step`` that ``rank`` takes."""
+    share = -(-batch_size // world_size)
+    first, stop = min(rank * share, batch_size), min((rank + 1) * share, batch_size)
+    return np.arange(step * batch_size + first, step * batch_size + stop)
+
+
+def micro_batches(batch_size: int, world_size: int, micro_batch_size: int) -> int:
+    """Micro-batches of one step on each rank."""
+    return -(-batch_size // (world_size * micro_batch_size))
+
+
+def _filled_up(samples: Samples, indices: np.ndarray, size: int, device: torch.device) -> Batch:
+    missing = size - len(indices)
+    # Any sample will do as filling.
+    batch = to_tensors(samples, np.concatenate([indices, np.zeros(missing, indices.dtype)]), device)
+    if missing:
+        batch["targets"][-missing:] = IGNORED
+    return batch
 
 
 def evaluation_batches(

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from raylm.models.loading import load_model, load_tokenizer
 from raylm.training.checkpoints import CheckpointReader
+from raylm.training.storage import Storage
 
 SHARD_BYTES = 2 * 1024**3
 
 
 def export_model(
-    checkpoint: Path, config: PretrainedConfig, tokenizer_directory: Path, output: Path, dtype: torch.dtype
+    checkpoint: Path | Storage, config: PretrainedConfig, tokenizer_directory: Path, output: Path, dtype: torch.dtype
 ) -> None:
     """Write ``output`` (config, safetensors, tokenizer, generation config) from ``checkpoint``; it appears whole.
 

@@ -7,81 +7,120 @@ progress that rank 0 sends, and turns a failure into one line with the first fai
 from __future__ import annotations
 
 import fcntl
+import os
+import sys
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylm.cluster import worker_environment
 from raylm.errors import RunFailure, UserError
 from raylm.progress import ProgressBar
 from raylm.training.worker import TrainingJob, Worker
 
+if TYPE_CHECKING:
+    from raylm.training.board import Failure
+
 POLL_SECONDS = 0.5
 HANDOVER_SECONDS = 60.0
+# Within which the workers are to save a checkpoint and end, after the driver was told to.
+STOP_SECONDS = 120.0
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
     import ray
     import ray.train
+    import torch.distributed as dist
 
     from raylm.parallel.environment import prepare_deepspeed
 
     job: TrainingJob = settings["job"]
     prepare_deepspeed(job.use_gpu)
+    from raylm.training.health import HealthMonitor
     from raylm.training.loop import TrainingLoop
+    from raylm.training.preemption import Notices
 
-    context = ray.train.get_context()
-    loop = TrainingLoop(job, Worker(context.get_world_rank(), context.get_world_size()))
-    if job.progress is not None and context.get_world_rank() == 0:
-        job.progress.update.remote({"total_steps": loop.total_steps})
-    final = loop.run()
-    if job.progress is not None and context.get_world_rank() == 0:
+    context, resources = ray.train.get_context(), job.config.resources
+    rank = context.get_world_rank()
+    begun: list[Any] = [None, None]
+    if rank == 0:
+        generation = new_attempt()
+        begun = [generation, ray.get(job.progress.begin.remote(generation), timeout=HANDOVER_SECONDS)]
+    dist.broadcast_object_list(begun, src=0)
+    generation, forbidden = begun
+    if forbidden is not None:
+        # What failed would fail again: end here, the driver has the reason.
+        return
+    health = HealthMonitor(
+        job.progress,
+        generation,
+        rank,
+        job.directory / "failures" / generation,
+        resources.heartbeat_seconds,
+        resources.collective_timeout_seconds,
+    )
+    with health:
+        try:
+            worker = Worker(
+                rank,
+                context.get_world_size(),
+                generation=generation,
+                progress=health.progress,
+                notice=Notices(health).current,
+                memory_bytes=lambda: health.answer.memory_bytes,
+            )
+            loop = TrainingLoop(job, worker)
+            if rank == 0:
+                job.progress.update.remote({"total_steps": loop.total_steps})
+            final = loop.run()
+        except Exception as error:
+            health.fail(error)
+            raise
+    if rank == 0:
         ray.get(job.progress.update.remote({"final": final}), timeout=HANDOVER_SECONDS)
-
-
-class ProgressBoard:
-    """Ray actor that holds rank 0's latest metrics for the driver."""
-
-    def __init__(self) -> None:
-        self._latest: dict[str, Any] = {}
-
-    def update(self, metrics: dict[str, Any]) -> None:
-        """Take over ``metrics``."""
-        self._latest |= metrics
-
-    def latest(self) -> dict[str, Any]:
-        """Everything known so far."""
-        return self._latest
 
 
 def launch(job: TrainingJob, cpus_per_worker: float, max_failures: int) -> dict[str, Any]:
     """Run ``job`` under Ray Train to its end and return rank 0's final metrics.
 
     Raises:
-        RunFailure: the workers failed more often than ``max_failures``.
+        RunFailure: the workers failed more often than ``max_failures``, or in a way that would come again, or the run
+            was asked to stop.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+    from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    job.progress = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    from raylm.training.board import Board
+    from raylm.training.preemption import NoticingTorchConfig, sigterm_noticed, sigterm_received
+    from raylm.training.storage import Storage
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
+    # With the driver, which is useless without it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    job.progress = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    resources = job.config.resources
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo"),
+        torch_config=NoticingTorchConfig(
+            backend="nccl" if job.use_gpu else "gloo", timeout_s=int(resources.collective_timeout_seconds)
+        ),
         scaling_config=ScalingConfig(
-            num_workers=job.config.resources.workers,
+            num_workers=resources.workers,
             use_gpu=job.use_gpu,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if job.use_gpu else {})},
         ),
         run_config=RunConfig(
             # A new name for each start: what resumes is our own checkpoints, not Ray Train's bookkeeping.
             name=f"attempt-{job.attempt}",
-            storage_path=str(job.directory / "ray-train"),
+            storage_path=(Storage(job.storage) / "ray-train").uri,
             failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": worker_environment(cpus_per_worker)},
         ),
@@ -91,38 +130,66 @@ def launch(job: TrainingJob, cpus_per_worker: float, max_failures: int) -> dict[
     def fit() -> None:
         try:
             trainer.fit()
-        except TrainingFailedError as error:
+        except Exception as error:  # noqa: BLE001 - carried over to the driver's thread
             outcome["error"] = error
 
     thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    _show_progress(job, thread)
-    if (error := outcome.get("error")) is not None:
-        failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-        rank = min(failures, default=None)
-        cause = failures[rank] if rank is not None else error
-        where = f"rank {rank}: " if rank is not None else ""
-        last = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
-        logs = Path(ray._private.worker._global_node.get_logs_dir_path()) if ray._private.worker._global_node else ""
-        raise RunFailure(f"{where}{last} (logs of the workers: {logs})") from None
+    with sigterm_noticed():
+        thread.start()
+        _show_progress(job, thread, sigterm_received)
+    first = ray.get(job.progress.first_failure.remote(), timeout=HANDOVER_SECONDS)
+    latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
+    if (error := outcome.get("error")) is not None or (first is not None and first.kind == "fatal"):
+        raise RunFailure(_explain(error, first)) from error
     # Ray Train keeps the metrics of reports with a checkpoint only; ours are not its checkpoints.
-    metrics = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS).get("final")
-    if metrics is None:
+    if (final := latest.get("final")) is None:
         raise RunFailure(f"{job.directory}: the workers ended without a result")
-    return metrics
+    if "failure" in final:
+        raise RunFailure(final["failure"])
+    return {**final, "restarts": latest["restarts"]}
 
 
-def _show_progress(job: TrainingJob, thread: threading.Thread) -> None:
+def _explain(error: Exception | None, first: Failure | None) -> str:
+    """The first failing rank's own error, then where its log is."""
+    import ray
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    # A rank that died without a word comes before those that lost it in a collective.
+    if isinstance(error, WorkerGroupError) and (first is None or first.kind == "collective"):
+        lost = [rank for rank, failure in error.worker_failures.items() if type(failure).__name__.startswith("Worker")]
+        if lost:
+            logs = ray._private.worker._global_node.get_logs_dir_path()
+            return f"rank {min(lost)}: the worker process died (logs of the workers: {logs})"
+    if first is not None:
+        return f"rank {first.rank}: {first.text} (log: {first.log})"
+    return " ".join(str(error).split())
+
+
+def _show_progress(job: TrainingJob, thread: threading.Thread, asked_to_end: Callable[[], bool]) -> None:
     import ray
 
-    latest: dict[str, Any] = {}
-    while thread.is_alive() and "total_steps" not in latest:
+    latest: dict[str, Any] = {"restarts": []}
+    told, deadline = 0, float("inf")
+
+    def poll() -> None:
+        nonlocal latest, told, deadline
         thread.join(POLL_SECONDS)
         latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
+        for reason in latest["restarts"][told:]:
+            print(f"{job.stage}: workers restarted after {reason}", file=sys.stderr, flush=True)
+        told = len(latest["restarts"])
+        if asked_to_end():
+            if deadline == float("inf"):
+                deadline = time.monotonic() + STOP_SECONDS
+                job.progress.stop.remote("SIGTERM")
+            if time.monotonic() > deadline:
+                raise RunFailure(f"SIGTERM: the workers did not end within {STOP_SECONDS:.0f} s")
+
+    while thread.is_alive() and "total_steps" not in latest:
+        poll()
     with ProgressBar(job.stage, latest.get("total_steps"), "steps", latest.get("step", 0)) as bar:
         while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
+            poll()
             if "step" in latest:
                 validation = f" validation {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
                 bar.update(

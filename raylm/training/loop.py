@@ -7,13 +7,14 @@ uninterrupted one.
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from raylm.data.samples import open_samples
 from raylm.errors import RunFailure
@@ -21,13 +22,24 @@ from raylm.models.families import build_config, build_model
 from raylm.models.loading import load_model, load_tokenizer
 from raylm.objectives.causal import CausalObjective
 from raylm.parallel.engine import DataParallelEngine, StepResult
-from raylm.training.batches import evaluation_batches, step_batches, to_tensors, total_steps
-from raylm.training.checkpoints import BEST, CheckpointReader, CheckpointWriter, newest_whole
+from raylm.training.agreement import Agreement
+from raylm.training.anomalies import batch_of_step, find_anomaly, leave_out
+from raylm.training.batches import (
+    evaluation_batches,
+    micro_batches,
+    rank_samples,
+    step_batches,
+    to_tensors,
+    total_steps,
+)
+from raylm.training.checkpoints import BEST, LATEST, CheckpointReader, CheckpointWriter, newest_whole
 from raylm.training.export import export_model, largest_difference
 from raylm.training.flops import flops_per_token, peak_flops
 from raylm.training.metrics import MetricsRecorder
 from raylm.training.optimizers import make_optimizer
+from raylm.training.preemption import Notice
 from raylm.training.schedules import learning_rate_factor
+from raylm.training.storage import Storage
 from raylm.training.worker import TrainingJob, Worker
 
 # Reloaded fp32 weights are the same bits; kernels may still differ with the shape of the batch.
@@ -64,16 +76,27 @@ class TrainingLoop:
             lambda named: make_optimizer(training, named, model.config.model_type),
             zero_stage=self.config.parallel.zero_stage,
             micro_batch_size=self.micro_batch_size,
-            accumulation=training.batch_size // worker.world_size // self.micro_batch_size,
+            accumulation=micro_batches(training.batch_size, worker.world_size, self.micro_batch_size),
             clipping=training.gradient_clipping,
             bf16=self.bf16,
             device=self.device,
         )
         self.peak = peak_flops(self.device)
+        self.storage = Storage(job.storage)
         self.writer = CheckpointWriter(
-            job.directory / "checkpoints", worker.rank, worker.world_size, job.attempt, self.config.checkpoint.keep
+            self.storage / "checkpoints",
+            worker.rank,
+            worker.world_size,
+            worker.generation,
+            self.config.checkpoint.keep,
+            asynchronous=self.config.checkpoint.asynchronous,
+            scratch=job.directory / "scratch",
         )
-        self.state: dict[str, Any] = {"step": 0, "tokens": 0, "best": None, "without_improvement": 0}
+        # Under every layout the moments are this optimizer's, and the weights change in its step only.
+        self.engine.optimizer.register_step_pre_hook(lambda *_: self.writer.settle())
+        self.state = _initial_state()
+        self.recorder: MetricsRecorder | None = None
+        self.sample_log = SampleLog(job.directory, worker) if training.log_samples else None
 
     def _model(self):
         if self.job.model_source is not None:
@@ -88,80 +111,135 @@ class TrainingLoop:
         return model
 
     def run(self) -> dict[str, Any]:
-        """Train to the end and export; returns the final metrics (the same on every rank)."""
+        """Train to the end and export; returns the final metrics (the same on every rank).
+
+        Where the run was asked to stop, or its anomalies forbid to go on, they hold ``failure``, the reason.
+        """
         self._resume()
-        recorder = None
-        if self.worker.rank == 0:
-            self.writer.remove_leftovers()
-            recorder = MetricsRecorder(self.job.directory, self.state["step"], self.config.run.name, self.job.progress)
+        self._record_from_here()
         try:
-            self._train(recorder)
-            final = self._finish()
+            failure = self._train()
+            return self._finish() if failure is None else {"failure": failure}
         finally:
-            if recorder is not None:
-                recorder.close()
-        return final
+            if self.recorder is not None:
+                self.recorder.close()
+
+    def _record_from_here(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
+        if self.worker.rank == 0:
+            self.recorder = MetricsRecorder(
+                self.job.directory, self.state["step"], self.config.run.name, self.job.progress
+            )
 
     def _resume(self) -> None:
-        # Rank 0 checks the checksums; the others take its word, so that all load the same.
-        chosen: list[Any] = [None]
+        found, damaged = newest_whole(self.writer.root, self.worker.rank, self.worker.world_size, _gather)
         if self.worker.rank == 0:
-            found, damaged = newest_whole(self.writer.root)
-            for directory in damaged:
-                print(f"raylm: checkpoint {directory} is damaged and passed over", flush=True)
-            chosen[0] = found
-        dist.broadcast_object_list(chosen, src=0)
-        if chosen[0] is not None:
-            self._load(CheckpointReader(chosen[0]))
+            for name in damaged:
+                print(f"raylm: checkpoint {self.writer.root / name} is damaged and passed over", flush=True)
+            self.writer.remove_leftovers()
+        dist.barrier()
+        if found is not None:
+            self._load(CheckpointReader(found))
+        elif self.config.training.anomalies.policy != "stop":
+            # Something to go back to before the first checkpoint is due.
+            self._save()
 
     def _load(self, reader: CheckpointReader) -> None:
         for fragment in self.engine.fragments(for_loading=True):
             reader.fill(fragment)
         self.engine.adopt(reader.weight, reader.state["step"])
-        self.state = dict(reader.state)
+        self.state = {**_initial_state(), **reader.state}
 
-    def _train(self, recorder: MetricsRecorder | None) -> None:
+    def _save(self, *, best: bool = False) -> None:
+        self.writer.save(self.state["step"], self.engine.fragments(), self.state, best=best)
+
+    def _train(self) -> str | None:
+        """Train to the end; returns why it did not come to it, or None."""
         training, checkpoint = self.config.training, self.config.checkpoint
         saved_at = time.monotonic()
-        interval = _Interval()
+        agreement = Agreement(self.worker.rank, self.state["step"], self.device)
+        noticed = Notice.NONE
+        interval = _Interval(self.writer)
         while self.state["step"] < self.total_steps and not self._should_stop():
             step = self.state["step"]
             torch.manual_seed((self.config.run.seed << 40) + step * self.worker.world_size + self.worker.rank)
             began = time.perf_counter()
+            batch = batch_of_step(step, self.state["skipped"])
             batches = step_batches(
-                self.samples, step, training.batch_size, self.worker.rank, self.worker.world_size,
+                self.samples, batch, training.batch_size, self.worker.rank, self.worker.world_size,
                 self.micro_batch_size, self.device,
             )  # fmt: skip
+            if self.sample_log is not None:
+                self.sample_log.write(step, batch, training.batch_size)
             interval.data_wait += time.perf_counter() - began
             self.engine.set_learning_rate(learning_rate_factor(training, step, self.total_steps))
             result = self.engine.train_step(batches)
+            loss = self.engine.mean_loss(result) if training.anomalies.spike_factor is not None else 0.0
+            if (found := find_anomaly(training.anomalies, self.state, result.gradient_norm, loss)) is not None:
+                if (failure := self._answer_anomaly(step, batch, found)) is not None:
+                    return failure
+                agreement = Agreement(self.worker.rank, self.state["step"], self.device)
+                interval = _Interval(self.writer)
+                continue
             self.state["step"] = step = step + 1
+            self.worker.progress(step)
             self.state["tokens"] += result.targets
             interval.tokens += result.targets
             last = step == self.total_steps
             evaluated = (bool(training.evaluate_every_steps) and step % training.evaluate_every_steps == 0) or last
-            timed_save = False
+            save = last or (checkpoint.every_steps is not None and step % checkpoint.every_steps == 0)
+            notice = noticed
+            if agreement.due(step):
+                seconds = time.monotonic() - saved_at
+                wanted = checkpoint.every_seconds is not None and seconds >= checkpoint.every_seconds
+                notice, timed = agreement.exchange(step, int(self.worker.notice()), wanted)
+                save = save or timed or notice > noticed
             if step % training.log_every_steps == 0 or evaluated:
                 metrics = self._metrics(result, interval)
-                timed_save = self._seconds_passed(saved_at, checkpoint.every_seconds)
                 if evaluated:
                     metrics |= self._evaluate()
-                if recorder is not None:
-                    recorder.record(metrics)
+                if self.recorder is not None:
+                    self.recorder.record(metrics)
                 if evaluated:
                     self.worker.report(metrics)
-                interval = _Interval()
+                interval = _Interval(self.writer)
             improved = evaluated and self.state["without_improvement"] == 0
-            best = improved and training.early_stopping is not None
-            if last or best or timed_save or (checkpoint.every_steps and step % checkpoint.every_steps == 0):
-                began = time.perf_counter()
-                self.writer.save(step, self.engine.fragments(), dict(self.state), best=best)
-                interval.checkpoint += time.perf_counter() - began
+            best = improved and training.evaluate_every_steps is not None
+            if save or best or self._should_stop():
+                self._save(best=best)
                 saved_at = time.monotonic()
-        if self._should_stop():
-            self.writer.save(self.state["step"], self.engine.fragments(), dict(self.state))
+            if notice > noticed:
+                noticed = Notice(notice)
+                self._finish_save()
+                if noticed is Notice.LEAVE:
+                    raise InterruptedError(f"a worker was told to end (SIGTERM); step {step} was saved first")
+                if noticed is Notice.STOP:
+                    return f"stopped after step {step}, which was saved; the same command goes on"
+        self._finish_save()
+        return None
+
+    def _finish_save(self) -> None:
         self.writer.wait()
         dist.barrier()
+
+    def _answer_anomaly(self, step: int, batch: int, found: str) -> str | None:
+        """Go back to the last checkpoint without the ``batch``; returns why not, or None."""
+        section, skipped, count = self.config.training.anomalies, self.state["skipped"], self.state["anomalies"] + 1
+        self._finish_save()
+        latest = (self.writer.root.read(LATEST) or b"").decode().strip()
+        text = f"step {step + 1}: {found}; training.anomalies.policy is {section.policy}"
+        if section.policy == "stop" or count > section.limit:
+            many = f" and the limit is {section.limit}" if section.policy != "stop" else ""
+            return f"{text}{many}; the last checkpoint is {latest or 'none'}"
+        self._load(CheckpointReader(self.writer.root / latest))
+        first = batch if section.policy == "skip" else batch_of_step(self.state["step"], skipped)
+        self.state["skipped"] = leave_out(skipped, first, batch + 1)
+        self.state["anomalies"] = count
+        if self.worker.rank == 0:
+            print(f"raylm: {text}; back to {latest}, batches {first} to {batch} are left out", flush=True)
+        self._record_from_here()
+        return None
 
     def _metrics(self, result: StepResult, interval: _Interval) -> dict[str, Any]:
         seconds = max(1e-9, time.perf_counter() - interval.began)
@@ -176,16 +254,9 @@ class TrainingLoop:
             "tokens_per_second": speed,
             "mfu": speed * self.flops / (self.peak * self.worker.world_size),
             "data_wait_seconds": interval.data_wait,
-            "checkpoint_seconds": interval.checkpoint,
+            "checkpoint_seconds": self.writer.stall_seconds - interval.stalled,
+            "memory_bytes": self.worker.memory_bytes(),
         }
-
-    def _seconds_passed(self, since: float, limit: float | None) -> bool:
-        """Whether rank 0's clock says that it is time; the same answer on all ranks."""
-        if limit is None:
-            return False
-        flag = torch.tensor(float(self.worker.rank == 0 and time.monotonic() - since >= limit), device=self.device)
-        dist.all_reduce(flag)
-        return bool(flag > 0)
 
     def _evaluate(self) -> dict[str, float]:
         training = self.config.training
@@ -210,11 +281,8 @@ class TrainingLoop:
     def _finish(self) -> dict[str, Any]:
         """Export the final (under early stopping the best) weights, reload them and compare."""
         root = self.writer.root
-        source, _ = newest_whole(root)
-        if self.config.training.early_stopping and (root / BEST).exists():
-            source = root / (root / BEST).read_text().strip()
-        if source is None:
-            raise SafetensorError(f"{root} holds no whole checkpoint to export")
+        chosen = root.read(BEST) if self.config.training.early_stopping else None
+        source = root / (chosen or root.read(LATEST) or b"").decode().strip()
         last_step = self.state["step"]
         reader = CheckpointReader(source)
         if reader.state["step"] != last_step:
@@ -242,10 +310,38 @@ class TrainingLoop:
         }
 
 
+def _initial_state() -> dict[str, Any]:
+    return {"step": 0, "tokens": 0, "best": None, "without_improvement": 0, "skipped": [], "anomalies": 0}
+
+
 class _Interval:
     """What is counted between two lines of metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, writer: CheckpointWriter) -> None:
         self.began = time.perf_counter()
         self.tokens = 0
-        self.data_wait = self.checkpoint = 0.0
+        self.data_wait = 0.0
+        self.stalled = writer.stall_seconds
+
+
+class SampleLog:
+    """The numbers of the samples that one rank took, a line a step: ``samples/<generation>.rank-<rank>.jsonl``."""
+
+    def __init__(self, directory: Path, worker: Worker) -> None:
+        self._worker = worker
+        path = directory / "samples" / f"{worker.generation}.rank-{worker.rank:05d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("w", encoding="utf-8")
+
+    def write(self, step: int, batch: int, batch_size: int) -> None:
+        """Note what this rank takes in ``step``, which takes the ``batch``."""
+        taken = rank_samples(batch, batch_size, self._worker.rank, self._worker.world_size).tolist()
+        self._stream.write(json.dumps({"step": step, "samples": taken, "time": time.time()}) + "\n")
+        self._stream.flush()
+
+
+def _gather(mine: list[str]) -> list[str]:
+    """The ranks' lists joined, the same on all; a collective."""
+    lists: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, mine)
+    return sorted({item for one in lists for item in one})

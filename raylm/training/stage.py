@@ -171,6 +171,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
                 config=apply_layout(config, layout),
                 stage=stage,
                 directory=run.path,
+                storage=str(run.path),
                 data_directory=data_directory,
                 tokenizer_directory=tokenizer_directory,
                 model_source=resolve_model(config.model.path) if config.model.path else None,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import datetime
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylm.config.stages import TrainConfig
+
+if TYPE_CHECKING:
+    from raylm.training.preemption import Notice
 
 
 @dataclass
@@ -19,18 +23,20 @@ class TrainingJob:
     Attributes:
         config: the resolved configuration, ``parallel.data`` and ``micro_batch_size`` as numbers.
         stage: pretrain or finetune.
-        directory: the run directory.
+        directory: the run directory; where ``storage`` is remote, its local mirror.
+        storage: path or URI of the run.
         data_directory: the prepared training and validation shards.
         tokenizer_directory: the tokenizer's Hugging Face directory.
         model_source: directory or hub name to start from; None for a new model.
         use_gpu: whether each worker holds a GPU.
         attempt: token of this start of the driver.
-        progress: Ray actor handle with an ``update`` method, or None.
+        progress: handle of the :class:`~raylm.training.board.Board` actor, or None.
     """
 
     config: TrainConfig
     stage: str
     directory: Path
+    storage: str
     data_directory: Path
     tokenizer_directory: Path
     model_source: str | None
@@ -45,11 +51,19 @@ class Worker:
 
     Attributes:
         report: called by every rank with the metrics at evaluations and at the end.
+        generation: token of this start of the workers, the same on all ranks.
+        progress: called with the number of steps made.
+        notice: whether something is about to be stopped; called by all ranks at the same steps. 0 is no.
+        memory_bytes: of all ranks, by rank, as far as known.
     """
 
     rank: int
     world_size: int
     report: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
+    generation: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    progress: Callable[[int], None] = field(default=lambda step: None)
+    notice: Callable[[], Notice | int] = field(default=lambda: 0)
+    memory_bytes: Callable[[], list[int]] = field(default=list)
 
 
 def join_single_process_group(timeout_seconds: float = 600.0) -> None:

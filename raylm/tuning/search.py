@@ -95,7 +95,7 @@ def run_trial(candidate: dict[str, Any], base: TrainingJob, configs: list[Finetu
     index = candidate["candidate"]
     directory = base.directory / "trials" / f"trial-{index:03d}"
     directory.mkdir(parents=True, exist_ok=True)
-    job = dataclasses.replace(base, config=configs[index], directory=directory, progress=None)
+    job = dataclasses.replace(base, config=configs[index], directory=directory, storage=str(directory), progress=None)
     if job.config.resources.workers == 1:
         from raylm.parallel.environment import prepare_deepspeed
 

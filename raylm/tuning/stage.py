@@ -54,6 +54,7 @@ def tune(config: TuneConfig) -> None:
                 config=configs[0],
                 stage="finetune",
                 directory=run.path,
+                storage=str(run.path),
                 data_directory=data_directory,
                 tokenizer_directory=tokenizer_directory,
                 model_source=resolve_model(config.model.path),

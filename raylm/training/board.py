@@ -1,0 +1,123 @@
+"""The board: a Ray actor through which the driver and the ranks of a run know of each other.
+
+In: rank 0's metrics, every rank's signs of life, memory and failures, the driver's wish to stop. Out: progress for the
+driver's bar, the ranks that fell silent, and which rank failed first and with what.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# fatal: the same would happen again, so nothing is retried. collective: follows from another rank's failure.
+FailureKind = Literal["fatal", "own", "collective"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What one rank failed with.
+
+    Attributes:
+        text: the exception in one line.
+        log: file that holds its traceback.
+        step: optimizer steps that the rank had made.
+    """
+
+    rank: int
+    kind: FailureKind
+    text: str
+    log: str
+    step: int
+
+
+@dataclass
+class Beat:
+    """A rank's sign of life.
+
+    Attributes:
+        memory_bytes: resident memory of the process, or the GPU's allocated peak.
+        at: the board's own clock.
+    """
+
+    step: int
+    memory_bytes: int
+    at: float
+
+
+@dataclass
+class Answer:
+    """What the board tells a rank in return for a beat.
+
+    Attributes:
+        silent: ranks without a sign of life for too long -> the step of their last one.
+        stop: why the driver wants to stop, or None.
+        memory_bytes: of all ranks, by rank.
+    """
+
+    silent: dict[int, int] = field(default_factory=dict)
+    stop: str | None = None
+    memory_bytes: list[int] = field(default_factory=list)
+
+
+class Board:
+    """The actor's class; one method call is one transaction."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Any] = {}
+        self._generation = ""
+        self._starts = 0
+        self._beats: dict[int, Beat] = {}
+        self._failures: list[Failure] = []
+        self._restarts: list[str] = []
+        self._stop: str | None = None
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        """Take over rank 0's ``metrics``."""
+        self._latest |= metrics
+
+    def latest(self) -> dict[str, Any]:
+        """Everything known so far, with ``restarts``: why the workers were started again, each time."""
+        return {**self._latest, "restarts": self._restarts}
+
+    def begin(self, generation: str) -> str | None:
+        """Rank 0 of a new start of the workers; returns the failure that forbids to go on, or None."""
+        self._generation, self._beats = generation, {}
+        self._starts += 1
+        first = self.first_failure()
+        if first is not None and first.kind == "fatal":
+            return first.text
+        if self._starts > 1:
+            self._restarts.append(f"step {first.step}, rank {first.rank}: {first.text}" if first else "a worker died")
+        self._failures = []
+        return None
+
+    def beat(self, generation: str, rank: int, step: int, memory_bytes: int, patience: float) -> Answer:
+        """Note that ``rank`` is alive; those that said nothing for ``patience`` seconds are silent."""
+        if generation != self._generation:
+            return Answer(stop=self._stop)
+        now = time.monotonic()
+        self._beats[rank] = Beat(step, memory_bytes, now)
+        return Answer(
+            silent={r: b.step for r, b in self._beats.items() if now - b.at > patience},
+            stop=self._stop,
+            memory_bytes=[self._beats[r].memory_bytes for r in sorted(self._beats)],
+        )
+
+    def leave(self, generation: str, rank: int) -> None:
+        """``rank`` is done and will beat no more."""
+        if generation == self._generation:
+            self._beats.pop(rank, None)
+
+    def fail(self, failure: Failure) -> None:
+        """Note a failure; the order of calls is the order of failures."""
+        self._failures.append(failure)
+
+    def first_failure(self) -> Failure | None:
+        """The failure that explains the others: the first that is no consequence of another rank's, else the first."""
+        own = [f for f in self._failures if f.kind != "collective"]
+        return next(iter(own or self._failures), None)
+
+    def stop(self, reason: str) -> None:
+        """Ask all ranks to save a checkpoint and end."""
+        self._stop = reason
