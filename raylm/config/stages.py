@@ -44,11 +44,6 @@ class TrainConfig(Section):
                 f"parallel.data: found {data}, allowed: auto or {workers}, as data x tensor x pipeline must equal "
                 f"resources.workers ({workers})"
             )
-        if self.training.optimizer == "muon" and self.parallel.zero_stage:
-            raise ValueError(
-                f"parallel.zero_stage: found {self.parallel.zero_stage}, allowed with training.optimizer muon: 0, as "
-                "it orthogonalises whole matrices and ZeRO cuts them"
-            )
         known = workers if isinstance(workers, int) else data
         if isinstance(known, int):
             if self.training.batch_size % known:

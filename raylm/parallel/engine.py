@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raylm.objectives.causal import IGNORED, CausalObjective
-from raylm.parallel.fragments import Fragment, partitioned_fragments, replicated_fragments, sharded_fragments
+from raylm.parallel.fragments import Fragment, partition_fragments, pieces, replicated_fragments
 
 Batch = dict[str, torch.Tensor]
 
@@ -86,6 +86,9 @@ class DataParallelEngine:
         )
         self.parameters = {name.removeprefix("model."): p for name, p in self.engine.module.named_parameters()}
         self.optimizer = optimizer
+        # Muon works on whole matrices, of which ZeRO leaves it flat ranges.
+        if zero_stage and hasattr(optimizer, "bind"):
+            optimizer.bind(list(pieces(self.parameters, self.engine.optimizer, self.rank)))
 
     @property
     def objective(self) -> CausalObjective:
@@ -153,9 +156,7 @@ class DataParallelEngine:
         if self.zero_stage == 0:
             rank = None if for_loading else self.rank
             return list(replicated_fragments(self.parameters, {}, self.optimizer, rank, self.world_size))
-        if self.zero_stage == 3:
-            return list(partitioned_fragments(self.parameters, self.engine.optimizer, self.rank))
-        return list(sharded_fragments(self.parameters, {}, self.engine.optimizer))
+        return list(partition_fragments(self.parameters, {}, self.engine.optimizer, self.rank))
 
     @torch.no_grad()
     def adopt(self, read_weight: Callable[[str], torch.Tensor], optimizer_steps: int) -> None:

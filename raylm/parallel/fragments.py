@@ -38,6 +38,29 @@ class Fragment:
     group: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """This rank's flat range of one parameter in one of DeepSpeed's flat fp32 buffers.
+
+    Attributes:
+        name: the parameter's Hugging Face name.
+        shape: shape of the parameter on this rank, were it whole.
+        group: index of the parameter group in the optimizer.
+        flat: the buffer.
+        offset: where in ``flat`` the range begins.
+        start: first element of the range in the flattened parameter.
+        length: elements; 0 where this rank holds nothing of the parameter.
+    """
+
+    name: str
+    shape: Shape
+    group: int
+    flat: torch.Tensor
+    offset: int
+    start: int
+    length: int
+
+
 def even_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     """The ``rank``-th of ``world_size`` nearly equal ranges of ``numel`` elements, as (start, stop)."""
     per_rank = -(-numel // world_size)
@@ -92,38 +115,48 @@ def replicated_fragments(
         yield from _fragments(name, slicing, start, stop - start, flat, index)
 
 
-def sharded_fragments(
-    parameters: dict[str, nn.Parameter], slicings: Mapping[str, Slicing], zero_optimizer
+def partition_fragments(
+    parameters: dict[str, nn.Parameter], slicings: Mapping[str, Slicing], zero_optimizer, rank: int
 ) -> Iterator[Fragment]:
-    """ZeRO 1 and 2: each group's parameters lie end to end in a flat fp32 buffer that is cut evenly over the ranks."""
+    """ZeRO 1 to 3: each rank answers for the ranges that lie in its flat buffers."""
     inner = zero_optimizer.optimizer
-    for name, parameter in parameters.items():
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            continue
-        index = mapping.param_group_index
-        whole = zero_optimizer.single_partition_of_fp32_groups[index]
-        group = inner.param_groups[index]
-        state = initialize_moments(inner, whole, group)
-        where = mapping.hp_fragment_address
-        flat = {"weight": whole.detach()[where.start : where.start + where.numel]}
-        flat |= {key: state[key][where.start : where.start + where.numel] for key in group["moments"]}
-        slicing = slicings.get(name) or Slicing(tuple(parameter.shape))
-        yield from _fragments(name, slicing, mapping.lp_fragment_address.start, where.numel, flat, index)
+    for piece in pieces(parameters, zero_optimizer, rank):
+        group = inner.param_groups[piece.group]
+        state = initialize_moments(inner, piece.flat, group)
+        flat = {"weight": piece.flat.detach(), **{key: state[key] for key in group["moments"]}}
+        flat = {kind: values[piece.offset : piece.offset + piece.length] for kind, values in flat.items()}
+        slicing = slicings.get(piece.name) or Slicing(piece.shape)
+        yield from _fragments(piece.name, slicing, piece.start, piece.length, flat, piece.group)
 
 
-def partitioned_fragments(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> Iterator[Fragment]:
-    """ZeRO 3: each parameter is cut evenly over the ranks, the last range padded; sub-groups join the ranges."""
-    inner = zero_optimizer.optimizer
+def pieces(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> Iterator[Piece]:
+    """Where ZeRO 1 to 3 keeps this rank's range of each parameter; all parameters, in the same order on every rank."""
+    if hasattr(zero_optimizer, "fp32_partitioned_groups_flat"):
+        # Stage 3: each parameter is cut evenly over the ranks, the last range padded; sub-groups join the ranges.
+        for name, parameter in parameters.items():
+            sub_group, offset, _ = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
+            per_rank = parameter.ds_tensor.ds_numel
+            start = min(rank * per_rank, parameter.ds_numel)
+            yield Piece(
+                name=name,
+                shape=tuple(parameter.ds_shape),
+                group=zero_optimizer.sub_group_to_group_id[sub_group],
+                flat=zero_optimizer.fp32_partitioned_groups_flat[sub_group],
+                offset=offset,
+                start=start,
+                length=max(0, min(per_rank, parameter.ds_numel - start)),
+            )
+        return
+    # Stages 1 and 2: each group's parameters lie end to end in a flat buffer that is cut evenly over the ranks.
+    groups = {id(p): index for index, members in enumerate(zero_optimizer.bit16_groups) for p in members}
     for name, parameter in parameters.items():
-        sub_group, offset, _ = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
-        index = zero_optimizer.sub_group_to_group_id[sub_group]
-        whole = zero_optimizer.fp32_partitioned_groups_flat[sub_group]
-        group = inner.param_groups[index]
-        state = initialize_moments(inner, whole, group)
-        per_rank = parameter.ds_tensor.ds_numel
-        start = min(rank * per_rank, parameter.ds_numel)
-        length = min(per_rank, parameter.ds_numel - start)
-        flat = {"weight": whole.detach()[offset : offset + length]}
-        flat |= {key: state[key][offset : offset + length] for key in group["moments"]}
-        yield from _fragments(name, Slicing(tuple(parameter.ds_shape)), start, max(0, length), flat, index)
+        group, mapping = groups[id(parameter)], parameter._hp_mapping
+        yield Piece(
+            name=name,
+            shape=tuple(parameter.shape),
+            group=group,
+            flat=zero_optimizer.single_partition_of_fp32_groups[group],
+            offset=mapping.hp_fragment_address.start if mapping else 0,
+            start=mapping.lp_fragment_address.start if mapping else 0,
+            length=mapping.hp_fragment_address.numel if mapping else 0,
+        )

@@ -2,15 +2,19 @@
 
 The Newton-Schulz iteration runs in fp32 on a CPU (bf16 has no hardware there) and in bf16 on a GPU, batched over
 matrices of one shape. Embeddings, the output head, norms and biases go to fused AdamW. Each matrix is worked on by one
-rank, and the results are gathered; that needs whole matrices, so ZeRO stage 0.
+rank, and the results are gathered. Where ZeRO 1 to 3 leaves a rank parts of matrices, the parts of the updates are
+first brought together to whole ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
 import torch.distributed as dist
+
+from raylm.parallel.fragments import Piece
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -35,8 +39,15 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups with ``orthogonal: True`` are updated by Muon instead.
 
     Such a group holds matrices, and has ``momentum`` and ``parts``: for each matrix, how many lie side by side in it
-    (the fused query, key and value projection of GPT-2 holds three); each part is orthogonalised by itself.
+    (the fused query, key and value projection of GPT-2 holds three); each part is orthogonalised by itself. Under ZeRO
+    1 to 3 DeepSpeed puts flat buffers in their place: :meth:`bind` says where the matrices lie in them.
     """
+
+    def bind(self, pieces: list[Piece]) -> None:
+        """Take note of every parameter's place in DeepSpeed's flat buffers, in the same order on every rank."""
+        self._pieces: dict[int, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            self._pieces[id(piece.flat)].append(piece)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -50,33 +61,70 @@ class Muon(torch.optim.AdamW):
         self.param_groups = groups
 
     def _step_matrices(self, group: dict) -> None:
-        # The first entries of each list go together: (parameter index, part) -> a matrix.
-        by_shape: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
-        updates = []
-        for index, parameter in enumerate(group["params"]):
-            buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-            buffer.lerp_(parameter.grad, 1 - group["momentum"])
-            updates.append(parameter.grad.lerp(buffer, group["momentum"]))
-            parts = group["parts"][index]
-            shape = (parameter.shape[0], parameter.shape[1] // parts)
-            by_shape[shape].extend((index, part) for part in range(parts))
-        for (rows, columns), members in by_shape.items():
-            stacked = torch.stack([updates[i][:, p * columns : (p + 1) * columns] for i, p in members])
-            result = self._orthogonalize_shared(stacked) * max(1.0, rows / columns) ** 0.5
-            for (i, p), matrix in zip(members, result.unbind(), strict=True):
-                target = group["params"][i][:, p * columns : (p + 1) * columns]
-                target.mul_(1 - group["lr"] * group["weight_decay"]).add_(matrix, alpha=-group["lr"])
+        parts = group["parts"]
+        if not hasattr(self, "_pieces"):
+            updates = [self._momentum(parameter, group) for parameter in group["params"]]
+            found = _directions(updates, [parts[name] for name in group["names"]])
+            for parameter, direction in zip(group["params"], found, strict=True):
+                _apply(parameter, direction, group)
+            return
+        for flat in group["params"]:
+            pieces = self._pieces[id(flat)]
+            updates = _whole(self._momentum(flat, group), pieces)
+            found = _directions(updates, [parts[piece.name] for piece in pieces])
+            for piece, direction in zip(pieces, found, strict=True):
+                mine = direction.reshape(-1)[piece.start : piece.start + piece.length]
+                _apply(flat[piece.offset : piece.offset + piece.length], mine, group)
 
-    @staticmethod
-    def _orthogonalize_shared(stacked: torch.Tensor) -> torch.Tensor:
-        """Each rank takes a share of the matrices (count, rows, columns); all ranks get all results."""
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if world_size == 1 or stacked.size(0) < world_size:
-            return orthogonalize(stacked)
-        per_rank = -(-stacked.size(0) // world_size)
-        padded = torch.zeros(per_rank * world_size, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
-        padded[: stacked.size(0)] = stacked
-        rank = dist.get_rank()
-        mine = orthogonalize(padded[rank * per_rank : (rank + 1) * per_rank]).contiguous()
-        dist.all_gather_into_tensor(padded, mine)
-        return padded[: stacked.size(0)]
+    def _momentum(self, parameter: torch.Tensor, group: dict) -> torch.Tensor:
+        """Nesterov momentum of the gradient, which is what is orthogonalised."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+        return parameter.grad.lerp(buffer, group["momentum"])
+
+
+def _apply(parameter: torch.Tensor, direction: torch.Tensor, group: dict) -> None:
+    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+
+
+def _whole(update: torch.Tensor, pieces: list[Piece]) -> list[torch.Tensor]:
+    """The matrices of ``pieces``, of which every rank holds a range in its flat ``update``; a collective."""
+    sizes = [math.prod(piece.shape) for piece in pieces]
+    # Every element is held by one rank, so that a sum brings them together.
+    joined = update.new_zeros(sum(sizes))
+    wholes = joined.split(sizes)
+    for piece, whole in zip(pieces, wholes, strict=True):
+        whole[piece.start : piece.start + piece.length] = update[piece.offset : piece.offset + piece.length]
+    dist.all_reduce(joined)
+    return [whole.view(piece.shape) for piece, whole in zip(pieces, wholes, strict=True)]
+
+
+def _directions(updates: list[torch.Tensor], parts: list[int]) -> list[torch.Tensor]:
+    """The orthogonalised ``updates`` (matrices of ``parts`` side by side), scaled for their shapes."""
+    # The first entries of each list go together: (matrix, part) of one shape.
+    by_shape: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for index, (update, count) in enumerate(zip(updates, parts, strict=True)):
+        by_shape[update.shape[0], update.shape[1] // count].extend((index, part) for part in range(count))
+    directions = [torch.empty_like(update) for update in updates]
+    for (rows, columns), members in by_shape.items():
+        stacked = torch.stack([updates[i][:, p * columns : (p + 1) * columns] for i, p in members])
+        result = _orthogonalize_shared(stacked).mul_(max(1.0, rows / columns) ** 0.5)
+        for (i, p), matrix in zip(members, result.unbind(), strict=True):
+            directions[i][:, p * columns : (p + 1) * columns] = matrix
+    return directions
+
+
+def _orthogonalize_shared(stacked: torch.Tensor) -> torch.Tensor:
+    """Each rank takes a share of the matrices (count, rows, columns); all ranks get all results."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1 or stacked.size(0) < world_size:
+        return orthogonalize(stacked)
+    per_rank = -(-stacked.size(0) // world_size)
+    padded = torch.zeros(per_rank * world_size, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
+    padded[: stacked.size(0)] = stacked
+    rank = dist.get_rank()
+    mine = orthogonalize(padded[rank * per_rank : (rank + 1) * per_rank]).contiguous()
+    dist.all_gather_into_tensor(padded, mine)
+    return padded[: stacked.size(0)]

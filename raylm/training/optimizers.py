@@ -38,7 +38,8 @@ def make_optimizer(training: TrainingSection, named: dict[str, nn.Parameter], mo
     groups.append(
         {
             "params": list(matrices.values()),
-            "parts": [fused_parts(name, model_type) for name in matrices],
+            "names": list(matrices),
+            "parts": {name: fused_parts(name, model_type) for name in matrices},
             "orthogonal": True,
             "momentum": training.momentum,
             "weight_decay": decay,

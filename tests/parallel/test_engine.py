@@ -71,13 +71,18 @@ def test_parity_with_plain_loop(count: int, tmp_path: Path) -> None:
             assert largest_difference(found["gradient_norm"], expected["gradient_norm"]) < 10 * TOLERANCE
 
 
-def test_muon_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    one = run_processes(1, tmp_path / "one.json", ["muon:0", "muon:0:gpt2"])
-    two = run_processes(2, tmp_path / "two.json", ["muon:0", "muon:0:gpt2"])
-    for case in one:
-        # Five rounds of a steep polynomial enlarge rounding differences.
-        assert largest_difference(one[case]["loss"], two[case]["loss"]) < 1e-3, case
-        assert one[case]["loss"][-1] < one[case]["loss"][0]
+@pytest.mark.slow
+def test_muon_does_not_depend_on_the_layout(tmp_path: Path) -> None:
+    cases = [f"muon:{stage}{family}" for family in ("", ":gpt2") for stage in range(4)]
+    results = {count: run_processes(count, tmp_path / f"{count}.json", cases) for count in (1, 2)}
+    for family in ("", ":gpt2"):
+        expected = results[1][f"muon:0{family}"]["loss"]
+        assert expected[-1] < expected[0]
+        for count, found in results.items():
+            for stage in range(4):
+                # Five rounds of a steep polynomial enlarge rounding differences.
+                difference = largest_difference(found[f"muon:{stage}{family}"]["loss"], expected)
+                assert difference < 1e-3, (count, stage, family)
 
 
 @pytest.mark.slow
@@ -90,6 +95,10 @@ def test_checkpoints_fit_any_stage_and_any_number_of_workers(tmp_path: Path) -> 
         for case, found in loaded.items():
             whole = saved[f"adamw:0:save={stores[0]}"]["loss"][STEPS // 2 :]
             assert largest_difference(found["loss"], whole) < TOLERANCE, (count, case)
+    muon = run_processes(2, tmp_path / "muon.json", [f"muon:2:save={tmp_path / 'muon'}"])
+    moved = run_processes(1, tmp_path / "moved.json", [f"muon:{s}:load={tmp_path / 'muon'}" for s in (0, 3)])
+    for target, found in moved.items():
+        assert largest_difference(found["loss"], next(iter(muon.values()))["loss"][STEPS // 2 :]) < 1e-3, target
     same = json.loads((tmp_path / "loaded2.json").read_text())
     for stage, store in stores.items():
         # The same layout repeats the bits.
