@@ -17,7 +17,8 @@ from raylm.config.loading import validate
 from raylm.config.stages import ServeConfig
 from raylm.errors import UserError
 from raylm.models.loading import load_tokenizer, resolve_model
-from raylm.serving.engines.opening import context_length, open_engine
+from raylm.serving.engines.client import start_engine
+from raylm.serving.engines.opening import context_length
 from raylm.serving.retrieval import Collection
 from raylm.serving.routes import create_app
 from raylm.serving.service import ModelService
@@ -42,7 +43,7 @@ class ModelReplica:
         self._collection = Collection.open(serving.collection) if serving.collection else None
         self._service = ModelService(
             name=model_name(settings),
-            engine=open_engine(source, serving, threads=threads),
+            engine=start_engine(source, serving, threads=threads),
             tokenizer=load_tokenizer(source),
             context_length=context_length(source),
             max_new_tokens=serving.max_new_tokens,

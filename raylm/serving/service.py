@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from raylm.data.chat import neutralize
-from raylm.serving.engines.base import Engine, FinishReason, SamplingParameters
+from raylm.serving.engines.base import FinishReason, SamplingParameters
+from raylm.serving.engines.client import Engine
 from raylm.serving.errors import RequestError
 from raylm.serving.requests import GenerationRequest
 from raylm.serving.text import IncrementalDecoder, StopStrings

@@ -1,22 +1,21 @@
-"""The interface that every engine offers: prompt ids in, a stream of generated ids out.
+"""What engines and those who ask them agree on: parameters, events, commands, and the backend that decodes.
 
-The event loop submits and cancels; one thread per engine owns the model and advances all requests together. Between
-the two run a queue of commands (to the thread) and, after each step, one callback (to the loop).
+A backend owns the model and runs in a process of its own (:mod:`raylm.serving.engines.process`); the replica's event
+loop talks to it through an :class:`~raylm.serving.engines.client.Engine`. Commands go one way, lists of events the
+other. Imports neither torch nor OpenVINO.
 """
 
 from __future__ import annotations
 
 import abc
-import asyncio
-import itertools
-import queue
-import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 FinishReason = Literal["stop", "length"]
+Pooling = Literal["mean", "first", "last"]
 
 # Below this, logits divided by the temperature may overflow: the likeliest token is taken.
 LEAST_TEMPERATURE = 1e-3
@@ -35,249 +34,146 @@ class SamplingParameters:
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_p: sample from the smallest set of tokens whose probabilities sum to this; (0, 1].
         seed: of the request's own random numbers; the same seed draws the same tokens whatever runs beside it.
+        presence_penalty: taken from the logit of every token that was generated before.
+        frequency_penalty: taken from a token's logit as many times as it was generated before.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @property
     def greedy(self) -> bool:
         """Whether nothing is left to chance."""
         return self.temperature < LEAST_TEMPERATURE
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether what was generated changes the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty)
+
 
 @dataclass(frozen=True)
-class EngineStats:
-    """Counters since the engine's start, and what it has in work now."""
-
-    running: int
-    waiting: int
-    requests: int
-    finished: int
-    cancelled: int
-    failed: int
-    prompt_tokens: int
-    generated_tokens: int
-
-
-class TokenStream:
-    """Generated ids of one request, as an async iterator over what arrived since the last look.
+class TokenScores:
+    """Log-probabilities, natural logarithm, of a text under the model.
 
     Attributes:
-        finish_reason: ``stop`` (end token) or ``length``, once the stream has ended.
+        chosen: fp32 [tokens - 1]; entry i is that of token i + 1 after tokens 0 to i.
+        top_ids: int64 [tokens, top]; the likeliest tokens after tokens 0 to i, likeliest first.
+        top: fp32 [tokens, top]; their log-probabilities.
     """
 
-    def __init__(self, engine: Engine, number: int) -> None:
-        self.finish_reason: FinishReason | None = None
-        self._engine, self._number = engine, number
-        self._loop = asyncio.get_running_loop()
-        self._arrived = asyncio.Event()
-        self._tokens: list[int] = []
-        self._error: str | None = None
-
-    def __aiter__(self) -> TokenStream:
-        return self
-
-    async def __anext__(self) -> list[int]:
-        while not self._tokens:
-            if self._error is not None:
-                raise EngineFailure(self._error)
-            if self.finish_reason is not None:
-                raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        tokens, self._tokens = self._tokens, []
-        return tokens
-
-    def cancel(self) -> None:
-        """Give the request's place free; what arrived and was not read is dropped. Harmless after the end."""
-        if self.finish_reason is None and self._error is None:
-            self._error, self._tokens = "cancelled", []
-            self._engine._commands.put(_Cancel(self._number))
-
-    def _receive(self, event: Event) -> None:
-        """Take an event of the engine; runs in the event loop."""
-        if self._error is None:
-            self._tokens += event.tokens
-            self.finish_reason, self._error = event.finish_reason, event.error
-        self._arrived.set()
-
-
-@dataclass(frozen=True)
-class EngineRequest:
-    """One request as the engine's thread sees it."""
-
-    number: int
-    prompt_ids: list[int]
-    parameters: SamplingParameters
-    stream: TokenStream
+    chosen: np.ndarray
+    top_ids: np.ndarray
+    top: np.ndarray
 
 
 @dataclass
 class Event:
-    """What a step brought one request: ids, and at the end the reason or the error."""
+    """What a step brought one request: ids or a result, and at the end the reason or the error."""
 
     number: int
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
+    result: Any = None
 
     @property
     def last(self) -> bool:
         """Whether the request is over."""
-        return self.finish_reason is not None or self.error is not None
+        return self.finish_reason is not None or self.error is not None or self.result is not None
 
 
 @dataclass(frozen=True)
-class _Submit:
-    request: EngineRequest
+class Generate:
+    """Command: go on from ``prompt_ids``; answered by events with tokens."""
+
+    number: int
+    prompt_ids: list[int]
+    parameters: SamplingParameters
 
 
 @dataclass(frozen=True)
-class _Cancel:
+class Score:
+    """Command: read ``ids`` and say how likely each was; answered by :class:`TokenScores`."""
+
+    number: int
+    ids: list[int]
+    top: int
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Command: read ``ids`` and pool the last hidden states; answered by a vector, fp32 [hidden size]."""
+
+    number: int
+    ids: list[int]
+    pooling: Pooling
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Command: drop a request, wherever it stands."""
+
     number: int
 
 
 @dataclass(frozen=True)
-class _Close:
-    pass
+class Close:
+    """Command: end the process."""
 
 
-class Engine(abc.ABC):
-    """Decodes many requests together on a thread of its own.
+@dataclass(frozen=True)
+class Ready:
+    """First message of a backend that could load its model."""
 
-    A subclass says how a request joins (:meth:`_admit`), how all of them go one step further (:meth:`_advance`), and
-    how one leaves early (:meth:`_drop`). These run on the engine's thread only.
+    name: str
+
+
+Command = Generate | Score | Embed | Cancel | Close
+
+
+class Backend(abc.ABC):
+    """Decodes many requests together.
+
+    A subclass says how a request joins, how all of them go one step further, and how one leaves early.
 
     Args:
         sequences: requests decoded together; more wait their turn.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(self, sequences: int) -> None:
         self.sequences = sequences
-        self._commands: queue.SimpleQueue[_Submit | _Cancel | _Close] = queue.SimpleQueue()
-        self._active: dict[int, EngineRequest] = {}
-        self._numbers = itertools.count()
-        self._submitted = self._finished = self._cancelled = self._failed = 0
-        self._prompt_tokens = self._generated_tokens = 0
-        self._failure: str | None = None
-        self._thread = threading.Thread(target=self._run, name=f"{self.name}-engine", daemon=True)
 
     @abc.abstractmethod
-    def _admit(self, request: EngineRequest) -> None:
+    def admit(self, request: Generate) -> None:
         """Let a request join; a RuntimeError or ValueError fails this request alone."""
 
     @abc.abstractmethod
-    def _advance(self) -> list[Event]:
+    def advance(self) -> list[Event]:
         """Go one step further with every request that has room."""
 
     @abc.abstractmethod
-    def _drop(self, number: int) -> None:
+    def drop(self, number: int) -> None:
         """Free what a request that was admitted and has not ended holds."""
 
-    def start(self) -> None:
-        """Start the thread; call once, when the model is loaded."""
-        self._thread.start()
-
-    def submit(self, prompt_ids: Sequence[int], parameters: SamplingParameters) -> TokenStream:
-        """Queue a request; call from a running event loop.
-
-        Args:
-            prompt_ids: at least one token id.
-            parameters: how to decode.
-
-        Raises:
-            EngineFailure: the engine has stopped.
-        """
-        if self._failure is not None:
-            raise EngineFailure(self._failure)
-        number = next(self._numbers)
-        stream = TokenStream(self, number)
-        self._submitted += 1
-        self._prompt_tokens += len(prompt_ids)
-        self._commands.put(_Submit(EngineRequest(number, list(prompt_ids), parameters, stream)))
-        return stream
-
-    def stats(self) -> EngineStats:
-        """Counters and current load."""
-        in_work = self._submitted - self._finished - self._cancelled - self._failed
-        return EngineStats(
-            running=min(in_work, self.sequences),
-            waiting=max(0, in_work - self.sequences),
-            requests=self._submitted,
-            finished=self._finished,
-            cancelled=self._cancelled,
-            failed=self._failed,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-        )
-
-    def check(self) -> None:
-        """Raise :class:`EngineFailure` if the thread has died."""
-        if self._failure is not None:
-            raise EngineFailure(self._failure)
-
-    def close(self) -> None:
-        """Stop the thread; requests in work fail."""
-        if self._thread.is_alive():
-            self._commands.put(_Close())
-            self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        try:
-            while self._take_commands():
-                self._deliver(self._advance())
-        finally:
-            # Also on an exception, which then goes on to the log: nobody may wait for a dead thread.
-            error = sys.exc_info()[1]
-            self._failure = f"the engine failed: {error}" if error else "the engine was stopped"
-            while not self._commands.empty():
-                command = self._commands.get()
-                if isinstance(command, _Submit):
-                    self._active[command.request.number] = command.request
-            self._deliver([Event(number, error=self._failure) for number in self._active])
-
-    def _take_commands(self) -> bool:
-        """Do what the event loop asked for; wait for it while there is nothing in work. False to stop."""
-        while not self._active or not self._commands.empty():
-            command = self._commands.get()
-            if isinstance(command, _Close):
-                return False
-            if isinstance(command, _Submit):
-                self._join(command.request)
-            elif self._active.pop(command.number, None) is not None:
-                self._cancelled += 1
-                self._drop(command.number)
-        return True
-
-    def _join(self, request: EngineRequest) -> None:
-        self._active[request.number] = request
-        try:
-            self._admit(request)
-        except (RuntimeError, ValueError) as error:
-            self._deliver([Event(request.number, error=str(error))])
-
-    def _deliver(self, events: list[Event]) -> None:
-        """Hand events to their streams, with one wake-up of an event loop for all of them."""
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, Event]]] = {}
-        for event in events:
-            request = self._active[event.number]
-            loops.setdefault(request.stream._loop, []).append((request.stream, event))
-            self._generated_tokens += len(event.tokens)
-            if event.last:
-                del self._active[event.number]
-                self._finished += event.error is None
-                self._failed += event.error is not None
-        for loop, deliveries in loops.items():
-            # A loop that has ended has nobody left who waits.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_receive_all, deliveries)
+    @abc.abstractmethod
+    def read(self, ids: list[int]) -> Reading:
+        """Read a whole text at once, for its logits and hidden states."""
 
 
-def _receive_all(deliveries: list[tuple[TokenStream, Event]]) -> None:
-    for stream, event in deliveries:
-        stream._receive(event)
+class Reading(abc.ABC):
+    """A text that the model has read."""
+
+    @abc.abstractmethod
+    def logits(self) -> Iterator[np.ndarray]:
+        """Logits after each token in consecutive parts, each fp32 [tokens of the part, vocabulary]."""
+
+    @abc.abstractmethod
+    def hidden(self) -> np.ndarray:
+        """Last hidden states, fp32 [tokens, hidden size]."""

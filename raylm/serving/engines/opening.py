@@ -1,4 +1,4 @@
-"""From a model directory to a running engine: which one, with what limits."""
+"""From a model directory to a loaded backend: which one, with what limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from raylm.config.serving import ServingSection
 from raylm.errors import UserError
 from raylm.models.loading import load_model
 from raylm.models.openvino import find_export
-from raylm.serving.engines.base import Engine
+from raylm.serving.engines.base import Backend
 
 
 def choose_engine(source: str, serving: ServingSection, key: str = "serving.engine") -> str:
@@ -32,8 +32,8 @@ def choose_engine(source: str, serving: ServingSection, key: str = "serving.engi
     return serving.engine
 
 
-def open_engine(source: str, serving: ServingSection, *, threads: int) -> Engine:
-    """Load the model and start its engine.
+def load_backend(source: str, serving: ServingSection, *, threads: int) -> Backend:
+    """Load the model; imports what only its own engine needs.
 
     Args:
         source: Hugging Face directory or hub name.
@@ -42,25 +42,22 @@ def open_engine(source: str, serving: ServingSection, *, threads: int) -> Engine
     """
     end_ids = end_token_ids(source)
     if choose_engine(source, serving) == "openvino":
-        from raylm.serving.engines.openvino import OpenVinoEngine
+        from raylm.serving.engines.openvino import OpenVinoBackend
 
-        engine: Engine = OpenVinoEngine(
+        return OpenVinoBackend(
             source,
             end_ids,
             sequences=serving.max_concurrent_requests,
             cache_gigabytes=serving.cache_gigabytes,
             threads=threads,
         )
-    else:
-        import torch
+    import torch
 
-        from raylm.serving.engines.transformers import TransformersEngine
+    from raylm.serving.engines.transformers import TransformersBackend
 
-        torch.set_num_threads(threads)
-        model = load_model(source).to("cuda" if serving.gpus_per_replica else "cpu")
-        engine = TransformersEngine(model, end_ids, sequences=serving.max_concurrent_requests)
-    engine.start()
-    return engine
+    torch.set_num_threads(threads)
+    model = load_model(source).to("cuda" if serving.gpus_per_replica else "cpu")
+    return TransformersBackend(model, end_ids, sequences=serving.max_concurrent_requests)
 
 
 def end_token_ids(source: str) -> frozenset[int]:

@@ -1,19 +1,24 @@
 """OpenVINO GenAI's continuous batching as an engine: requests join and leave between any two steps.
 
 The pipeline keeps the paged key-value cache with prefix reuse, schedules and samples; this file only feeds it and
-reads from it. Its ``step`` holds Python's global lock: nothing else in the process runs meanwhile.
+reads from it. Its ``step`` holds Python's global lock: nothing else in the process runs meanwhile. Whole texts are read
+by the same graph compiled once more, when the first such request comes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import openvino
 import openvino_genai
 
-from raylm.models.openvino import open_pipeline
-from raylm.serving.engines.base import Engine, EngineRequest, Event, FinishReason
+from raylm.models.openvino import EXPORT_MODEL, find_export, open_pipeline
+from raylm.serving.engines.base import Backend, EngineFailure, Event, FinishReason, Generate, Reading
+
+# Tokens of a text that are read at once: with 50,000 words their logits take 50 MB.
+TOKENS_PER_PART = 256
 
 _REASONS: dict[openvino_genai.GenerationFinishReason, FinishReason] = {
     openvino_genai.GenerationFinishReason.STOP: "stop",
@@ -21,7 +26,7 @@ _REASONS: dict[openvino_genai.GenerationFinishReason, FinishReason] = {
 }
 
 
-class OpenVinoEngine(Engine):
+class OpenVinoBackend(Backend):
     """Serves an OpenVINO export on the CPU.
 
     Args:
@@ -39,17 +44,23 @@ class OpenVinoEngine(Engine):
     ) -> None:
         super().__init__(sequences)
         self._end_ids = end_ids
+        self._directory, self._threads = directory, threads
+        self._reader: TextReader | None = None
         self._pipeline = open_pipeline(directory, cache_gigabytes, threads, sequences=sequences)
         # A handle that goes out of scope ends its request in the pipeline: they must be held.
         self._handles: dict[int, openvino_genai.py_openvino_genai.GenerationHandle] = {}
 
-    def _admit(self, request: EngineRequest) -> None:
+    def admit(self, request: Generate) -> None:
         parameters = request.parameters
         config = openvino_genai.GenerationConfig(
             max_new_tokens=parameters.max_new_tokens,
             do_sample=not parameters.greedy,
             stop_token_ids=set(self._end_ids),
         )
+        # The pipeline takes penalties from logits above 0 and adds them to those below; what is likely under a
+        # trained model lies above.
+        config.presence_penalty = parameters.presence_penalty
+        config.frequency_penalty = parameters.frequency_penalty
         if not parameters.greedy:
             config.temperature = parameters.temperature
             config.top_p = parameters.top_p
@@ -57,7 +68,7 @@ class OpenVinoEngine(Engine):
         prompt = openvino.Tensor(np.array([request.prompt_ids], dtype=np.int64))
         self._handles[request.number] = self._pipeline.add_request(request.number, prompt, config)
 
-    def _advance(self) -> list[Event]:
+    def advance(self) -> list[Event]:
         self._pipeline.step()
         events = []
         for number, handle in list(self._handles.items()):
@@ -74,10 +85,91 @@ class OpenVinoEngine(Engine):
                 events.append(event)
         return events
 
-    def _drop(self, number: int) -> None:
+    def drop(self, number: int) -> None:
         handle = self._handles.pop(number, None)
         if handle is not None:
             handle.cancel()
             # The pipeline frees the blocks of cancelled requests in its next step, which may be far off.
             if not self._handles:
                 self._pipeline.step()
+
+    def read(self, ids: list[int]) -> Reading:
+        """Read a whole text with the plain graph."""
+        if self._reader is None:
+            self._reader = TextReader(self._directory, self._threads)
+        return self._reader.read(ids)
+
+
+class TextReader:
+    """The exported graph compiled for reading whole texts: exact activations, and the hidden states as a second output.
+
+    Args:
+        directory: model directory with ``openvino/`` inside.
+        threads: threads to compute with.
+    """
+
+    def __init__(self, directory: str | Path, threads: int) -> None:
+        core = openvino.Core()
+        export = find_export(directory)
+        assert export is not None
+        model = core.read_model(export / EXPORT_MODEL)
+        self._gives_hidden = _add_hidden_output(model)
+        # The plugin's own defaults quantize activations and cached keys to 8 bits; scores are to be the model's own.
+        compiled = core.compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": threads,
+                "INFERENCE_PRECISION_HINT": "f32",
+                "KV_CACHE_PRECISION": "f32",
+                "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+            },
+        )
+        self._request = compiled.create_infer_request()
+        self._inputs = {name for port in compiled.inputs for name in port.get_names()}
+
+    def read(self, ids: list[int]) -> Reading:
+        """Read ``ids`` in parts, so that the logits of a long text are never all in memory."""
+        return _OpenVinoReading(self, ids)
+
+    def parts(self, ids: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Logits fp32 [tokens, vocabulary] and hidden states fp32 [tokens, hidden size] of consecutive parts."""
+        self._request.reset_state()
+        for start in range(0, len(ids), TOKENS_PER_PART):
+            part = np.array([ids[start : start + TOKENS_PER_PART]], dtype=np.int64)
+            end = start + part.shape[1]
+            values = {
+                "input_ids": part,
+                "attention_mask": np.ones((1, end), dtype=np.int64),
+                "position_ids": np.arange(start, end, dtype=np.int64)[None],
+                "beam_idx": np.zeros(1, dtype=np.int32),
+            }
+            self._request.infer({name: value for name, value in values.items() if name in self._inputs})
+            logits = self._request.get_output_tensor(0).data[0]
+            hidden = self._request.get_output_tensor(1).data[0] if self._gives_hidden else np.empty((0, 0))
+            yield logits, hidden
+
+
+class _OpenVinoReading(Reading):
+    def __init__(self, reader: TextReader, ids: list[int]) -> None:
+        self._reader, self._ids = reader, ids
+
+    def logits(self) -> Iterator[np.ndarray]:
+        return (logits for logits, _ in self._reader.parts(self._ids))
+
+    def hidden(self) -> np.ndarray:
+        if not self._reader._gives_hidden:
+            raise EngineFailure("this export does not show its hidden states; use serving.engine: transformers")
+        return np.concatenate([hidden.copy() for _, hidden in self._reader.parts(self._ids)])
+
+
+def _add_hidden_output(model: openvino.Model) -> bool:
+    """Make what the output projection multiplies a second output; False where there is no such product."""
+    node = model.output("logits").get_node().input_value(0).get_node()
+    # Between the product and the result there may be conversions and a bias.
+    while node.get_type_name() in ("Convert", "Add"):
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "MatMul":
+        return False
+    model.add_outputs([node.input_value(0)])
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from raylm.serving.engines.base import FinishReason, SamplingParameters
@@ -16,15 +18,20 @@ class Sampler:
     """
 
     def __init__(self, parameters: SamplingParameters, end_ids: frozenset[int]) -> None:
-        self.greedy = parameters.greedy
+        # Whether the likeliest token is always the one.
+        self.plain = parameters.greedy and not parameters.penalizes
         self._parameters = parameters
         self._end_ids = end_ids
         self._generated = 0
+        self._counts: Counter[int] = Counter()
         self._random = torch.Generator().manual_seed(parameters.seed)
 
     def draw(self, logits: torch.Tensor) -> int:
         """A token id drawn from ``logits`` [vocabulary] by temperature and nucleus (Holtzman et al. 2020)."""
-        logits = logits.float().cpu() / self._parameters.temperature
+        logits = self._penalize(logits.float().cpu())
+        if self._parameters.greedy:
+            return int(logits.argmax())
+        logits = logits / self._parameters.temperature
         probabilities, tokens = logits.softmax(dim=-1).sort(descending=True)
         if self._parameters.top_p < 1:
             before = probabilities.cumsum(dim=-1) - probabilities
@@ -36,6 +43,16 @@ class Sampler:
     def account(self, token: int) -> FinishReason | None:
         """Count ``token``; the reason if the request ends with it."""
         self._generated += 1
+        self._counts[token] += 1
         if token in self._end_ids:
             return "stop"
         return "length" if self._generated >= self._parameters.max_new_tokens else None
+
+    def _penalize(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits less OpenAI's penalties on what was generated before."""
+        if not (self._counts and self._parameters.penalizes):
+            return logits
+        tokens = torch.tensor(list(self._counts))
+        counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
+        penalties = self._parameters.presence_penalty + self._parameters.frequency_penalty * counts
+        return logits.index_add(0, tokens, -penalties)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from raylm.serving.engines.base import Engine, EngineRequest, Event
+from raylm.serving.engines.base import Backend, Event, Generate, Reading
 from raylm.serving.engines.rows import Rows, is_plain, left_pad, plain_cache
 from raylm.serving.engines.sampling import Sampler
 
@@ -21,7 +23,7 @@ from raylm.serving.engines.sampling import Sampler
 TOKENS_PER_PREFILL = 2048
 
 
-class TransformersEngine(Engine):
+class TransformersBackend(Backend):
     """Serves a loaded model.
 
     Args:
@@ -38,17 +40,17 @@ class TransformersEngine(Engine):
         self._end_ids = end_ids
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self.batches = self._padding_is_harmless()
-        self._waiting: deque[EngineRequest] = deque()
+        self._waiting: deque[Generate] = deque()
         self._samplers: dict[int, Sampler] = {}
         self._rows = Rows()
         # Requests of a model that cannot be batched: all ids so far, and what the model remembers of them.
         self._alone: dict[int, _Alone] = {}
 
-    def _admit(self, request: EngineRequest) -> None:
+    def admit(self, request: Generate) -> None:
         self._waiting.append(request)
 
     @torch.inference_mode()
-    def _advance(self) -> list[Event]:
+    def advance(self) -> list[Event]:
         newcomers = self._next_newcomers()
         for request in newcomers:
             self._samplers[request.number] = Sampler(request.parameters, self._end_ids)
@@ -60,15 +62,22 @@ class TransformersEngine(Engine):
             return self._prefill(newcomers)
         return self._decode()
 
-    def _drop(self, number: int) -> None:
+    def drop(self, number: int) -> None:
         self._waiting = deque(request for request in self._waiting if request.number != number)
         self._samplers.pop(number, None)
         self._alone.pop(number, None)
         self._rows.keep(lambda row: row != number)
 
-    def _next_newcomers(self) -> list[EngineRequest]:
+    @torch.inference_mode()
+    def read(self, ids: list[int]) -> Reading:
+        """Read a whole text in one pass."""
+        input_ids = torch.tensor([ids], device=self._model.device)
+        output = self._model(input_ids=input_ids, output_hidden_states=True)
+        return _TransformersReading(output.logits[0], output.hidden_states[-1][0])
+
+    def _next_newcomers(self) -> list[Generate]:
         """The waiting requests that there is room for, oldest first."""
-        newcomers: list[EngineRequest] = []
+        newcomers: list[Generate] = []
         longest = 0
         while self._waiting and len(self._samplers) + len(newcomers) < self.sequences:
             longest = max(longest, len(self._waiting[0].prompt_ids))
@@ -77,7 +86,7 @@ class TransformersEngine(Engine):
             newcomers.append(self._waiting.popleft())
         return newcomers
 
-    def _prefill(self, newcomers: list[EngineRequest]) -> list[Event]:
+    def _prefill(self, newcomers: list[Generate]) -> list[Event]:
         """Read the prompts, sample each one's first token, and let the rows join the others."""
         input_ids, mask = left_pad([request.prompt_ids for request in newcomers])
         cache = plain_cache()
@@ -120,7 +129,7 @@ class TransformersEngine(Engine):
         tokens, events = [], []
         for row, number in enumerate(numbers):
             sampler = self._samplers[number]
-            token = likeliest[row] if sampler.greedy else sampler.draw(logits[row])
+            token = likeliest[row] if sampler.plain else sampler.draw(logits[row])
             reason = sampler.account(token)
             if reason:
                 del self._samplers[number]
@@ -159,6 +168,19 @@ class TransformersEngine(Engine):
             if not is_plain(cache) or cache.get_seq_length() != input_ids.shape[1]:
                 return False
         return torch.allclose(last[0], last[1], rtol=1e-3, atol=1e-3)
+
+
+class _TransformersReading(Reading):
+    """Logits [tokens, vocabulary] and last hidden states [tokens, hidden size] of one text."""
+
+    def __init__(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        self._logits, self._hidden = logits, hidden
+
+    def logits(self) -> Iterator[np.ndarray]:
+        yield self._logits.float().cpu().numpy()
+
+    def hidden(self) -> np.ndarray:
+        return self._hidden.float().cpu().numpy()
 
 
 class _Alone:

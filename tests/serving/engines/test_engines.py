@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,11 @@ from transformers import (
 )
 
 from raylm.config.serving import ServingSection
-from raylm.serving.engines.base import Engine, EngineFailure, SamplingParameters
-from raylm.serving.engines.opening import choose_engine, open_engine
-from raylm.serving.engines.transformers import TransformersEngine
+from raylm.serving.engines.base import Backend, Close, EngineFailure, SamplingParameters
+from raylm.serving.engines.client import Engine, start_engine
+from raylm.serving.engines.opening import choose_engine
+from raylm.serving.engines.process import Decoding
+from raylm.serving.engines.transformers import TransformersBackend
 
 PROMPTS = [[5, 6, 7], list(range(20, 90)), [200], [40, 41, 42, 43, 44, 45], list(range(100, 130)), [9] * 15]
 
@@ -34,7 +38,7 @@ PROMPTS = [[5, 6, 7], list(range(20, 90)), [200], [40, 41, 42, 43, 44, 45], list
 @pytest.fixture(scope="module", params=["transformers", "openvino"])
 def engine(request: pytest.FixtureRequest, exported_model: Path) -> Iterator[Engine]:
     serving = ServingSection(engine=request.param, max_concurrent_requests=4)
-    engine = open_engine(str(exported_model), serving, threads=1)
+    engine = start_engine(str(exported_model), serving, threads=1)
     yield engine
     engine.close()
 
@@ -148,24 +152,96 @@ def test_end_token_stops(engine: Engine, model: PreTrainedModel) -> None:
     pytest.fail("no prompt ends early; choose another seed for the tiny model")
 
 
-def test_a_dead_engine_says_so(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    died: list[threading.ExceptHookArgs] = []
-    monkeypatch.setattr(threading, "excepthook", died.append)
-    engine = TransformersEngine(model, frozenset(), sequences=2)
-    engine.start()
+def test_scores_are_the_models_own(engine: Engine, model: PreTrainedModel) -> None:
+    ids = list(range(30, 90)) * 5  # longer than what OpenVINO reads at once
+    ids = ids[:256] if engine.name == "transformers" else ids
+    scores = asyncio.run(engine.score(ids, top=3))
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+    tolerance = 1e-4 if engine.name == "transformers" else 0.05
+    expected = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert (torch.tensor(scores.chosen) - expected).abs().max() < tolerance
+    assert (torch.tensor(scores.top) - logprobs.topk(3).values).abs().max() < tolerance
+    assert scores.top_ids.shape == (len(ids), 3)
+    if engine.name == "transformers":
+        assert scores.top_ids[:, 0].tolist() == logprobs.argmax(dim=-1).tolist()
+
+
+def test_embeddings_are_the_last_hidden_states(engine: Engine, model: PreTrainedModel) -> None:
+    ids = list(range(30, 90))
+    with torch.inference_mode():
+        hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+    for pooling, expected in (("mean", hidden.mean(dim=0)), ("first", hidden[0]), ("last", hidden[-1])):
+        vector = torch.tensor(asyncio.run(engine.embed(ids, pooling)))
+        assert float(vector.norm()) == pytest.approx(1, abs=1e-5)
+        assert float(vector @ expected / expected.norm()) > (0.99999 if engine.name == "transformers" else 0.999)
+
+
+def test_penalties(engine: Engine) -> None:
+    """With a large penalty no token comes twice; the prompt's tokens are free."""
+    plain = greedy(engine, [5, 6, 7], 40)
+    assert len(set(plain)) < len(plain)
+    for penalties in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):
+        # The random model's logits lie within one of each other.
+        tokens = asyncio.run(collect(engine, [5, 6, 7], SamplingParameters(40, temperature=0, **penalties)))
+        assert tokens != plain
+        # OpenVINO's pipeline raises logits below 0, which only an untrained model's likely tokens have.
+        if engine.name == "transformers":
+            assert len(set(tokens)) == len(tokens)
+
+
+def test_groups_of_tokens_hold_all_of_them(engine: Engine) -> None:
+    """Many readers get their tokens in groups; none is lost, and the last ones come with the end."""
+
+    async def together() -> list[tuple[int, int]]:
+        async def follow() -> tuple[int, int]:
+            stream = engine.submit([5, 6, 7], SamplingParameters(120, temperature=0))
+            pieces = [piece async for piece in stream]
+            return len(pieces), sum(map(len, pieces))
+
+        return await asyncio.gather(*(follow() for _ in range(4)))
+
+    for pieces, tokens in asyncio.run(together()):
+        assert tokens == 120
+        assert pieces < 120
+
+
+def test_a_killed_engine_says_so(exported_model: Path) -> None:
+    engine = start_engine(str(exported_model), ServingSection(engine="openvino"), threads=1)
 
     async def ask() -> None:
-        stream = engine.submit([10**6], SamplingParameters(2, temperature=0))  # no such embedding
-        with pytest.raises(EngineFailure, match="the engine failed: index out of range"):
-            await anext(aiter(stream))
-        with pytest.raises(EngineFailure, match="index out of range"):
-            engine.submit([5], SamplingParameters(2))
+        stream = engine.submit([5, 6, 7], SamplingParameters(50_000, temperature=0))
+        await anext(aiter(stream))
+        engine._process.kill()
+        with pytest.raises(EngineFailure, match=r"status -9|stopped"):
+            async for _ in stream:
+                pass
 
     asyncio.run(ask())
     with pytest.raises(EngineFailure):
         engine.check()
-    engine._thread.join()
-    assert died[0].exc_type is IndexError
+    engine.close()
+
+
+def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(EngineFailure, match=r"config.json|model"):
+        start_engine(str(tmp_path), ServingSection(), threads=1)
+
+
+@contextlib.contextmanager
+def in_a_thread(backend: Backend) -> Iterator[Engine]:
+    """The loop of the engine's process over a backend made here."""
+    ours, theirs = Pipe()
+    thread = threading.Thread(target=Decoding(backend, theirs).run)
+    thread.start()
+    engine = Engine(ours, backend.name, backend.sequences)
+    yield engine
+    with contextlib.suppress(OSError):
+        engine._send(Close())
+    thread.join(10)
+    theirs.close()
+    engine.close()
 
 
 def _families() -> dict[str, PreTrainedModel]:
@@ -194,11 +270,10 @@ def test_any_family(family: str) -> None:
     """Learned positions, ALiBi, a sliding window, and no keys and values at all."""
     model = _families()[family].eval()
     model.generation_config.eos_token_id = None
-    engine = TransformersEngine(model, frozenset(), sequences=3)
-    engine.start()
+    backend = TransformersBackend(model, frozenset(), sequences=3)
     prompts = PROMPTS[:4]
 
-    async def together() -> list[list[int]]:
+    async def together(engine: Engine) -> list[list[int]]:
         return await asyncio.gather(
             *(
                 collect(engine, prompt, SamplingParameters(16, temperature=0), delay=0.01 * place)
@@ -206,11 +281,9 @@ def test_any_family(family: str) -> None:
             )
         )
 
-    try:
-        assert engine.batches == (family != "mamba")
-        assert asyncio.run(together()) == [reference(model, prompt, 16) for prompt in prompts]
-    finally:
-        engine.close()
+    assert backend.batches == (family != "mamba")
+    with in_a_thread(backend) as engine:
+        assert asyncio.run(together(engine)) == [reference(model, prompt, 16) for prompt in prompts]
 
 
 def test_auto_goes_by_artifact_and_hardware(exported_model: Path, tiny_model: Path) -> None:

@@ -1,0 +1,158 @@
+"""The process that owns a model: loads it, and then decodes, scores and embeds what comes down the pipe.
+
+One thread does everything, so nothing of the replica's waits for the interpreter's lock while a step computes
+(OpenVINO GenAI holds it throughout). The process ends when the pipe does: it cannot outlive its replica.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import deque
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from raylm.errors import UserError
+from raylm.serving.engines.base import (
+    Backend,
+    Cancel,
+    Close,
+    Command,
+    Embed,
+    EngineFailure,
+    Event,
+    Generate,
+    Reading,
+    Ready,
+    Score,
+    TokenScores,
+)  # fmt: skip
+
+
+class Decoding:
+    """Everything that one backend has in work, and the loop that advances it.
+
+    Args:
+        backend: the model.
+        connection: commands come from here, lists of events go there.
+    """
+
+    def __init__(self, backend: Backend, connection: Connection) -> None:
+        self._backend, self._connection = backend, connection
+        self._generating: set[int] = set()
+        self._reading: deque[Score | Embed] = deque()
+
+    def run(self) -> None:
+        """Work until told to close, or until nobody is at the other end."""
+        try:
+            while self._take_commands():
+                if self._generating:
+                    self._deliver(self._backend.advance())
+                if self._reading:
+                    # One text between two steps: those that generate wait for it no longer than for a prompt.
+                    self._deliver([_read(self._backend, self._reading.popleft())])
+        except (EOFError, ConnectionError):
+            return
+
+    def _take_commands(self) -> bool:
+        """Do what was asked for; wait for it while there is nothing in work. False to stop."""
+        while not (self._generating or self._reading) or self._connection.poll():
+            command: Command = self._connection.recv()
+            if isinstance(command, Close):
+                return False
+            if isinstance(command, Generate):
+                self._join(command)
+            elif isinstance(command, Cancel):
+                self._drop(command.number)
+            else:
+                self._reading.append(command)
+        return True
+
+    def _join(self, request: Generate) -> None:
+        try:
+            self._backend.admit(request)
+        except (RuntimeError, ValueError) as error:
+            self._deliver([Event(request.number, error=str(error))])
+        else:
+            self._generating.add(request.number)
+
+    def _drop(self, number: int) -> None:
+        if number in self._generating:
+            self._generating.discard(number)
+            self._backend.drop(number)
+        else:
+            self._reading = deque(command for command in self._reading if command.number != number)
+
+    def _deliver(self, events: list[Event]) -> None:
+        if events:
+            self._generating.difference_update(event.number for event in events if event.last)
+            self._connection.send(events)
+
+
+def _read(backend: Backend, command: Score | Embed) -> Event:
+    try:
+        reading = backend.read(command.ids)
+        if isinstance(command, Embed):
+            return Event(command.number, result=pool(reading.hidden(), command.pooling))
+        return Event(command.number, result=score(reading, command.ids, command.top))
+    except (EngineFailure, RuntimeError, ValueError) as error:
+        return Event(command.number, error=str(error))
+
+
+def score(reading: Reading, ids: list[int], top: int) -> TokenScores:
+    """Log-probabilities of ``ids`` and of the ``top`` likeliest tokens at each place."""
+    chosen, top_ids, tops, place = [], [], [], 0
+    for logits in reading.logits():
+        highest = logits.max(axis=1, keepdims=True)
+        normalizer = highest + np.log(np.exp(logits - highest).sum(axis=1, keepdims=True, dtype=np.float64))
+        targets = np.array(ids[place + 1 : place + 1 + len(logits)], dtype=np.int64)
+        rows = np.arange(len(targets))
+        chosen.append((logits[rows, targets] - normalizer[rows, 0]).astype(np.float32))
+        best = np.argpartition(-logits, top - 1, axis=1)[:, :top]
+        values = np.take_along_axis(logits, best, axis=1)
+        # Of equals the lowest id comes first, as argmax has it.
+        order = np.lexsort((best, -values), axis=1)
+        top_ids.append(np.take_along_axis(best, order, axis=1))
+        tops.append((np.take_along_axis(values, order, axis=1) - normalizer).astype(np.float32))
+        place += len(logits)
+    return TokenScores(np.concatenate(chosen), np.concatenate(top_ids), np.concatenate(tops))
+
+
+def pool(hidden: np.ndarray, pooling: str) -> np.ndarray:
+    """One vector of length 1 from hidden states fp32 [tokens, hidden size]."""
+    vector = {"mean": lambda: hidden.mean(axis=0), "first": lambda: hidden[0], "last": lambda: hidden[-1]}[pooling]()
+    return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
+
+
+def main(descriptor: int) -> None:
+    """Load what the first message says, answer ``Ready`` or the reason against it, and work.
+
+    Args:
+        descriptor: of the pipe's end, inherited from the replica.
+    """
+    # Ctrl-C in a terminal reaches every process; the replica decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Connection(descriptor) as connection:
+        from raylm.serving.engines.opening import load_backend
+
+        source, serving, threads = connection.recv()
+        try:
+            backend = load_backend(source, serving, threads=threads)
+        except (UserError, RuntimeError, ValueError, OSError) as error:
+            connection.send(EngineFailure(str(error)))
+            return
+        connection.send(Ready(backend.name))
+        try:
+            Decoding(backend, connection).run()
+        except Exception as error:  # said to the replica, then raised: nobody may wait for a dead engine
+            connection.send(EngineFailure(f"{type(error).__name__}: {error}"))
+            raise
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
+    sys.stdout.flush()
+    # Leave without the interpreter's farewell: libraries' threads may still compute.
+    os._exit(0)
