@@ -53,7 +53,9 @@ class OpenVINOScorer:
 
         export = find_export(directory)
         assert export is not None
-        compiled = openvino.Core().compile_model(export / EXPORT_MODEL, "CPU", {"INFERENCE_NUM_THREADS": threads})
+        # Activations in fp32, as the serving engine has them (raylm.models.openvino).
+        properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(export / EXPORT_MODEL, "CPU", properties)
         self._request = compiled.create_infer_request()
         self._inputs = {name for port in compiled.inputs for name in port.get_names()}
 

@@ -29,30 +29,17 @@ from raylm.progress import ProgressBar
 LONGEST_DEFAULT_WINDOW = 1024
 
 
-def read_texts(data: DataSection, split: str) -> Iterator[str]:
-    """Texts to evaluate on: a prepared directory's ``split``, or every document of raw ``data.train`` sources."""
-    from raylm.data.documents import read_documents
-    from raylm.data.prepare import prepared_directory
-    from raylm.data.sources import open_sources
-
-    if (directory := prepared_directory(data)) is not None:
-        documents = read_documents(directory, split)
-    else:
-        sources = open_sources(data, data.train_sources, "data.train")
-        documents = (document for source in sources for document in source.documents())
-    for document in documents:
-        yield document.text
-
-
 def open_text(data: DataSection, split: str, tokenizer) -> TextStream:
     """The text as the model's own tokens.
 
     Raises:
         UserError: there is no text.
     """
-    stream = make_stream((text for text in read_texts(data, split) if text), tokenizer)
+    from raylm.data.evaluation_texts import evaluation_texts
+
+    stream = make_stream(evaluation_texts(data, split), tokenizer)
     if not stream.document_count:
-        raise UserError(f"data.train: {', '.join(data.train_sources)} has no text in the {split} split")
+        raise UserError(f"data: {', '.join(data.train_sources)} has no text in the {split} split")
     return stream
 
 

@@ -65,6 +65,7 @@ class Board:
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}
+        self._evaluations: list[dict[str, Any]] = []
         self._generation = ""
         self._starts = 0
         self._beats: dict[int, Beat] = {}
@@ -75,6 +76,12 @@ class Board:
     def update(self, metrics: dict[str, Any]) -> None:
         """Take over rank 0's ``metrics``."""
         self._latest |= metrics
+        if "loss" in metrics and "validation_loss" in metrics:
+            self._evaluations.append(metrics)
+
+    def evaluations(self, first: int) -> list[dict[str, Any]]:
+        """The metrics of evaluated steps, from the ``first``-th (counted from 0) on."""
+        return self._evaluations[first:]
 
     def latest(self) -> dict[str, Any]:
         """Everything known so far, with ``restarts``: why the workers were started again, each time."""

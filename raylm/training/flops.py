@@ -33,7 +33,7 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
     return 6.0 * products + 6.0 * config.num_hidden_layers * config.hidden_size * sequence_length
 
 
-def peak_flops(device: torch.device, seconds: float = 0.2) -> float:
+def peak_flops(device: torch.device, seconds: float = 0.5) -> float:
     """Matrix-product peak of this process, FLOP/s: from the data sheet on a known GPU, else measured in fp32."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -85,8 +85,16 @@ def train_worker(settings: dict[str, Any]) -> None:
         ray.get(job.progress.update.remote({"final": final}), timeout=HANDOVER_SECONDS)
 
 
-def launch(job: TrainingJob, cpus_per_worker: float, max_failures: int) -> dict[str, Any]:
+def launch(
+    job: TrainingJob,
+    cpus_per_worker: float,
+    max_failures: int,
+    on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Run ``job`` under Ray Train to its end and return rank 0's final metrics.
+
+    Args:
+        on_evaluation: called with the metrics of each step that was evaluated.
 
     Raises:
         RunFailure: the workers failed more often than ``max_failures``, or in a way that would come again, or the run
@@ -136,7 +144,7 @@ def launch(job: TrainingJob, cpus_per_worker: float, max_failures: int) -> dict[
     thread = threading.Thread(target=fit, daemon=True)
     with sigterm_noticed():
         thread.start()
-        _show_progress(job, thread, sigterm_received)
+        _show_progress(job, thread, sigterm_received, on_evaluation)
     first = ray.get(job.progress.first_failure.remote(), timeout=HANDOVER_SECONDS)
     latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
     if (error := outcome.get("error")) is not None or (first is not None and first.kind == "fatal"):
@@ -165,19 +173,28 @@ def _explain(error: Exception | None, first: Failure | None) -> str:
     return " ".join(str(error).split())
 
 
-def _show_progress(job: TrainingJob, thread: threading.Thread, asked_to_end: Callable[[], bool]) -> None:
+def _show_progress(
+    job: TrainingJob,
+    thread: threading.Thread,
+    asked_to_end: Callable[[], bool],
+    on_evaluation: Callable[[dict[str, Any]], None] | None,
+) -> None:
     import ray
 
     latest: dict[str, Any] = {"restarts": []}
-    told, deadline = 0, float("inf")
+    told, evaluated, deadline = 0, 0, float("inf")
 
     def poll() -> None:
-        nonlocal latest, told, deadline
+        nonlocal latest, told, evaluated, deadline
         thread.join(POLL_SECONDS)
         latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
         for reason in latest["restarts"][told:]:
             print(f"{job.stage}: workers restarted after {reason}", file=sys.stderr, flush=True)
         told = len(latest["restarts"])
+        if on_evaluation is not None:
+            for metrics in ray.get(job.progress.evaluations.remote(evaluated), timeout=HANDOVER_SECONDS):
+                on_evaluation(metrics)
+                evaluated += 1
         if asked_to_end():
             if deadline == float("inf"):
                 deadline = time.monotonic() + STOP_SECONDS

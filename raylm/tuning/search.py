@@ -40,7 +40,6 @@ def draw_candidates(space: dict[str, Distribution], trials: int, seed: int) -> l
 
 
 def _draw(distribution: Distribution, generator: random.Random) -> Any:
-
     if distribution.choice is not None:
         return generator.choice(distribution.choice)
     if distribution.integer is not None:
@@ -93,7 +92,7 @@ def run_trial(candidate: dict[str, Any], base: TrainingJob, configs: list[Finetu
     from ray import tune
 
     index = candidate["candidate"]
-    directory = base.directory / "trials" / f"trial-{index:03d}"
+    directory = trial_directory(base.directory, index)
     directory.mkdir(parents=True, exist_ok=True)
     job = dataclasses.replace(base, config=configs[index], directory=directory, storage=str(directory), progress=None)
     if job.config.resources.workers == 1:
@@ -104,7 +103,7 @@ def run_trial(candidate: dict[str, Any], base: TrainingJob, configs: list[Finetu
         from raylm.training.loop import TrainingLoop
 
         final = TrainingLoop(job, Worker(0, 1, _report)).run()
-        tune.report({**final, "evaluations": None})
+        tune.report(final)
     else:
         _run_nested(job)
 
@@ -120,7 +119,7 @@ def _run_nested(job: TrainingJob) -> None:
 
     from raylm.training.launch import launch
 
-    tune.report(launch(job, job.config.resources.cpus_per_worker, job.config.resources.max_failures))
+    tune.report(launch(job, job.config.resources.cpus_per_worker, job.config.resources.max_failures, _report))
 
 
 def trial_directory(run: Path, index: int) -> Path:

@@ -95,33 +95,40 @@ def _search(config: TuneConfig, base, configs, candidates, at_a_time: int) -> li
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    resources = config.resources
+    resources, tuning = config.resources, config.tuning
     inside = configs[0].resources.workers == 1
     share = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if base.use_gpu else {})} if inside else HEAD_NODE_SHARE
     trainable = tune.with_resources(tune.with_parameters(run_trial, base=base, configs=configs), share)
     scheduler = None
-    if config.tuning.scheduler == "asha" and inside:
+    if tuning.scheduler == "asha":
         scheduler = ASHAScheduler(
-            time_attr="training_iteration",
-            # Larger than any number of reports, so that no trial is cut off at the end.
-            max_t=10**6,
-            grace_period=config.tuning.grace_evaluations,
-            reduction_factor=config.tuning.reduction_factor,
+            # Steps, not reports: a trial that goes on after an interrupt reports from where it stood.
+            time_attr="step",
+            # Larger than any number of steps, so that no trial is cut off at the end.
+            max_t=10**9,
+            grace_period=tuning.grace_evaluations * (config.training.evaluate_every_steps or 1),
+            reduction_factor=tuning.reduction_factor,
         )
-
-    results = tune.Tuner(
-        trainable,
-        param_space={"candidate": tune.grid_search(list(range(len(candidates))))},
-        tune_config=tune.TuneConfig(
-            metric=config.tuning.metric, mode="min", scheduler=scheduler, max_concurrent_trials=at_a_time
-        ),
-        run_config=tune.RunConfig(
-            name=f"search-{base.attempt}",
-            storage_path=str(base.directory / "ray-tune"),
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
-        ),
-    ).fit()
+    # A search that was interrupted goes on, unless trials now take another share of the cluster.
+    name = f"search-{configs[0].resources.workers}-workers-{at_a_time}-at-a-time"
+    storage = base.directory / "ray-tune"
+    if tune.Tuner.can_restore(storage / name):
+        tuner = tune.Tuner.restore(str(storage / name), trainable, resume_unfinished=True, restart_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"candidate": tune.grid_search(list(range(len(candidates))))},
+            tune_config=tune.TuneConfig(
+                metric=tuning.metric, mode="min", scheduler=scheduler, max_concurrent_trials=at_a_time
+            ),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=str(storage),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=resources.max_failures),
+            ),
+        )
+    results = tuner.fit()
     rows = []
     for result in results:
         metrics, index = result.metrics or {}, result.config["candidate"]

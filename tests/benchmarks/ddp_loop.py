@@ -25,7 +25,8 @@ def main() -> None:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=length, n_layer=layers, n_embd=width, n_head=heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",
+        bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = DistributedDataParallel(GPT2LMHeadModel(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,6 +74,51 @@ def test_search_exports_the_best_trial(
     best = (tmp_path / "search" / "trials" / "trial-001" / "model" / "model.safetensors").read_bytes()
     assert (tmp_path / "search" / "model" / "model.safetensors").read_bytes() == best
     assert "best is trial 1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_are_stopped_early(ray_instance, tiny_model: Path, tmp_path: Path) -> None:
+    """Two trials, nested Ray Train runs of two workers each: the second, which is behind the first, is cut short."""
+    path = write_config(tmp_path, tiny_model, max_concurrent=1)
+    overrides = ["resources.workers=2", "training.steps=60", "training.learning_rate=1.0e-4"]
+    tune(load_config("tune", path, [*overrides, "tuning.space={training.learning_rate: {grid: [1.0e-2, 1.0e-7]}}"]))
+    report = json.loads((tmp_path / "search" / "report.json").read_text())
+    assert [row["status"] for row in report["trials"]] == ["finished", "stopped"]
+    assert report["trials"][0]["step"] == 60 > report["trials"][1]["step"] > 0
+    assert report["best"]["training.learning_rate"] == 1e-2
+    assert (tmp_path / "search" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_interrupted_search_keeps_finished_trials(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, tiny_model, scheduler="none", max_concurrent=1)
+    command = [sys.executable, "-m", "raylm.cli", "tune", str(path), "training.steps=300"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    trials = tmp_path / "search" / "trials"
+    try:
+        wait_until(lambda: (trials / "trial-001" / "metrics.jsonl").exists(), first)
+    finally:
+        first.kill()
+    first.communicate(timeout=60)
+    assert not (tmp_path / "search" / "report.json").exists()
+    finished = (trials / "trial-000" / "model" / "model.safetensors").stat().st_mtime_ns
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert again.returncode == 0, again.stderr[-2000:]
+    report = json.loads((tmp_path / "search" / "report.json").read_text())
+    assert [row["status"] for row in report["trials"]] == ["finished", "finished"]
+    assert [row["step"] for row in report["trials"]] == [300, 300]
+    # The trial that was done was not started again.
+    assert (trials / "trial-000" / "model" / "model.safetensors").stat().st_mtime_ns == finished
+
+
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Wait at most four minutes for ``reached`` while ``process`` runs."""
+    until = time.monotonic() + 240
+    while not reached():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.monotonic() < until
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
