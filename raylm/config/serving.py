@@ -10,15 +10,28 @@ from pydantic import Field, field_validator
 from raylm.config.base import Section
 
 
+class ServedModel(Section):
+    """One of ``serving.models``: a further model of the same application."""
+
+    path: str
+    """What ``model.path`` takes."""
+    engine: Literal["auto", "openvino", "transformers"] = "auto"
+    """As ``serving.engine``."""
+    pooling: Literal["mean", "first", "last"] = "mean"
+    """How the last hidden states become an embedding."""
+
+
 class ServingSection(Section):
     """``serving``: address, engine, limits, and the collection that questions are answered from."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; only this machine's own, as there is no authentication yet."""
+    """Address to listen on; another than this machine's own (a loopback address) needs API keys."""
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on; one in use is refused."""
     name: str | None = None
     """Name of the model in requests; by default the run's name."""
+    models: dict[str, ServedModel] = Field(default_factory=dict)
+    """Further models of the same application, by their names in requests; each replica holds all of them."""
     engine: Literal["auto", "openvino", "transformers"] = "auto"
     """auto takes OpenVINO GenAI on a CPU where the model directory has an openvino/ export, else transformers."""
     replicas: int = Field(default=1, ge=1)
@@ -33,6 +46,16 @@ class ServingSection(Section):
     """Texts that wait at a replica for their turn; further ones get status 503."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Most tokens that a request may ask for, and what it gets if it does not say."""
+    pooling: Literal["mean", "first", "last"] = "mean"
+    """How the last hidden states become an embedding."""
+    api_keys_file: str | None = None
+    """File with one API key a line, or its hash as sha256:HEX, then perhaps a name. More come from RAYLM_API_KEYS."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Requests that a replica takes in a minute with one API key; further ones get status 429."""
+    max_body_megabytes: float = Field(default=4.0, gt=0)
+    """Longest body of a request; longer ones get status 413."""
+    request_seconds: float = Field(default=600.0, gt=0)
+    """Seconds after which a text that is still in work is ended with status 504."""
     cache_gigabytes: int = Field(default=1, ge=1)
     """OpenVINO: memory of the key-value cache."""
     collection: str | None = None
@@ -49,13 +72,15 @@ class ServingSection(Section):
 
     @field_validator("host")
     @classmethod
-    def _loopback(cls, value: str) -> str:
-        if value == "localhost":
-            return "127.0.0.1"
+    def _address(cls, value: str) -> str:
+        value = "127.0.0.1" if value == "localhost" else value
         try:
-            loopback = ipaddress.ip_address(value).is_loopback
+            ipaddress.ip_address(value)
         except ValueError:
-            loopback = False
-        if not loopback:
-            raise ValueError("allowed: a loopback address (127.0.0.1), as the server has no authentication yet")
+            raise ValueError("allowed: an IP address such as 127.0.0.1 or 0.0.0.0, or localhost") from None
         return value
+
+    @property
+    def loopback(self) -> bool:
+        """Whether nobody outside this machine can connect."""
+        return ipaddress.ip_address(self.host).is_loopback

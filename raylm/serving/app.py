@@ -14,14 +14,17 @@ from ray import serve
 from ray.serve import Application
 
 from raylm.config.loading import validate
+from raylm.config.serving import ServedModel
 from raylm.config.stages import ServeConfig
 from raylm.errors import UserError
 from raylm.models.loading import load_tokenizer, resolve_model
+from raylm.serving.access import load_key_hashes
 from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.opening import context_length
+from raylm.serving.gate import Gate, Limits
 from raylm.serving.retrieval import Collection
 from raylm.serving.routes import create_app
-from raylm.serving.service import ModelService
+from raylm.serving.service import Models, ModelService
 
 # Requests beyond the model's own limits that a replica takes, to refuse them itself and to answer /health.
 SPARE_REQUESTS = 64
@@ -33,35 +36,56 @@ class ModelReplica:
     Args:
         config: values of a :class:`~raylm.config.stages.ServeConfig`.
         threads: threads that the model computes with.
+        key_hashes: SHA-256 of the API keys, hexadecimal, and what to call each in logs; none lets everybody in.
     """
 
-    def __init__(self, config: dict[str, Any], threads: int) -> None:
+    def __init__(self, config: dict[str, Any], threads: int, key_hashes: dict[str, str]) -> None:
         settings = ServeConfig.model_validate(config)
         serving = settings.serving
-        source = resolve_model(settings.model.path)
-        self._passages = serving.passages
+        self._serving, self._key_hashes = serving, key_hashes
         self._collection = Collection.open(serving.collection) if serving.collection else None
-        self._service = ModelService(
-            name=model_name(settings),
-            engine=start_engine(source, serving, threads=threads),
-            tokenizer=load_tokenizer(source),
-            context_length=context_length(source),
-            max_new_tokens=serving.max_new_tokens,
-            capacity=serving.max_concurrent_requests + serving.max_queued_requests,
-        )
+        self._models = Models([open_service(settings, name, threads) for name in model_sources(settings)])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the application of this replica."""
-        return create_app(self._service, self._collection, self._passages)
+        app = create_app(self._models, self._collection, self._serving.passages)
+        app.add_middleware(Gate, limits=Limits.of(self._serving), key_hashes=self._key_hashes)
+        return app
 
     def check_health(self) -> None:
         """What Ray Serve calls regularly: a replica whose engine has died is replaced."""
-        self._service.engine.check()
+        for service in self._models.services:
+            service.engine.check()
 
 
 def model_name(config: ServeConfig) -> str:
     """Name of the model in requests."""
     return config.serving.name or config.run.name
+
+
+def model_sources(config: ServeConfig) -> dict[str, ServedModel]:
+    """The models to serve by their names in requests; the first is that of the file's ``model`` section."""
+    assert config.model.path is not None
+    serving = config.serving
+    main = ServedModel(path=config.model.path, engine=serving.engine, pooling=serving.pooling)
+    return {model_name(config): main, **serving.models}
+
+
+def open_service(config: ServeConfig, name: str, threads: int) -> ModelService:
+    """Load one model and start its engine."""
+    model = model_sources(config)[name]
+    serving = config.serving.model_copy(update={"engine": model.engine})
+    source = resolve_model(model.path)
+    return ModelService(
+        name=name,
+        engine=start_engine(source, serving, threads=threads),
+        tokenizer=load_tokenizer(source),
+        context_length=context_length(source),
+        max_new_tokens=serving.max_new_tokens,
+        capacity=serving.max_concurrent_requests + serving.max_queued_requests,
+        request_seconds=serving.request_seconds,
+        pooling=model.pooling,
+    )
 
 
 def build_application(config: ServeConfig) -> Application:
@@ -83,7 +107,7 @@ def build_application(config: ServeConfig) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    return deployment.bind(config.model_dump(mode="json"), max(1, math.floor(cpus)))
+    return deployment.bind(config.model_dump(mode="json"), max(1, math.floor(cpus)), load_key_hashes(serving))
 
 
 def build_app(args: dict[str, Any]) -> Application:

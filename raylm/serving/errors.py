@@ -7,11 +7,44 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from raylm.serving.engines.base import EngineFailure
+from raylm.serving.engines.base import EngineFailure, EngineTimeout
 
 INVALID = "invalid_request_error"
+
+
+class ErrorObject(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is none."""
+
+    error: ErrorObject
+
+
+# For the OpenAPI document: what any route may answer instead.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": meaning, "model": ErrorBody}
+    for status, meaning in {
+        400: "The request is wrong; the message says what is allowed",
+        401: "The API key is missing or wrong",
+        404: "No such model, collection or page",
+        405: "The route has another method",
+        413: "The body is too large",
+        429: "Too many requests with this key",
+        500: "The engine failed",
+        503: "The server is busy",
+        504: "The answer was not ready in time",
+    }.items()
+}
 
 
 class RequestError(Exception):
@@ -23,6 +56,7 @@ class RequestError(Exception):
         parameter: name of the parameter at fault.
         code: machine-readable code, such as ``model_not_found``.
         kind: OpenAI's error type.
+        headers: to send with the answer.
     """
 
     def __init__(
@@ -33,9 +67,10 @@ class RequestError(Exception):
         parameter: str | None = None,
         code: str | None = None,
         kind: str = INVALID,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers
         self.body = error_body(message, kind, parameter, code)
 
 
@@ -49,8 +84,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status == 503 else None
-        return JSONResponse(error.body, status_code=error.status, headers=headers)
+        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -60,6 +94,15 @@ def install_error_handlers(app: FastAPI) -> None:
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(error_body(message, INVALID), status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        # The exception itself goes on to the replica's log; what it says is not the client's business.
+        return JSONResponse(error_body("The server made a mistake", "server_error", code="internal"), status_code=500)
+
+    @app.exception_handler(EngineTimeout)
+    async def too_slow(request: Request, error: EngineTimeout) -> JSONResponse:
+        return JSONResponse(error_body(str(error), "server_error", code="timeout"), status_code=504)
 
     @app.exception_handler(EngineFailure)
     async def engine_failed(request: Request, error: EngineFailure) -> JSONResponse:
@@ -72,6 +115,9 @@ def _describe(mistake: dict[str, Any]) -> dict[str, Any]:
         reason = mistake.get("ctx", {}).get("error", "")
         return error_body(f"The body is not valid JSON: {reason} at character {mistake['loc'][-1]}", INVALID)
     keys = [str(part) for part in mistake["loc"][1:]]
+    if mistake["type"] == "value_error" and not keys:
+        # A validator of the whole body names its parameters itself.
+        return error_body(mistake["msg"].removeprefix("Value error, "), INVALID, code="invalid_value")
     if not keys:
         return error_body("The body must be a JSON object, sent as application/json", INVALID)
     parameter = keys[0]

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, ClassVar
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -62,10 +62,25 @@ class CompletionReply(Reply):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def _choice(self, piece: Piece) -> dict[str, Any]:
-        return {"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
+    def __init__(self, service: ModelService, echoes: Sequence[str] = ()) -> None:
+        super().__init__(service)
+        self._echoes = echoes
 
-    _delta = _choice
+    def opening(self, texts: int) -> list[dict[str, Any]]:
+        """The prompts, where they are to be echoed."""
+        return [self.chunk(Piece(index, echo)) for index, echo in enumerate(self._echoes)]
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        echo = self._echoes[piece.index] if self._echoes else ""
+        return self._delta(piece) | {"text": echo + piece.text}
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": piece.logprobs,
+            "finish_reason": piece.finish_reason,
+        }
 
 
 class ChatReply(Reply):
@@ -84,7 +99,12 @@ class ChatReply(Reply):
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {"index": piece.index, "message": message, "logprobs": None, "finish_reason": piece.finish_reason}
+        return {
+            "index": piece.index,
+            "message": message,
+            "logprobs": piece.logprobs,
+            "finish_reason": piece.finish_reason,
+        }
 
     def _delta(self, piece: Piece) -> dict[str, Any]:
         delta = {"content": piece.text} if piece.text else {}
@@ -98,6 +118,7 @@ async def send_reply(
     prompts: Sequence[list[int]],
     parameters: Sequence[SamplingParameters],
     choices: int = 1,
+    logprobs: Callable[[list[int], Sequence[int]], Awaitable[dict[str, Any]]] | None = None,
 ) -> Response:
     """Generate ``choices`` texts for each prompt and answer with them, streaming if the request says so.
 
@@ -105,7 +126,10 @@ async def send_reply(
         prompts: token ids of each prompt.
         parameters: of each prompt; further choices of it get the seeds that follow.
         choices: texts for each prompt.
+        logprobs: makes the object of that name from a prompt's ids and those of the text after it.
     """
+    if logprobs is not None and request.stream:
+        raise RequestError("logprobs are not supported together with stream", parameter="logprobs")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is allowed only together with stream", parameter="stream_options")
     service.admit(len(prompts) * choices)
@@ -124,12 +148,17 @@ async def send_reply(
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
     texts = [""] * len(jobs)
-    reasons: list[Any] = [None] * len(jobs)
+    ends: list[Any] = [None] * len(jobs)
     async with contextlib.aclosing(pieces):
         async for piece in pieces:
             texts[piece.index] += piece.text
-            reasons[piece.index] = piece.finish_reason
-    whole = [Piece(index, text, reasons[index]) for index, text in enumerate(texts)]
+            ends[piece.index] = piece
+    whole = [dataclasses.replace(end, text=text) for end, text in zip(ends, texts, strict=True)]
+    if logprobs is not None:
+        whole = [
+            dataclasses.replace(piece, logprobs=await logprobs(job[0], piece.tokens))
+            for piece, job in zip(whole, jobs, strict=True)
+        ]
     return JSONResponse(reply.whole(whole, usage))
 
 

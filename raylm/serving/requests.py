@@ -12,22 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 # Texts that one request may ask for: its prompts times n.
 MOST_CHOICES = 64
+# Texts of one request for embeddings, and likeliest tokens that a request may ask for at each place.
+MOST_INPUTS = 256
+MOST_LOGPROBS = 20
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 # Parameters of OpenAI's that are not supported, and the values besides null that change nothing.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "metadata": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -55,7 +54,7 @@ class GenerationRequest(BaseModel):
 
     model: str | None = None
     """Name of the model; the one that is served where it is left out."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0)
     """Most tokens to generate."""
     temperature: float | None = Field(default=None, ge=0, le=2)
     """Divides the logits; 0 takes the likeliest token each time; default 1."""
@@ -63,6 +62,10 @@ class GenerationRequest(BaseModel):
     """Share of the probability to sample from; default 1."""
     seed: int | None = None
     """Seed of the sampling; the same seed gives the same text."""
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """Taken from the logit of every token that was generated before."""
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """Taken from a token's logit as many times as it was generated before."""
     stop: str | list[str] | None = None
     """Strings before which the text ends; at most 4."""
     stream: bool | None = None
@@ -77,6 +80,8 @@ class GenerationRequest(BaseModel):
     def _drop_what_has_no_effect(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        if values.get("logprobs") is False:
+            values = {name: value for name, value in values.items() if name != "logprobs"}
         return {name: value for name, value in values.items() if name in cls.model_fields or not _idle(name, value)}
 
     @field_validator("stop")
@@ -102,13 +107,22 @@ def _idle(name: str, value: Any) -> bool:
     )
 
 
+def as_list(texts: str | list) -> list[str] | list[list[int]]:
+    """One text or one list of token ids as a list of them; a list as it is."""
+    return [texts] if isinstance(texts, str) or (texts and isinstance(texts[0], int)) else texts
+
+
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
     prompt: str | TokenIds | list[str] | list[TokenIds]
     """Text, token ids, or a list of either."""
-    n: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     """Completions of each prompt; default 1."""
+    echo: bool | None = None
+    """Put the prompt before the completion; with max_tokens 0 nothing is generated."""
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    """Give each token's log-probability, and those of this many likeliest ones; not while streaming."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:
@@ -117,16 +131,14 @@ class CompletionRequest(GenerationRequest):
             raise ValueError("prompt: at least one is needed")
         if len(prompts) * (self.n or 1) > MOST_CHOICES:
             raise ValueError(f"at most {MOST_CHOICES} completions a request are allowed (prompts times n)")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 is allowed only together with echo")
         return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """``prompt`` as a list of prompts."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        return as_list(self.prompt)
 
 
 class TextPart(BaseModel):
@@ -162,6 +174,44 @@ class ChatRequest(GenerationRequest):
     """OpenAI's newer name of max_tokens."""
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     """Answers to give; default 1."""
+    logprobs: bool | None = None
+    """Give each token's log-probability; not while streaming."""
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    """With logprobs: those of this many likeliest tokens too."""
+
+    @model_validator(mode="after")
+    def _something_to_say(self) -> ChatRequest:
+        if self.max_tokens == 0:
+            raise ValueError("max_tokens: at least 1 is needed")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: allowed only together with logprobs")
+        return self
+
+
+class EmbeddingRequest(BaseModel):
+    """``POST /v1/embeddings``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    input: str | TokenIds | list[str] | list[TokenIds]
+    """Text, token ids, or a list of either."""
+    model: str | None = None
+    """Name of the model; the first one where it is left out."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """base64: little-endian fp32."""
+    user: str | None = None
+    """The client's own name for its user; without effect."""
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> EmbeddingRequest:
+        if not 0 < len(self.inputs) <= MOST_INPUTS:
+            raise ValueError(f"input: found {len(self.inputs)} texts, allowed: 1 to {MOST_INPUTS}")
+        return self
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        """``input`` as a list."""
+        return as_list(self.input)
 
 
 class QuestionRequest(GenerationRequest):

@@ -8,12 +8,12 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from raylm.data.chat import neutralize
-from raylm.serving.engines.base import FinishReason, SamplingParameters
+from raylm.serving.engines.base import EngineTimeout, FinishReason, Pooling, SamplingParameters
 from raylm.serving.engines.client import Engine
 from raylm.serving.errors import RequestError
 from raylm.serving.requests import GenerationRequest
@@ -33,6 +33,9 @@ class Piece:
     index: int
     text: str
     finish_reason: FinishReason | None = None
+    tokens: tuple[int, ...] = ()
+    """With the last piece: all ids of the text."""
+    logprobs: dict[str, Any] | None = None
 
 
 @dataclass
@@ -63,6 +66,8 @@ class ModelService:
         context_length: prompt and answer tokens together; None without a limit.
         max_new_tokens: most tokens of one text.
         capacity: texts in work and waiting together; more are refused with 503.
+        request_seconds: a text that takes longer is ended.
+        pooling: how hidden states become an embedding.
     """
 
     name: str
@@ -71,6 +76,8 @@ class ModelService:
     context_length: int | None
     max_new_tokens: int
     capacity: int
+    request_seconds: float = 600.0
+    pooling: Pooling = "mean"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:
@@ -83,19 +90,21 @@ class ModelService:
                 code="model_not_found",
             )
 
-    def encode_prompt(self, prompt: str | list[int]) -> list[int]:
+    def encode_prompt(self, prompt: str | list[int], parameter: str = "prompt") -> list[int]:
         """Token ids of a prompt; given ids are checked against the vocabulary."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt, verbose=False)["input_ids"]
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
-                raise RequestError("prompt: the text has no tokens, at least one is needed", parameter="prompt")
+                raise RequestError(f"{parameter}: the text has no tokens, at least one is needed", parameter=parameter)
             return ids
         vocabulary = len(self.tokenizer)
         unknown = next((token for token in prompt if token >= vocabulary), None)
         if unknown is not None:
-            raise RequestError(f"prompt: found token id {unknown}, allowed: 0 to {vocabulary - 1}", parameter="prompt")
+            raise RequestError(
+                f"{parameter}: found token id {unknown}, allowed: 0 to {vocabulary - 1}", parameter=parameter
+            )
         return prompt
 
     def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -152,7 +161,22 @@ class ModelService:
             temperature=temperature if top_p > 0 else 0.0,
             top_p=top_p or 1.0,
             seed=seed % SEEDS,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
         )
+
+    def check_length(self, ids: Sequence[int], parameter: str) -> None:
+        """Refuse a text that is longer than the model's context."""
+        if self.context_length is not None and len(ids) > self.context_length:
+            raise RequestError(
+                f"This model's maximum context length is {self.context_length} tokens, but the text has {len(ids)}",
+                parameter=parameter,
+                code="context_length_exceeded",
+            )
+
+    def token_text(self, token: int) -> str:
+        """What one token id reads, special tokens included."""
+        return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def admit(self, texts: int) -> None:
         """Refuse ``texts`` more where the queue is full."""
@@ -163,6 +187,7 @@ class ModelService:
                 status=503,
                 code="server_busy",
                 kind="server_error",
+                headers={"Retry-After": "1"},
             )
 
     async def generate(
@@ -211,18 +236,53 @@ class ModelService:
     ) -> AsyncIterator[Piece]:
         decoder, stopping = IncrementalDecoder(self.tokenizer), StopStrings(stops)
         stream = self.engine.submit(prompt, parameters)
+        late = EngineTimeout(f"the text was not ready within {self.request_seconds:g} s (serving.request_seconds)")
+        timer = asyncio.get_running_loop().call_later(self.request_seconds, stream.cancel, late)
+        ids: list[int] = []
         with contextlib.ExitStack() as stack:
             stack.callback(stream.cancel)
+            stack.callback(timer.cancel)
             async for tokens in stream:
                 usage.completion_tokens += len(tokens)
+                ids += tokens
                 text = stopping.push(decoder.push(tokens))
                 if stopping.found:
-                    yield Piece(index, text, "stop")
+                    yield Piece(index, text, "stop", tuple(ids))
                     return
                 if text:
                     yield Piece(index, text)
             text = stopping.push(decoder.finish())
             if stopping.found:
-                yield Piece(index, text, "stop")
+                yield Piece(index, text, "stop", tuple(ids))
                 return
-            yield Piece(index, text + stopping.finish(), stream.finish_reason)
+            yield Piece(index, text + stopping.finish(), stream.finish_reason, tuple(ids))
+
+
+class Models:
+    """The models of one application.
+
+    Args:
+        services: at least one; the first answers requests that name none.
+    """
+
+    def __init__(self, services: Sequence[ModelService]) -> None:
+        self.services = list(services)
+        self._by_name = {service.name: service for service in services}
+
+    def find(self, name: str | None) -> ModelService:
+        """The model called ``name``.
+
+        Raises:
+            RequestError: status 404.
+        """
+        if name is None:
+            return self.services[0]
+        if name not in self._by_name:
+            served = ", ".join(f"'{known}'" for known in self._by_name)
+            raise RequestError(
+                f"The model '{name}' does not exist; served: {served}",
+                status=404,
+                parameter="model",
+                code="model_not_found",
+            )
+        return self._by_name[name]

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config.run_directory import RunDirectory
+from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.errors import RunFailure, UserError
 from raylm.models.loading import first_line, load_tokenizer, resolve_model
+from raylm.serving.access import ENVIRONMENT_VARIABLE, load_key_hashes
 
 APPLICATION = "raylm"
 # Loading a large model from a slow disk takes minutes; a server that is not up by then will not come up.
@@ -106,7 +108,7 @@ def _application(config: ServeConfig, run: RunDirectory) -> Iterator[str]:
 
 def _report(run: RunDirectory, url: str, start_seconds: float, served_seconds: float) -> None:
     last = health(url) or {}
-    counters = {key: value for key, value in last.items() if key not in ("status", "running", "waiting")}
+    counters = {key: value for key, value in last.items() if key not in ("status", "running", "waiting", "models")}
     times = {"start_seconds": round(start_seconds, 2), "served_seconds": round(served_seconds, 2)}
     run.write_report({"url": url, **times, **counters})
 
@@ -134,22 +136,39 @@ def check(config: ServeConfig) -> RunDirectory:
         from raylm.serving.retrieval import collection_files
 
         collection_files(config.serving.collection)
+    check_access(config.serving)
     _check_address(config.serving.host, config.serving.port)
     return run
 
 
+def check_access(serving: ServingSection) -> None:
+    """Refuse to serve other machines without API keys."""
+    if not load_key_hashes(serving) and not serving.loopback:
+        raise UserError(
+            f"serving.host: found {serving.host}, allowed: a loopback address (127.0.0.1), as there are no API keys "
+            f"(serving.api_keys_file or {ENVIRONMENT_VARIABLE})"
+        )
+
+
 def check_model(config: ServeConfig) -> None:
     """Refuse a model directory that is missing, incomplete or damaged; reads headers, not weights."""
+    from raylm.serving.app import model_sources
+
+    for name, model in model_sources(config).items():
+        key = f"serving.models.{name}.path" if name in config.serving.models else "model.path"
+        _check_model(model, config.serving, key)
+
+
+def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
     from raylm.models.openvino import check_export
     from raylm.serving.engines.opening import choose_engine
 
-    key, path = "model.path", config.model.path
-    source = resolve_model(path, key)
+    source = resolve_model(model.path, key)
     directory = Path(source)
     if directory.is_dir():
         for name in ("config.json", "generation_config.json"):
             _check_json(directory / name, key)
-        if choose_engine(source, config.serving) == "openvino":
+        if choose_engine(source, serving.model_copy(update={"engine": model.engine})) == "openvino":
             check_export(source, key)
         else:
             _check_weights(directory, key)

@@ -16,6 +16,7 @@ import pytest
 from raylm.config.loading import validate
 from raylm.config.stages import ServeConfig
 
+API_KEY = "a-key-for-the-tests-0001"
 DOCUMENTS = [
     ("json.dumps", "json.dumps(obj)\n\nSerialize obj to a JSON formatted string."),
     ("json.loads", "json.loads(s)\n\nDeserialize a string that holds a JSON document. See json.dumps for the reverse."),
@@ -81,17 +82,27 @@ def server(
     collection_directory: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[SimpleNamespace]:
-    """A running server: ``url``, ``engine``, the ``model`` directory, and ``client`` (openai)."""
+    """A running server of two models (``tiny``, and ``other`` on the other engine) that asks for a key.
+
+    Gives ``url``, ``engine`` (of ``tiny``), the ``model`` directory, and ``client`` (openai).
+    """
     import openai
 
+    from raylm.serving.access import hash_key
     from raylm.serving.stage import running_server
 
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"# of the tests\nsha256:{hash_key(API_KEY)} tester\n")
+    other = {"transformers": "openvino", "openvino": "transformers"}[request.param]
     values = {
         "run": {"name": "tiny", "storage": str(tmp_path_factory.mktemp("runs"))},
         "model": {"path": str(exported_model)},
         "serving": {
             "port": free_port(),
             "engine": request.param,
+            "models": {"other": {"path": str(exported_model), "engine": other}},
+            "api_keys_file": str(keys),
+            "max_body_megabytes": 1.0,
             "cpus_per_replica": 1.0,
             "max_concurrent_requests": 8,
             "max_queued_requests": 24,
@@ -100,5 +111,5 @@ def server(
     }
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(running_server(validate(ServeConfig, values, "test")))
-        client = stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60))
+        client = stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=60))
         yield SimpleNamespace(url=url, engine=request.param, model=exported_model, client=client)

@@ -25,6 +25,10 @@ class EngineFailure(Exception):
     """A request, or the whole engine, failed; the text says why."""
 
 
+class EngineTimeout(EngineFailure):
+    """A request took longer than it may."""
+
+
 @dataclass(frozen=True)
 class SamplingParameters:
     """How one request is decoded.

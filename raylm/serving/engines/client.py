@@ -72,7 +72,7 @@ class TokenStream:
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._tokens: list[int] = []
-        self._error: str | None = None
+        self._error: EngineFailure | None = None
         # Ids that arrive before this time wait for it, the first ones for nothing.
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -84,7 +84,7 @@ class TokenStream:
         await self._arrived.wait()
         if not self._tokens:
             if self._error is not None:
-                raise EngineFailure(self._error)
+                raise self._error
             raise StopAsyncIteration
         tokens, self._tokens = self._tokens, []
         if not self._ended:
@@ -92,10 +92,14 @@ class TokenStream:
             self._due = self._loop.time() + self._engine.hand_over_seconds
         return tokens
 
-    def cancel(self) -> None:
-        """Give the request's place free; what arrived and was not read is dropped. Harmless after the end."""
+    def cancel(self, reason: EngineFailure | None = None) -> None:
+        """Give the request's place free; what arrived and was not read is dropped. Harmless after the end.
+
+        Args:
+            reason: what a reader that still waits gets.
+        """
         if not self._ended:
-            self._error, self._tokens = "cancelled", []
+            self._error, self._tokens = reason or EngineFailure("cancelled"), []
             self._wake()
             self._engine._cancel(self._number)
 
@@ -108,7 +112,9 @@ class TokenStream:
         if self._error is not None:
             return
         self._tokens += event.tokens
-        self.finish_reason, self._error = event.finish_reason, event.error
+        self.finish_reason = event.finish_reason
+        if event.error is not None:
+            self._error = EngineFailure(event.error)
         if self._ended or self._loop.time() >= self._due:
             self._wake()
         elif self._timer is None:
