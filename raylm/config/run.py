@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raylm.config.base import Section
 
@@ -16,21 +17,42 @@ class RunSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Directory name of the run. The same name in the same storage resumes."""
     storage: str = "./runs"
-    """Directory that holds the runs. On several hosts it must be shared by all of them."""
+    """Directory that holds the runs; on several hosts it must be shared by all of them. pretrain and finetune also take
+    any URI that Ray Train's storage does, such as ``s3://bucket/runs``."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random: initial weights, the order of samples, dropout."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether ``storage`` is a URI."""
+        return "://" in self.storage
+
+    @property
+    def directory(self) -> Path:
+        """Absolute path of the run directory; of its local mirror where the storage is remote."""
+        if self.remote:
+            key = hashlib.sha256(self.storage.encode()).hexdigest()[:12]
+            return Path("~/.cache/raylm/runs").expanduser() / key / self.name
+        return Path(self.storage).expanduser().resolve() / self.name
+
+    @property
+    def uri(self) -> str:
+        """Path or URI of the run directory itself."""
+        if not self.remote:
+            return str(self.directory)
+        address, mark, query = self.storage.partition("?")
+        return f"{address.rstrip('/')}/{self.name}{mark}{query}"
+
+
+class LocalRunSection(RunSection):
+    """``run`` of the stages whose storage must be a directory."""
 
     @field_validator("storage")
     @classmethod
     def _local(cls, value: str) -> str:
         if "://" in value:
-            raise ValueError("a local or shared directory is needed; remote URIs are not supported yet")
+            raise ValueError("a local or shared directory is needed; only pretrain and finetune take URIs")
         return value
-
-    @property
-    def directory(self) -> Path:
-        """Absolute path of the run directory."""
-        return Path(self.storage).expanduser().resolve() / self.name
 
 
 class ResourcesSection(Section):
@@ -42,6 +64,10 @@ class ResourcesSection(Section):
     """CPUs that a worker reserves; a fraction lets several workers share a core."""
     gpus_per_worker: int | Literal["auto"] = "auto"
     """GPUs that a worker holds, 0 or 1; ``auto`` is 1 where the cluster has GPUs."""
+    elastic: list[int] | None = Field(default=None, min_length=2, max_length=2)
+    """Least and most workers: training goes on with as many as the cluster holds, and follows it up and down."""
+    elastic_check_seconds: float = Field(default=60.0, ge=1)
+    """Seconds between two looks at whether the cluster holds more workers."""
     max_failures: int = Field(default=3, ge=0)
     """How often a run restarts from its last checkpoint after workers died."""
     collective_timeout_seconds: float = Field(default=600.0, ge=1)
@@ -55,6 +81,16 @@ class ResourcesSection(Section):
         if isinstance(value, int) and value < 1:
             raise ValueError("must be at least 1, or auto")
         return value
+
+    @model_validator(mode="after")
+    def _elastic(self) -> ResourcesSection:
+        if self.elastic is not None:
+            least, most = self.elastic
+            if not 1 <= least <= most:
+                raise ValueError(f"elastic: found {self.elastic}, allowed: [least, most] with 1 <= least <= most")
+            if self.workers != "auto":
+                raise ValueError(f"workers: found {self.workers}, allowed with elastic: auto")
+        return self
 
     @field_validator("gpus_per_worker")
     @classmethod

@@ -59,9 +59,16 @@ class RunDirectory:
             )
 
     def create(self) -> None:
-        """Make the directory and write ``config.yaml``; call after everything else was validated."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "config.yaml", f"stage: {self.stage}\n{to_yaml(self._config)}")
+        """Make the directory and write ``config.yaml``; call after everything else was validated.
+
+        Raises:
+            UserError: the storage is read-only or full.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.yaml", f"stage: {self.stage}\n{to_yaml(self._config)}")
+        except OSError as error:
+            raise UserError(f"run.storage: {self.path} cannot be written: {error.strerror}") from None
 
     def report(self) -> dict[str, Any] | None:
         """The finished stage's ``report.json``, or None while it is not done."""

@@ -8,7 +8,7 @@ from raylm.config.base import Section
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.evaluation import CompressionSection, EvaluationSection
 from raylm.config.model import ModelSection, ObjectiveSection
-from raylm.config.run import ResourcesSection, RunSection
+from raylm.config.run import LocalRunSection, ResourcesSection, RunSection
 from raylm.config.serving import ServingSection
 from raylm.config.training import CheckpointSection, ParallelSection, TrainingSection
 from raylm.config.tuning import TuningSection
@@ -17,7 +17,7 @@ from raylm.config.tuning import TuningSection
 class PrepareConfig(Section):
     """``raylm prepare``: sources to documents, tokenizer and token shards."""
 
-    run: RunSection
+    run: LocalRunSection
     data: DataSection
     tokenizer: TokenizerSection = TokenizerSection()
     resources: ResourcesSection = ResourcesSection()
@@ -39,6 +39,13 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _layout(self) -> TrainConfig:
         workers, data = self.resources.workers, self.parallel.data
+        if self.resources.elastic is not None:
+            for name in ("data", "tensor", "pipeline"):
+                if (found := getattr(self.parallel, name)) not in ("auto", 1) or (name == "data" and found == 1):
+                    raise ValueError(
+                        f"parallel.{name}: found {found}, allowed with resources.elastic: "
+                        f"{'auto' if name == 'data' else 1}, as the number of data-parallel workers changes"
+                    )
         if isinstance(workers, int) and isinstance(data, int) and workers != data:
             raise ValueError(
                 f"parallel.data: found {data}, allowed: auto or {workers}, as data x tensor x pipeline must equal "
@@ -79,13 +86,14 @@ class FinetuneConfig(TrainConfig):
 class TuneConfig(FinetuneConfig):
     """``raylm tune``: a search over fine-tuning runs."""
 
+    run: LocalRunSection
     tuning: TuningSection
 
 
 class EvaluateConfig(Section):
     """``raylm evaluate``: a model and text to cross-entropy, perplexity and bits per byte."""
 
-    run: RunSection
+    run: LocalRunSection
     data: DataSection
     model: ModelSection
     evaluation: EvaluationSection = EvaluationSection()
@@ -95,7 +103,7 @@ class EvaluateConfig(Section):
 class CompressConfig(Section):
     """``raylm compress``: a model to a smaller one, and the report that compares them."""
 
-    run: RunSection
+    run: LocalRunSection
     data: DataSection
     model: ModelSection
     compression: CompressionSection = CompressionSection()
@@ -105,7 +113,7 @@ class CompressConfig(Section):
 class ServeConfig(Section):
     """``raylm serve``: a model directory to an HTTP server."""
 
-    run: RunSection
+    run: LocalRunSection
     model: ModelSection
     serving: ServingSection = ServingSection()
 

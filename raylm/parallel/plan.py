@@ -56,7 +56,10 @@ def make_layout(config: TrainConfig, cpus: float, gpus: float) -> Layout:
     if use_gpu:
         available = min(available, int(cpus / resources.cpus_per_worker + 1e-9))
     wanted = resources.workers if resources.workers != "auto" else parallel.data
-    if wanted == "auto":
+    if resources.elastic is not None:
+        # What a worker group of another size than the layout's leaves of a batch is filled up (training.batches).
+        workers = max(resources.elastic[0], min(resources.elastic[1], available))
+    elif wanted == "auto":
         # The largest number of workers that the batch divides over.
         workers = next((n for n in range(max(1, available), 0, -1) if training.batch_size % n == 0), 1)
     else:
@@ -67,14 +70,14 @@ def make_layout(config: TrainConfig, cpus: float, gpus: float) -> Layout:
             f"resources.workers: found {workers} with {unit}{resources.cpus_per_worker:g} CPUs each, allowed: at most "
             f"{available}, as the cluster has {cpus:g} CPUs and {gpus:g} GPUs"
         )
-    if training.batch_size % workers:
+    if training.batch_size % workers and resources.elastic is None:
         raise UserError(f"training.batch_size: found {training.batch_size}, allowed: a multiple of {workers} workers")
-    share = training.batch_size // workers
+    share = -(-training.batch_size // workers)
     micro = parallel.micro_batch_size
     if micro == "auto":
         limit = max(1, AUTO_MICRO_BATCH_TOKENS // training.sequence_length)
         micro = next(n for n in range(min(share, limit), 0, -1) if share % n == 0)
-    if share % int(micro):
+    if share % int(micro) and resources.elastic is None:
         raise UserError(
             f"parallel.micro_batch_size: found {micro}, allowed: a divisor of each worker's share ({share})"
         )
@@ -86,7 +89,7 @@ def make_layout(config: TrainConfig, cpus: float, gpus: float) -> Layout:
                 "master weights"
             )
         precision = "fp32"
-    return Layout(workers, int(micro), share // int(micro), use_gpu, precision)
+    return Layout(workers, int(micro), -(-share // int(micro)), use_gpu, precision)
 
 
 def apply_layout(config: TrainConfig, layout: Layout) -> TrainConfig:

@@ -52,11 +52,13 @@ class Answer:
     Attributes:
         silent: ranks without a sign of life for too long -> the step of their last one.
         stop: why the driver wants to stop, or None.
+        asked: how many times a checkpoint was asked for.
         memory_bytes: of all ranks, by rank.
     """
 
     silent: dict[int, int] = field(default_factory=dict)
     stop: str | None = None
+    asked: int = 0
     memory_bytes: list[int] = field(default_factory=list)
 
 
@@ -72,6 +74,7 @@ class Board:
         self._failures: list[Failure] = []
         self._restarts: list[str] = []
         self._stop: str | None = None
+        self._asked = self._saved = 0
 
     def update(self, metrics: dict[str, Any]) -> None:
         """Take over rank 0's ``metrics``."""
@@ -108,6 +111,7 @@ class Board:
         return Answer(
             silent={r: b.step for r, b in self._beats.items() if now - b.at > patience},
             stop=self._stop,
+            asked=self._asked,
             memory_bytes=[self._beats[r].memory_bytes for r in sorted(self._beats)],
         )
 
@@ -124,6 +128,16 @@ class Board:
         """The failure that explains the others: the first that is no consequence of another rank's, else the first."""
         own = [f for f in self._failures if f.kind != "collective"]
         return next(iter(own or self._failures), None)
+
+    def ask_to_save(self) -> int:
+        """Ask for a checkpoint; returns the number of the request."""
+        self._asked += 1
+        return self._asked
+
+    def saved(self, request: int | None = None) -> int:
+        """Note that all requests up to ``request`` are fulfilled; returns how many are."""
+        self._saved = max(self._saved, request or 0)
+        return self._saved
 
     def stop(self, reason: str) -> None:
         """Ask all ranks to save a checkpoint and end."""

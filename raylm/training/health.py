@@ -7,6 +7,7 @@ makes no step for as long as a collective may take, it dumps its own stacks, sho
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import threading
@@ -99,16 +100,19 @@ class HealthMonitor:
             failure = Failure(self._rank, failure_kind(error), text, str(self.log), self._step)
             ray.get(self._board.fail.remote(failure), timeout=BOARD_TIMEOUT_SECONDS)
 
-    def _write(self, text: str) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as stream:
-            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._rank} step {self._step}\n{text}\n")
+    def _write(self, text: str, *, stacks: bool = False) -> None:
+        # A full or read-only disk must not hide what went wrong.
+        with contextlib.suppress(OSError):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as stream:
+                stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._rank} step {self._step}\n{text}\n")
+                stream.flush()
+                if stacks:
+                    faulthandler.dump_traceback(stream, all_threads=True)
 
     def dump_stacks(self, reason: str) -> None:
         """Append the stacks of all threads to the log."""
-        self._write(reason)
-        with self.log.open("a", encoding="utf-8") as stream:
-            faulthandler.dump_traceback(stream, all_threads=True)
+        self._write(reason, stacks=True)
 
     def _watch(self) -> None:
         while not self._done.wait(BEAT_SECONDS):

@@ -6,6 +6,7 @@ progress that rank 0 sends, and turns a failure into one line with the first fai
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -13,7 +14,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 HANDOVER_SECONDS = 60.0
+RELEASE_SECONDS = 3.0
 # Within which the workers are to save a checkpoint and end, after the driver was told to.
 STOP_SECONDS = 120.0
 
@@ -43,7 +44,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     prepare_deepspeed(job.use_gpu)
     from raylm.training.health import HealthMonitor
     from raylm.training.loop import TrainingLoop
+    from raylm.training.mirror import Mirror
     from raylm.training.preemption import Notices
+    from raylm.training.storage import Storage
 
     context, resources = ray.train.get_context(), job.config.resources
     rank = context.get_world_rank()
@@ -64,22 +67,28 @@ def train_worker(settings: dict[str, Any]) -> None:
         resources.heartbeat_seconds,
         resources.collective_timeout_seconds,
     )
+    mirror = Mirror(Storage(job.storage), job.directory)
     with health:
         try:
+            notices = Notices(health, rank)
             worker = Worker(
                 rank,
                 context.get_world_size(),
                 generation=generation,
                 progress=health.progress,
-                notice=Notices(health).current,
+                notice=notices.current,
+                saved=lambda: job.progress.saved.remote(notices.asked),
                 memory_bytes=lambda: health.answer.memory_bytes,
             )
+            mirror.fetch_data()
             loop = TrainingLoop(job, worker)
             if rank == 0:
                 job.progress.update.remote({"total_steps": loop.total_steps})
             final = loop.run()
         except Exception as error:
             health.fail(error)
+            with contextlib.suppress(OSError):
+                mirror.send(str(health.log.relative_to(job.directory)))
             raise
     if rank == 0:
         ray.get(job.progress.update.remote({"final": final}), timeout=HANDOVER_SECONDS)
@@ -106,7 +115,7 @@ def launch(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from raylm.training.board import Board
-    from raylm.training.preemption import NoticingTorchConfig, sigterm_noticed, sigterm_received
+    from raylm.training.preemption import NoticingTorchConfig, SaveBeforeResize, sigterm_noticed, sigterm_received
     from raylm.training.storage import Storage
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
@@ -121,7 +130,8 @@ def launch(
             backend="nccl" if job.use_gpu else "gloo", timeout_s=int(resources.collective_timeout_seconds)
         ),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=resources.workers if resources.elastic is None else tuple(resources.elastic),
+            elastic_resize_monitor_interval_s=resources.elastic_check_seconds,
             use_gpu=job.use_gpu,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if job.use_gpu else {})},
         ),
@@ -131,6 +141,7 @@ def launch(
             storage_path=(Storage(job.storage) / "ray-train").uri,
             failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": worker_environment(cpus_per_worker)},
+            callbacks=[SaveBeforeResize(job.progress)] if resources.elastic is not None else None,
         ),
     )
     outcome: dict[str, Any] = {}
@@ -138,6 +149,9 @@ def launch(
     def fit() -> None:
         try:
             trainer.fit()
+        except SystemExit:
+            # So Ray ends a wait that outlives its session; see RELEASE_SECONDS.
+            return
         except Exception as error:  # noqa: BLE001 - carried over to the driver's thread
             outcome["error"] = error
 
@@ -145,6 +159,9 @@ def launch(
     with sigterm_noticed():
         thread.start()
         _show_progress(job, thread, sigterm_received, on_evaluation)
+    # Long enough for the workers' resources to be free again; without a dashboard Ray Train's controller then waits
+    # ten seconds more for an answer that cannot come, and nothing of it is needed.
+    thread.join(RELEASE_SECONDS)
     first = ray.get(job.progress.first_failure.remote(), timeout=HANDOVER_SECONDS)
     latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
     if (error := outcome.get("error")) is not None or (first is not None and first.kind == "fatal"):
@@ -170,7 +187,8 @@ def _explain(error: Exception | None, first: Failure | None) -> str:
             return f"rank {min(lost)}: the worker process died (logs of the workers: {logs})"
     if first is not None:
         return f"rank {first.rank}: {first.text} (log: {first.log})"
-    return " ".join(str(error).split())
+    # The last line of a traceback is the exception itself.
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _show_progress(
@@ -205,7 +223,7 @@ def _show_progress(
     while thread.is_alive() and "total_steps" not in latest:
         poll()
     with ProgressBar(job.stage, latest.get("total_steps"), "steps", latest.get("step", 0)) as bar:
-        while thread.is_alive():
+        while thread.is_alive() and "final" not in latest:
             poll()
             if "step" in latest:
                 validation = f" validation {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
@@ -215,7 +233,7 @@ def _show_progress(
                 )
 
 
-@contextmanager
+@contextlib.contextmanager
 def exclusive(directory: Path):
     """Hold the run directory, so that two commands never train the same run at once; a dead driver lets go.
 

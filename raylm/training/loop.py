@@ -22,6 +22,7 @@ from raylm.models.families import build_config, build_model
 from raylm.models.loading import load_model, load_tokenizer
 from raylm.objectives.causal import CausalObjective
 from raylm.parallel.engine import DataParallelEngine, StepResult
+from raylm.parallel.environment import limit_collectives
 from raylm.training.agreement import Agreement
 from raylm.training.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.batches import (
@@ -36,6 +37,7 @@ from raylm.training.checkpoints import BEST, LATEST, CheckpointReader, Checkpoin
 from raylm.training.export import export_model, largest_difference
 from raylm.training.flops import flops_per_token, peak_flops
 from raylm.training.metrics import MetricsRecorder
+from raylm.training.mirror import BOARD, METRICS, Mirror
 from raylm.training.optimizers import make_optimizer
 from raylm.training.preemption import Notice
 from raylm.training.schedules import learning_rate_factor
@@ -81,16 +83,18 @@ class TrainingLoop:
             bf16=self.bf16,
             device=self.device,
         )
+        limit_collectives(self.config.resources.collective_timeout_seconds)
         self.peak = peak_flops(self.device)
-        self.storage = Storage(job.storage)
+        self.mirror = Mirror(Storage(job.storage), job.directory)
         self.writer = CheckpointWriter(
-            self.storage / "checkpoints",
+            self.mirror.storage / "checkpoints",
             worker.rank,
             worker.world_size,
             worker.generation,
             self.config.checkpoint.keep,
             asynchronous=self.config.checkpoint.asynchronous,
             scratch=job.directory / "scratch",
+            before_commit=self._before_commit,
         )
         # Under every layout the moments are this optimizer's, and the weights change in its step only.
         self.engine.optimizer.register_step_pre_hook(lambda *_: self.writer.settle())
@@ -116,6 +120,8 @@ class TrainingLoop:
         Where the run was asked to stop, or its anomalies forbid to go on, they hold ``failure``, the reason.
         """
         self._resume()
+        if self.worker.rank == 0:
+            self.mirror.fetch_metrics()
         self._record_from_here()
         try:
             failure = self._train()
@@ -159,7 +165,6 @@ class TrainingLoop:
         training, checkpoint = self.config.training, self.config.checkpoint
         saved_at = time.monotonic()
         agreement = Agreement(self.worker.rank, self.state["step"], self.device)
-        noticed = Notice.NONE
         interval = _Interval(self.writer)
         while self.state["step"] < self.total_steps and not self._should_stop():
             step = self.state["step"]
@@ -189,12 +194,12 @@ class TrainingLoop:
             last = step == self.total_steps
             evaluated = (bool(training.evaluate_every_steps) and step % training.evaluate_every_steps == 0) or last
             save = last or (checkpoint.every_steps is not None and step % checkpoint.every_steps == 0)
-            notice = noticed
+            notice = Notice.NONE
             if agreement.due(step):
                 seconds = time.monotonic() - saved_at
                 wanted = checkpoint.every_seconds is not None and seconds >= checkpoint.every_seconds
                 notice, timed = agreement.exchange(step, int(self.worker.notice()), wanted)
-                save = save or timed or notice > noticed
+                save = save or timed or notice > Notice.NONE
             if step % training.log_every_steps == 0 or evaluated:
                 metrics = self._metrics(result, interval)
                 if evaluated:
@@ -209,15 +214,19 @@ class TrainingLoop:
             if save or best or self._should_stop():
                 self._save(best=best)
                 saved_at = time.monotonic()
-            if notice > noticed:
-                noticed = Notice(notice)
+            if notice > Notice.NONE:
                 self._finish_save()
-                if noticed is Notice.LEAVE:
+                self.worker.saved()
+                if notice == Notice.LEAVE:
                     raise InterruptedError(f"a worker was told to end (SIGTERM); step {step} was saved first")
-                if noticed is Notice.STOP:
+                if notice == Notice.STOP:
                     return f"stopped after step {step}, which was saved; the same command goes on"
         self._finish_save()
         return None
+
+    def _before_commit(self) -> None:
+        self.mirror.check_owner(self.job.attempt)
+        self.mirror.send_metrics()
 
     def _finish_save(self) -> None:
         self.writer.wait()
@@ -297,6 +306,7 @@ class TrainingLoop:
             difference = largest_difference(output, probe.cpu(), expected)
             if not difference <= LOGITS_TOLERANCE[dtype]:
                 raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
+            self.mirror.send("model", METRICS, BOARD)
         dist.barrier()
         return {
             "finished": True,
@@ -307,6 +317,7 @@ class TrainingLoop:
             "best_validation_loss": self.state["best"],
             "logits_difference": difference,
             "stopped_early": last_step < self.total_steps,
+            "skipped": self.state["skipped"],
         }
 
 

@@ -149,7 +149,14 @@ def run_training(stage: str, config: TrainConfig) -> None:
         UserError: configuration or input is wrong; nothing was started.
         RunFailure: the run failed; the same command goes on from its last checkpoint.
     """
+    from raylm.training.metrics import read_metrics
+    from raylm.training.mirror import METRICS, SUMMARY, Mirror
+    from raylm.training.storage import Storage
+    from raylm.training.summary import summarize
+
     run = RunDirectory(stage, config)
+    mirror = Mirror(Storage(config.run.uri), run.path)
+    mirror.open_run()
     run.check()
     if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
         print(f"{stage}: {run.path} is done already (step {done['step']}); model in {run.path / 'model'}")
@@ -166,24 +173,32 @@ def run_training(stage: str, config: TrainConfig) -> None:
         layout = make_layout(config, cluster["CPU"], cluster["GPU"])
         run.create()
         with exclusive(run.path):
+            attempt = new_attempt()
+            mirror.own(attempt)
+            mirror.send("config.yaml")
             data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+            mirror.send_data()
             job = TrainingJob(
                 config=apply_layout(config, layout),
                 stage=stage,
                 directory=run.path,
-                storage=str(run.path),
+                storage=config.run.uri,
                 data_directory=data_directory,
                 tokenizer_directory=tokenizer_directory,
                 model_source=resolve_model(config.model.path) if config.model.path else None,
                 use_gpu=layout.use_gpu,
-                attempt=new_attempt(),
+                attempt=attempt,
             )
             final = launch(job, config.resources.cpus_per_worker, config.resources.max_failures)
     final |= bits_per_byte(config, data_directory, final)
     run.write_report({**final, "training": config.training.model_dump(mode="json")})
+    (run.path / SUMMARY).write_text(
+        summarize(stage, config.run.name, read_metrics(run.path / METRICS), final), encoding="utf-8"
+    )
+    mirror.send("report.json", SUMMARY)
     per_byte = f" ({final['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in final else ""
     print(
         f"{stage}: {final['step']} steps, {final['tokens']:,} tokens, validation loss {final['validation_loss']:.4f} "
         f"nats{per_byte}; reloaded model's logits differ by {final['logits_difference']:.1e}\n"
-        f"  model in {run.path / 'model'}, metrics in {run.path / 'metrics.jsonl'}"
+        f"  model in {run.path / 'model'}, metrics in {run.path / METRICS}, summary in {run.path / SUMMARY}"
     )

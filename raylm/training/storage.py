@@ -13,10 +13,8 @@ import shutil
 from pathlib import Path
 
 from pyarrow import fs as arrow
-from pyarrow.lib import ArrowException
 
 from raylm.config.run_directory import write_atomically
-from raylm.errors import UserError
 
 COPY_CHUNK_BYTES = 8 << 20
 
@@ -133,19 +131,6 @@ class Storage:
                 shutil.copyfileobj(stream, output, COPY_CHUNK_BYTES)
         partial.replace(target)
         return True
-
-    def check_writable(self) -> None:
-        """Refuse storage that cannot be written.
-
-        Raises:
-            UserError: names ``run.storage`` and the file system's own reason.
-        """
-        probe = ".probe"
-        try:
-            self.write(probe, "")
-            self.remove(probe)
-        except (OSError, ArrowException) as error:
-            raise UserError(f"run.storage: {self} cannot be written: {error}") from None
 
 
 def _remove_local(path: Path) -> None:

@@ -54,6 +54,7 @@ class Worker:
         generation: token of this start of the workers, the same on all ranks.
         progress: called with the number of steps made.
         notice: whether something is about to be stopped; called by all ranks at the same steps. 0 is no.
+        saved: called on rank 0 when what a notice asked for is saved.
         memory_bytes: of all ranks, by rank, as far as known.
     """
 
@@ -63,6 +64,7 @@ class Worker:
     generation: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     progress: Callable[[int], None] = field(default=lambda step: None)
     notice: Callable[[], Notice | int] = field(default=lambda: 0)
+    saved: Callable[[], Any] = field(default=lambda: None)
     memory_bytes: Callable[[], list[int]] = field(default=list)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,15 +49,28 @@ def test_numbers_with_exponent_are_numbers(pretrain_file: Path) -> None:
         ("data.fields.foo=1", "data.fields.foo: unknown key; allowed: answer, context, prompt, text"),
         ("foo=1", "foo: unknown key; allowed: checkpoint, data, model"),
         ("training.early_stopping.pa=1", "training.early_stopping.pa: unknown key; allowed: metric, minimum_change"),
-        ("run.storage=s3://bucket", "run.storage: found 's3://bucket'"),
+        ("resources.elastic=[2, 1]", "resources: elastic: found [2, 1], allowed: [least, most]"),
+        ("resources={elastic: [1, 2], workers: 2}", "resources: workers: found 2, allowed with elastic: auto"),
+        ("parallel.data=2 resources.elastic=[1, 2]", "parallel.data: found 2, allowed with resources.elastic: auto"),
         ("bad", "override 'bad': allowed: dotted.key=value"),
     ],
 )
 def test_mistakes_name_key_found_and_allowed(pretrain_file: Path, override: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config("pretrain", pretrain_file, [override])
+        # A second key of the same override follows a blank.
+        load_config("pretrain", pretrain_file, re.split(r" (?=\w+\.\w+=)", override))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_only_training_stages_take_storage_by_uri(pretrain_file: Path) -> None:
+    override = "run.storage=s3://bucket/runs?region=x"
+    run = load_config("pretrain", pretrain_file, [override]).run
+    assert run.uri == "s3://bucket/runs/x?region=x"
+    with pytest.raises(
+        UserError, match=r"run\.storage: found 's3://bucket/runs\?region=x', a local or shared directory"
+    ):
+        load_config("prepare", pretrain_file, [override])
 
 
 def test_duplicate_key_and_bad_yaml_name_the_line(tmp_path: Path) -> None:

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -77,6 +71,10 @@ def test_run_directory_holds_what_the_design_says(finished: Path, prepared: Path
     assert [line["step"] for line in lines if "validation_loss" in line] == [12, 24]
     report = json.loads((finished / "report.json").read_text())
     assert report["logits_difference"] < 1e-4
+    summary = (finished / "summary.txt").read_text()
+    assert f"{STEPS} steps" in summary
+    assert f"{lines[-1]['validation_loss']:.4f} at the end" in summary
+    assert "restarts    none" in summary
     shards = TokenShards(prepared, "validation")
     nats = report["validation_loss"] * (shards.token_count - 1)
     assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / shards.byte_count)
@@ -103,63 +101,6 @@ def test_done_run_is_not_repeated_and_another_configuration_is_refused(
     assert (finished / "metrics.jsonl").stat().st_mtime == began
     with pytest.raises(UserError, match=r"training\.learning_rate \(was 0\.005, now 0\.1\)"):
         pretrain(load_config("pretrain", path, ["training.learning_rate=0.1"]))
-
-
-def start(config: Path) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "raylm.cli", "pretrain", str(config)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline:
-        lines = read_metrics(run / "metrics.jsonl")
-        if lines and lines[-1]["step"] >= step:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached")
-
-
-def training_workers(driver: subprocess.Popen) -> list[psutil.Process]:
-    """The Ray Train worker processes that ``driver`` started, in order of their age."""
-    found = []
-    for process in psutil.Process(driver.pid).children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return sorted(found, key=lambda process: process.create_time())
-
-
-@pytest.mark.slow
-def test_killed_worker_repeats_the_bits(finished: Path, prepared: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, prepared, "killed", evaluate_every_steps=12)
-    driver = start(config)
-    wait_for_step(tmp_path / "killed", 8, driver)
-    training_workers(driver)[-1].send_signal(signal.SIGKILL)
-    _, errors = driver.communicate(timeout=240)
-    assert driver.returncode == 0, errors[-2000:]
-    assert losses(tmp_path / "killed") == losses(finished)
-
-
-@pytest.mark.slow
-def test_killed_driver_resumes_with_the_same_command(finished: Path, prepared: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, prepared, "killed", evaluate_every_steps=12)
-    driver = start(config)
-    wait_for_step(tmp_path / "killed", 8, driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate(timeout=60)
-    again = start(config)
-    _, errors = again.communicate(timeout=240)
-    assert again.returncode == 0, errors[-2000:]
-    assert losses(tmp_path / "killed") == losses(finished)
-    steps = [line["step"] for line in read_metrics(tmp_path / "killed" / "metrics.jsonl")]
-    assert steps == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow

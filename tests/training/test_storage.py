@@ -1,0 +1,134 @@
+"""Runs whose storage is an S3-compatible server: a real one, moto's, over HTTP."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from raylm.config import load_config
+from raylm.errors import UserError
+from raylm.training.stage import pretrain
+from raylm.training.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URI of a bucket on a server of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while True:
+        with socket.socket() as attempt:
+            if attempt.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert server.poll() is None and time.monotonic() < deadline, "the S3 server did not start"
+        time.sleep(0.1)
+    before = dict(os.environ)
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+    yield (
+        f"s3://raylm/runs?scheme=http&endpoint_override=127.0.0.1%3A{port}&region=us-east-1&allow_bucket_creation=true"
+    )
+    os.environ.clear()
+    os.environ.update(before)
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty folder of either kind."""
+    if request.param == "local":
+        return Storage(tmp_path / "folder")
+    # Ray Train makes the bucket with its first file; here nobody has yet.
+    root = Storage(request.getfixturevalue("bucket"))
+    root._opened[0].create_dir("raylm")
+    return root / "folder"
+
+
+def test_files_and_folders(storage: Storage, tmp_path: Path) -> None:
+    assert storage.names() == []
+    assert storage.read("missing") is None
+    assert storage.size("missing") is None
+    storage.write("a/one", "text")
+    storage.write("a/one", "other")
+    storage.write("a/two", "x")
+    assert storage.names() == ["a"]
+    assert storage.names("a") == ["one", "two"]
+    assert (storage / "a").read("one") == b"other"
+    assert storage.size("a/one") == 5
+    assert storage.size("a") is None
+    with storage.open("a/one") as stream:
+        stream.seek(2)
+        assert stream.read(2) == b"he"
+
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "file").write_bytes(bytes(1000))
+    storage.upload(source, "b")
+    assert storage.download("b", tmp_path / "copy")
+    assert (tmp_path / "copy" / "deep" / "file").read_bytes() == bytes(1000)
+    assert not storage.download("missing", tmp_path / "nothing")
+    storage.remove("a")
+    storage.remove("a")
+    assert storage.names() == ["b"]
+
+
+def test_storage_that_cannot_be_reached_is_refused(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    run = make_run("refused")
+    for storage in ("s3://bucket/runs?scheme=http&endpoint_override=127.0.0.1%3A9&connect_timeout=1", "nothing://x"):
+        with pytest.raises(UserError, match=r"^run\.storage: .* cannot be used"):
+            pretrain(load_config("pretrain", run.config, [f"run.storage={storage}"]))
+
+
+@pytest.mark.slow
+def test_run_goes_on_from_the_bucket_on_another_host(make_run: Callable, bucket: str, tmp_path: Path) -> None:
+    undisturbed = make_run("undisturbed")
+    pretrain(load_config("pretrain", undisturbed.config))
+
+    run = make_run("remote", bucket, resources={"workers": 2, "heartbeat_seconds": 5.0})
+    run.environment["HOME"] = str(tmp_path / "first")
+    driver = run.start()
+    config = load_config("pretrain", run.config)
+    mirror = config.run.directory.relative_to(Path("~").expanduser())
+    run.metrics = tmp_path / "first" / mirror / "metrics.jsonl"
+    run.wait_for_step(30, driver)
+    run.workers(driver)[-1].send_signal(signal.SIGSTOP)
+    run.wait_for_restart(driver)
+    run.wait_for_step(60, driver)
+    driver.send_signal(signal.SIGTERM)
+    _, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 1, errors[-2000:]
+    assert "no sign of life for 5 s (hung or frozen)" in errors
+    assert "which was saved; the same command goes on" in errors.splitlines()[-1]
+
+    shutil.rmtree(tmp_path / "first")
+    run.environment["HOME"] = str(tmp_path / "second")
+    run.metrics = tmp_path / "second" / mirror / "metrics.jsonl"
+    driver = run.start()
+    _, errors = driver.communicate(timeout=240)
+    assert driver.returncode == 0, errors[-2000:]
+    assert run.losses() == undisturbed.losses()
+
+    storage = Storage(config.run.uri)
+    assert {"config.yaml", "metrics.jsonl", "report.json", "model", "checkpoints", "tensorboard"} <= set(
+        storage.names()
+    )
+    assert storage.read("metrics.jsonl") == run.metrics.read_bytes()
+    assert storage.download("model", tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
