@@ -82,6 +82,10 @@ class TokenStream:
 
     async def __anext__(self) -> list[int]:
         await self._arrived.wait()
+        # A timer may wake a reader who has its tokens already: loops' clocks round, and timers come early.
+        while not self._tokens and not self._ended:
+            self._arrived.clear()
+            await self._arrived.wait()
         if not self._tokens:
             if self._error is not None:
                 raise self._error

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import uvloop
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -103,6 +104,20 @@ def test_concurrent_is_single(engine: Engine) -> None:
 
     for _ in range(3):
         assert asyncio.run(together()) == alone
+
+
+def test_whole_texts_under_serves_loop(engine: Engine) -> None:
+    """Serve runs replicas on uvloop, whose timers may come before their time."""
+
+    async def one_after_another() -> list[list[int]]:
+        return [await collect(engine, PROMPTS[0], SamplingParameters(24, temperature=0)) for _ in range(20)]
+
+    loop = uvloop.new_event_loop()
+    try:
+        texts = loop.run_until_complete(one_after_another())
+    finally:
+        loop.close()
+    assert texts == [texts[0]] * 20
 
 
 def test_seeds(engine: Engine) -> None:
