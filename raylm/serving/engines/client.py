@@ -119,7 +119,9 @@ class TokenStream:
         self.finish_reason = event.finish_reason
         if event.error is not None:
             self._error = EngineFailure(event.error)
-        if self._ended or self._loop.time() >= self._due:
+        # A reader that is awake already takes these as well. A timer set now would fire after it has: uvloop's timers
+        # come up to a millisecond early.
+        if self._ended or self._arrived.is_set() or self._loop.time() >= self._due:
             self._wake()
         elif self._timer is None:
             self._timer = self._loop.call_at(self._due, self._wake)

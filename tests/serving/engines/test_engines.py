@@ -221,6 +221,20 @@ def test_groups_of_tokens_hold_all_of_them(engine: Engine) -> None:
         assert pieces < 120
 
 
+def test_no_stream_ends_early_on_the_servers_event_loop(engine: Engine) -> None:
+    """Ray Serve runs uvloop, whose timers come up to a millisecond early."""
+
+    async def follow() -> tuple[int, str | None]:
+        stream = engine.submit([5, 6, 7], SamplingParameters(30, temperature=0))
+        return sum([len(piece) async for piece in stream]), stream.finish_reason
+
+    async def together() -> None:
+        for clients in (1, 2, 3, 4) * 10:
+            assert await asyncio.gather(*(follow() for _ in range(clients))) == [(30, "length")] * clients
+
+    uvloop.run(together())
+
+
 def test_a_killed_engine_says_so(exported_model: Path) -> None:
     engine = start_engine(str(exported_model), ServingSection(engine="openvino"), threads=1)
 
