@@ -43,9 +43,11 @@ def serve(config: ServeConfig) -> None:
             _watch(url)
     except KeyboardInterrupt:
         pass
-    report = run.report() or {}
+    if (report := run.report()) is None:
+        print("stopped before it answered anything")
+        return
     print(
-        f"stopped; served {report.get('requests', 0)} texts, {report.get('generated_tokens', 0)} tokens; "
+        f"stopped; served {report['requests']} texts, {report['generated_tokens']} tokens; "
         f"report: {run.path}/report.json"
     )
 
@@ -93,21 +95,22 @@ def _application(config: ServeConfig, run: RunDirectory) -> Iterator[str]:
 
     run.create()
     began = time.monotonic()
+    started = None
     url = f"http://{_url_host(config.serving.host)}:{config.serving.port}"
     try:
         _start(config)
         _wait_until_healthy(url)
         started = time.monotonic()
-        try:
-            yield url
-        finally:
-            _report(run, url, started - began, time.monotonic() - started)
+        yield url
     finally:
+        # Others may ask a server that is up a moment before this process knows it, and stop it at once.
+        if (last := health(url)) is not None:
+            ended = time.monotonic()
+            _report(run, url, last, (started or ended) - began, ended - (started or ended))
         ray_serve.delete(APPLICATION)
 
 
-def _report(run: RunDirectory, url: str, start_seconds: float, served_seconds: float) -> None:
-    last = health(url) or {}
+def _report(run: RunDirectory, url: str, last: dict[str, Any], start_seconds: float, served_seconds: float) -> None:
     counters = {key: value for key, value in last.items() if key not in ("status", "running", "waiting", "models")}
     times = {"start_seconds": round(start_seconds, 2), "served_seconds": round(served_seconds, 2)}
     run.write_report({"url": url, **times, **counters})
