@@ -67,6 +67,9 @@ class DataSection(Section):
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>")
+MASK_TOKEN = "<|mask|>"
+# T5's own names, by which its sentinels are found in any tokenizer.
+SENTINEL_TOKEN = "<extra_id_{}>"
 BYTE_ALPHABET = 256
 
 
@@ -79,21 +82,32 @@ class TokenizerSection(Section):
     """Entries of a BPE vocabulary, special tokens included; default 8192. The other types find theirs."""
     path: str | None = None
     """Hugging Face directory or hub name of a tokenizer to reuse."""
+    mask_token: bool | None = None
+    """Give a new tokenizer a mask token, which the objective masked needs; by default where the file has it."""
+    sentinels: int | None = Field(default=None, ge=0)
+    """Sentinel tokens of a new tokenizer, for the objective span; by default 100 where the file has it, else none."""
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Special tokens of a new tokenizer, in the order of their ids."""
+        mask = [MASK_TOKEN] if self.mask_token else []
+        return [*SPECIAL_TOKENS, *mask, *(SENTINEL_TOKEN.format(i) for i in range(self.sentinels or 0))]
 
     @model_validator(mode="after")
     def _consistent(self) -> TokenizerSection:
         if self.path is not None:
-            if self.type is not None or self.vocab_size is not None:
-                raise ValueError("path stands alone: leave out type and vocab_size")
+            for name in ("type", "vocab_size", "mask_token", "sentinels"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"path stands alone: leave out {name}")
             return self
         self.type = self.type or "bpe"
         if self.type == "bpe":
             self.vocab_size = self.vocab_size or 8192
-            least = BYTE_ALPHABET + len(SPECIAL_TOKENS)
+            least = BYTE_ALPHABET + len(self.special_tokens)
             if self.vocab_size < least:
                 raise ValueError(
                     f"vocab_size {self.vocab_size} is smaller than the byte alphabet: allowed is {least} or more "
-                    f"({BYTE_ALPHABET} bytes and {len(SPECIAL_TOKENS)} special tokens)"
+                    f"({BYTE_ALPHABET} bytes and {len(self.special_tokens)} special tokens)"
                 )
         elif self.vocab_size is not None:
             raise ValueError(f"vocab_size is for type bpe; a {self.type} tokenizer finds its own")

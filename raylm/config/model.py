@@ -8,14 +8,16 @@ from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 
-FAMILIES = ("gpt2", "llama")
+# Family -> the objectives that it can be trained on from nothing; the first is its default.
+FAMILY_OBJECTIVES = {"gpt2": ("causal",), "llama": ("causal",), "bert": ("masked",), "t5": ("span",)}
+FAMILIES = tuple(FAMILY_OBJECTIVES)
 
 
 class ModelSection(Section):
     """``model``: a new model of a ``family``, or the one at ``path``."""
 
     family: str | None = None
-    """Architecture of a new model: gpt2 or llama."""
+    """Architecture of a new model: gpt2, llama, bert or t5."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Keys of the architecture's Hugging Face configuration; the vocabulary size comes from the tokenizer."""
     path: str | None = None
@@ -37,7 +39,12 @@ class ModelSection(Section):
 class ObjectiveSection(Section):
     """``objective``: what the loss is."""
 
-    type: Literal["causal"] = "causal"
-    """causal: predict each next token."""
+    type: Literal["auto", "causal", "masked", "span"] = "auto"
+    """causal: predict each next token. masked: predict tokens that were hidden (BERT). span: write what stood in the
+    gaps of a text (T5). auto: the family's own."""
     answer_only: bool = True
     """On prompt and answer pairs: count the loss on the answer's tokens alone."""
+    noise_fraction: float = Field(default=0.15, gt=0, lt=1)
+    """masked and span: share of the tokens that are hidden."""
+    span_length: float = Field(default=3.0, ge=1)
+    """span: mean number of tokens in a gap."""

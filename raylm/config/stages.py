@@ -7,11 +7,14 @@ from pydantic import model_validator
 from raylm.config.base import Section
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.evaluation import CompressionSection, EvaluationSection
-from raylm.config.model import ModelSection, ObjectiveSection
+from raylm.config.model import FAMILY_OBJECTIVES, ModelSection, ObjectiveSection
 from raylm.config.run import LocalRunSection, ResourcesSection, RunSection
 from raylm.config.serving import ServingSection
 from raylm.config.training import CheckpointSection, ParallelSection, TrainingSection
 from raylm.config.tuning import TuningSection
+
+# As many as T5 has.
+DEFAULT_SENTINELS = 100
 
 
 class PrepareConfig(Section):
@@ -35,6 +38,35 @@ class TrainConfig(Section):
     training: TrainingSection
     checkpoint: CheckpointSection = CheckpointSection()
     resources: ResourcesSection = ResourcesSection()
+
+    @model_validator(mode="after")
+    def _objective(self) -> TrainConfig:
+        family, objective = self.model.family, self.objective
+        if family is not None:
+            allowed = FAMILY_OBJECTIVES[family]
+            if objective.type == "auto":
+                objective.type = allowed[0]
+            if objective.type not in allowed:
+                raise ValueError(
+                    f"objective.type: found '{objective.type}', allowed for the family {family}: {', '.join(allowed)}"
+                )
+        if self.tokenizer is not None and self.tokenizer.path is None:
+            if objective.type == "masked" and self.tokenizer.mask_token is False:
+                raise ValueError("tokenizer.mask_token: found false, allowed with objective.type masked: true")
+            if objective.type == "span" and self.tokenizer.sentinels == 0:
+                raise ValueError("tokenizer.sentinels: found 0, allowed with objective.type span: 1 or more")
+        return self
+
+    @property
+    def new_tokenizer(self) -> TokenizerSection:
+        """How raw sources are tokenized for a new model: as the file says, with the tokens that its objective needs."""
+        values = {} if self.tokenizer is None else self.tokenizer.model_dump()
+        if values.get("path") is None:
+            if self.objective.type == "masked" and values.get("mask_token") is None:
+                values["mask_token"] = True
+            if self.objective.type == "span" and values.get("sentinels") is None:
+                values["sentinels"] = DEFAULT_SENTINELS
+        return TokenizerSection(**values)
 
     @model_validator(mode="after")
     def _layout(self) -> TrainConfig:

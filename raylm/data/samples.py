@@ -75,13 +75,7 @@ class PackedSamples:
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """See :class:`Samples`; T is ``sequence_length``."""
-        indices = np.asarray(indices, dtype=np.int64)
-        epochs, windows = np.divmod(indices, self.count)
-        starts = windows * self._length
-        if self._shuffle:
-            shifts = (epoch_keys(self._seed, epochs, _SHIFT) % np.uint64(self._length)).astype(np.int64)
-            starts = shifts + permute(windows, epochs, self.count, self._seed) * self._length
-        positions = starts[:, None] + np.arange(self._length + 1)
+        positions = self._starts(indices)[:, None] + np.arange(self._length + 1)
         tokens = self._shards.take(positions % self._ring)
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         if not self._shuffle:
@@ -89,6 +83,18 @@ class PackedSamples:
             inputs[beyond[:, :-1]] = self._shards.pad_id
             targets[beyond[:, 1:]] = IGNORED
         return {"input_ids": inputs, "targets": targets}
+
+    def windows(self, indices: np.ndarray) -> np.ndarray:
+        """The windows themselves, int64 [n, T], never padded: past the stream's end its beginning follows."""
+        return self._shards.take((self._starts(indices)[:, None] + np.arange(self._length)) % self._ring)
+
+    def _starts(self, indices: np.ndarray) -> np.ndarray:
+        """Where each sample begins in the stream, int64 [n]."""
+        epochs, windows = np.divmod(np.asarray(indices, dtype=np.int64), self.count)
+        if not self._shuffle:
+            return windows * self._length
+        shifts = (epoch_keys(self._seed, epochs, _SHIFT) % np.uint64(self._length)).astype(np.int64)
+        return shifts + permute(windows, epochs, self.count, self._seed) * self._length
 
 
 class PairSamples:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylm.config.data import SPECIAL_TOKENS, TokenizerSection
+from raylm.config.data import MASK_TOKEN, SPECIAL_TOKENS, TokenizerSection
 from raylm.data.chat import CHAT_TEMPLATE, PLAIN_TEMPLATE
 from raylm.errors import UserError
 from raylm.models.loading import load_tokenizer
@@ -35,11 +35,12 @@ def make_tokenizer(section: TokenizerSection, texts: Iterator[str]) -> PreTraine
     """
     if section.path is not None:
         return reuse_tokenizer(section.path)
+    special = section.special_tokens
     if section.type == "character":
-        return _wrap(_character_tokenizer(texts), unk_token=UNKNOWN)
+        return _wrap(_character_tokenizer(texts, [*special, UNKNOWN]), special, unk_token=UNKNOWN)
     if section.type == "byte":
-        return _wrap(_byte_tokenizer())
-    return _wrap(_train_bpe(texts, section.vocab_size))
+        return _wrap(_byte_tokenizer(special), special)
+    return _wrap(_train_bpe(texts, section.vocab_size, special), special)
 
 
 def reuse_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -65,7 +66,7 @@ def reuse_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return found
 
 
-def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
+def _train_bpe(texts: Iterator[str], vocab_size: int | None, special: list[str]) -> Tokenizer:
     """Byte-level BPE as in GPT-2 (Radford et al. 2019), with its splitting into words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -74,7 +75,7 @@ def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -82,26 +83,25 @@ def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
     return backend
 
 
-def _byte_tokenizer() -> Tokenizer:
+def _byte_tokenizer(special: list[str]) -> Tokenizer:
     """The byte-level alphabet without a merge: a token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    symbols = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    symbols = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
-    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.add_special_tokens(special)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _character_tokenizer(texts: Iterable[str]) -> Tokenizer:
+def _character_tokenizer(texts: Iterable[str], special: list[str]) -> Tokenizer:
     """A token a character (code point) of the training texts; any other becomes ``<|unk|>``."""
     from tokenizers import Tokenizer, decoders, models
 
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
-    special = [*SPECIAL_TOKENS, UNKNOWN]
     symbols = [*special, *sorted(characters)]
     vocab = {symbol: index for index, symbol in enumerate(symbols)}
     # BPE without merges cuts into characters several times faster than a pre-tokenizer would.
@@ -111,7 +111,8 @@ def _character_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return backend
 
 
-def _wrap(backend: Tokenizer, unk_token: str | None = None) -> PreTrainedTokenizerFast:
+def _wrap(backend: Tokenizer, special: list[str], unk_token: str | None = None) -> PreTrainedTokenizerFast:
+    """A transformers tokenizer; with a mask token, end-of-text is also what begins and ends a sequence of BERT's."""
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(
@@ -120,7 +121,12 @@ def _wrap(backend: Tokenizer, unk_token: str | None = None) -> PreTrainedTokeniz
         eos_token=END_OF_TEXT,
         pad_token=PAD,
         unk_token=unk_token,
-        extra_special_tokens=[USER, ASSISTANT],
+        **(
+            {"mask_token": MASK_TOKEN, "cls_token": END_OF_TEXT, "sep_token": END_OF_TEXT}
+            if MASK_TOKEN in special
+            else {}
+        ),
+        extra_special_tokens=[token for token in special if token not in (END_OF_TEXT, PAD, MASK_TOKEN)],
         clean_up_tokenization_spaces=False,
         padding_side="right",
     )

@@ -80,9 +80,8 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         UserError: configuration or input is wrong; nothing was started.
     """
-    from transformers import AutoConfig
-
-    from raylm.models.loading import load_tokenizer, resolve_model
+    from raylm.models.families import check_head
+    from raylm.models.loading import load_config, load_tokenizer, resolve_model
 
     run = RunDirectory("evaluate", config)
     run.check()
@@ -91,8 +90,10 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.model.path is None:
             raise UserError("model.path: missing; evaluate needs an existing model")
         source = resolve_model(config.model.path)
+        model_config = load_config(source)
+        check_head(model_config, "causal", config.model.path)
         tokenizer = load_tokenizer(source)
-        window = window_of(config.evaluation, AutoConfig.from_pretrained(source))
+        window = window_of(config.evaluation, model_config)
         stream = open_text(config.data, config.evaluation.split, tokenizer)
         with ray_session():
             run.create()

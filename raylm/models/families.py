@@ -8,6 +8,7 @@ by default, as is usual in pretraining.
 from __future__ import annotations
 
 import difflib
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +24,31 @@ class Family:
 
     Attributes:
         model_type: the name that transformers has for it.
-        positions_key: configuration key of the longest context.
+        positions_key: configuration key of the longest context; None where positions are relative.
         heads_key: configuration key of the number of attention heads.
         width_key: configuration key of the width of the residual stream.
         defaults: configuration values that differ from the Hugging Face ones.
         fused_matrices: suffix of a weight's name -> number of matrices side by side in its last dimension.
+        heads: the heads that it is built with (:data:`HEADS`).
+        head_width_key: configuration key of the width of an attention head, where width / heads is not assumed.
     """
 
     model_type: str
-    positions_key: str
+    positions_key: str | None
     heads_key: str
     width_key: str
     defaults: dict[str, Any]
     fused_matrices: dict[str, int]
+    heads: tuple[str, ...] = ("causal",)
+    head_width_key: str | None = None
 
+
+# What stands on top of the network -> the transformers class that puts it there.
+HEADS = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "sequence_to_sequence": "AutoModelForSeq2SeqLM",
+}
 
 FAMILIES = {
     "gpt2": Family(
@@ -60,6 +72,26 @@ FAMILIES = {
         width_key="hidden_size",
         defaults={"attention_dropout": 0.0},
         fused_matrices={},
+        head_width_key="head_dim",
+    ),
+    "bert": Family(
+        model_type="bert",
+        positions_key="max_position_embeddings",
+        heads_key="num_attention_heads",
+        width_key="hidden_size",
+        defaults={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        fused_matrices={},
+        heads=("masked",),
+    ),
+    "t5": Family(
+        model_type="t5",
+        positions_key=None,
+        heads_key="num_heads",
+        width_key="d_model",
+        defaults={"dropout_rate": 0.0},
+        fused_matrices={},
+        heads=("sequence_to_sequence",),
+        head_width_key="d_kv",
     ),
 }
 
@@ -90,13 +122,16 @@ def build_config(
             close = difflib.get_close_matches(key, sorted(names), n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise UserError(f"model.config.{key}: no such key in the {family} configuration{hint}")
-    settings = {known.positions_key: sequence_length, **known.defaults, **values}
+    positions = {known.positions_key: sequence_length} if known.positions_key else {}
+    settings = {**positions, **known.defaults, **values}
     settings |= {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if reference.is_encoder_decoder:
+        settings["decoder_start_token_id"] = tokenizer.pad_token_id
     try:
         config = AutoConfig.for_model(known.model_type, **settings)
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -107,7 +142,7 @@ def build_config(
         if not isinstance(value, int) or value < 1:
             raise UserError(f"model.config.{name}: found {value!r}, allowed: an integer above 0")
     width, heads = getattr(config, known.width_key), getattr(config, known.heads_key)
-    if width % heads:
+    if width % heads and not (known.head_width_key and getattr(config, known.head_width_key, None)):
         raise UserError(
             f"model.config.{known.heads_key}: found {heads}, allowed: a divisor of {known.width_key} ({width})"
         )
@@ -131,24 +166,45 @@ def check_positions(config: PretrainedConfig, sequence_length: int, key: str = "
         raise UserError(f"{key}: found {sequence_length}, allowed: at most the model's {positions} positions")
 
 
-def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+def auto_class(head: str) -> Any:
+    """The transformers class that builds and loads models with this ``head``."""
+    return getattr(importlib.import_module("transformers"), HEADS[head])
+
+
+def check_head(config: PretrainedConfig, head: str, path: str, key: str = "model.path") -> None:
+    """Refuse a model of a known family that has no such ``head``: transformers would put a random one on it.
+
+    Raises:
+        UserError: names ``key``, ``path`` and the model's type.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is not None and head not in family.heads:
+        raise UserError(
+            f"{key}: found {path}, a {config.model_type} model with a {' or '.join(family.heads)} head, allowed: a "
+            f"model with a {head} head"
+        )
+
+
+def build_model(config: PretrainedConfig, seed: int, head: str = "causal") -> PreTrainedModel:
     """A new model in fp32 with weights drawn from ``seed``; the same on every process."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return auto_class(head).from_config(config, dtype=torch.float32)
 
 
-def parameter_count(config: PretrainedConfig) -> int:
-    """Parameters of a model of this configuration, tied weights once; allocates none of them."""
+def build_empty(config: PretrainedConfig, head: str = "causal") -> PreTrainedModel:
+    """A model of this configuration without memory for its weights (torch's meta device)."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return auto_class(head).from_config(config)
+
+
+def parameter_count(config: PretrainedConfig, head: str = "causal") -> int:
+    """Parameters of a model of this configuration, tied weights once; allocates none of them."""
+    return sum(parameter.numel() for parameter in build_empty(config, head).parameters())
 
 
 def fused_parts(name: str, model_type: str) -> int:

@@ -9,7 +9,7 @@ from raylm.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_model(path: str | Path, key: str = "model.path") -> str:
@@ -33,29 +33,48 @@ def resolve_model(path: str | Path, key: str = "model.path") -> str:
     return text
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None, key: str = "model.path") -> PreTrainedModel:
-    """Load a causal model for inference or further training; never runs code from the directory.
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, key: str = "model.path", head: str = "causal"
+) -> PreTrainedModel:
+    """Load a model for inference or further training; never runs code from the directory.
 
     Args:
         path: what :func:`resolve_model` takes.
         dtype: type of the weights; fp32 by default.
+        head: the head that it must have (:data:`raylm.models.families.HEADS`).
 
     Raises:
-        UserError: the directory is damaged, or the hub has no such model.
+        UserError: the directory is damaged, the hub has no such model, or it has another head.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from raylm.models.families import auto_class, check_head
 
     # A bar for each load says nothing on a stage's own output.
     logging.disable_progress_bar()
+    check_head(load_config(path, key), head, str(path), key)
     source = resolve_model(path, key)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(head).from_pretrained(
             source, dtype=dtype or torch.float32, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{key}: {path} cannot be loaded: {first_line(error)}") from None
+
+
+def load_config(path: str | Path, key: str = "model.path") -> PretrainedConfig:
+    """The configuration of a model directory, run directory or hub name.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve_model(path, key), trust_remote_code=False)
+    except (OSError, ValueError) as error:
         raise UserError(f"{key}: {path} cannot be loaded: {first_line(error)}") from None
 
 

@@ -1,37 +1,27 @@
 """The causal objective: predict each next token.
 
 A batch is ``input_ids`` and ``targets``, both ``(batch, time)``; ``targets[b, t]`` is the token that follows
-``input_ids[b, t]``, or :data:`IGNORED` where nothing is to be predicted (padding, a prompt). Losses are sums, so that
-whoever adds them up over workers and micro-batches divides once, by the number of targets.
+``input_ids[b, t]``, or -100 where nothing is to be predicted (padding, a prompt). Right padding needs no attention
+mask, as causal attention never looks at it.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-from torch.nn import functional
-from transformers import PreTrainedModel
+from pathlib import Path
+from typing import Any, ClassVar
 
-IGNORED = -100
+from raylm.data.documents import Split
+from raylm.data.samples import Samples, open_samples
+from raylm.objectives.base import Objective
 
 
-class CausalObjective(nn.Module):
-    """Wraps a causal Hugging Face model so that calling it gives the summed cross-entropy in nats.
+class CausalObjective(Objective):
+    """Cross-entropy of each next token."""
 
-    The wrapped model is ``self.model``; right padding needs no attention mask, as causal attention never looks at it.
-    """
+    name: ClassVar[str] = "causal"
+    head: ClassVar[str] = "causal"
+    forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """``input_ids`` and ``targets`` (batch, time) to a scalar: the sum over all counted targets, in fp32."""
-        logits = self.logits(input_ids)
-        return functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``input_ids`` (batch, time) to logits (batch, time, vocabulary)."""
-        return self.model(input_ids=input_ids, use_cache=False).logits
+    def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
+        """See :class:`Objective`; documents are packed, of pairs the answers count (``objective.answer_only``)."""
+        return open_samples(directory, split, sequence_length, seed, self.section.answer_only)

@@ -1,6 +1,6 @@
 """The data-parallel engine: DeepSpeed with ZeRO 0 to 3 behind one ``train_step``.
 
-In: a causal objective, an optimizer over its parameters, and this rank's micro-batches. Out: the step's loss and
+In: a model in its objective, an optimizer over its parameters, and this rank's micro-batches. Out: the step's loss and
 gradient norm over all workers. Losses are summed in each micro-batch and divided once by the number of targets in the
 whole batch, so that the result does not depend on how the batch is cut.
 """
@@ -15,10 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raylm.objectives.causal import IGNORED, CausalObjective
+from raylm.objectives.base import IGNORED, Batch, ObjectiveModule
 from raylm.parallel.fragments import Fragment, partition_fragments, pieces, replicated_fragments
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,13 @@ class StepResult:
     Attributes:
         loss: this rank's summed loss, nats; a tensor, so that nothing waits for it.
         targets: targets in the whole batch.
+        tokens: tokens of the whole batch that count as trained on.
         gradient_norm: norm of the whole gradient before clipping.
     """
 
     loss: torch.Tensor
     targets: int
+    tokens: int
     gradient_norm: float
 
 
@@ -52,7 +52,7 @@ class DataParallelEngine:
 
     def __init__(
         self,
-        objective: CausalObjective,
+        objective: ObjectiveModule,
         make_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
         *,
         zero_stage: int,
@@ -91,7 +91,7 @@ class DataParallelEngine:
             optimizer.bind(list(pieces(self.parameters, self.engine.optimizer, self.rank)))
 
     @property
-    def objective(self) -> CausalObjective:
+    def objective(self) -> ObjectiveModule:
         """The model in its objective, as trained."""
         return self.engine.module
 
@@ -101,12 +101,12 @@ class DataParallelEngine:
             group["lr"] = group["peak_learning_rate"] * factor
 
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
-        """One optimizer step over this rank's ``micro_batches``, each ``input_ids`` and ``targets`` (batch, time)."""
+        """One optimizer step over this rank's ``micro_batches`` of the objective."""
         self.engine.train()
-        targets = self._total_targets(micro_batches)
+        targets, tokens = self._counts(micro_batches)
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:
-            loss = self.engine(batch["input_ids"], batch["targets"])
+            loss = self.engine(**batch)
             # DeepSpeed averages over the ranks; the sum over ranks is wanted.
             self.engine.backward(loss * (self.world_size / targets), scale_wrt_gas=False)
             total += loss.detach()
@@ -115,16 +115,20 @@ class DataParallelEngine:
             self.engine.step()
         if self.zero_stage:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return StepResult(total, targets, norm)
+        return StepResult(total, targets, tokens, norm)
 
     def _clip(self) -> float:
         limit = self.clipping if self.clipping > 0 else float("inf")
         return float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
 
-    def _total_targets(self, batches: list[Batch]) -> int:
-        count = torch.stack([(batch["targets"] != IGNORED).sum() for batch in batches]).sum().to(self.device)
+    def _counts(self, batches: list[Batch]) -> tuple[int, int]:
+        """Targets and tokens of the whole batch, over all ranks."""
+        objective = self.objective.objective
+        rows = [torch.stack([(batch["targets"] != IGNORED).sum(), objective.tokens(batch)]) for batch in batches]
+        count = torch.stack(rows).sum(dim=0).to(self.device)
         dist.all_reduce(count)
-        return max(1, int(count))
+        targets, tokens = count.tolist()
+        return max(1, targets), tokens
 
     def mean_loss(self, result: StepResult) -> float:
         """The step's loss over all ranks, nats a target; a collective."""
@@ -138,18 +142,18 @@ class DataParallelEngine:
         self.engine.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
-            total[0] += self.engine(batch["input_ids"], batch["targets"]).double()
+            total[0] += self.engine(**batch).double()
             total[1] += (batch["targets"] != IGNORED).sum()
         dist.all_reduce(total)
         return float(total[0]), int(total[1])
 
     @torch.no_grad()
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, time, vocabulary) of the live weights; a collective under ZeRO 3."""
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """The objective's logits of ``batch`` with the live weights; a collective under ZeRO 3."""
         self.engine.eval()
         modules = list(self.engine.module.parameters())
         with deepspeed.zero.GatheredParameters(modules, enabled=self.zero_stage == 3):
-            return self.objective.logits(input_ids).float()
+            return self.objective.logits(batch).float()
 
     def fragments(self, *, for_loading: bool = False) -> list[Fragment]:
         """What this rank owns of the weights and the optimizer's moments (all of them at ZeRO 0 ``for_loading``)."""

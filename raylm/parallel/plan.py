@@ -10,18 +10,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylm.config.data import BYTE_ALPHABET, SPECIAL_TOKENS, TokenizerSection
+from raylm.config.data import BYTE_ALPHABET
 from raylm.config.stages import TrainConfig
 from raylm.data.sources import open_sources
 from raylm.errors import UserError
 from raylm.models.families import build_config, check_positions, parameter_count
-from raylm.models.loading import load_tokenizer, resolve_model
+from raylm.models.loading import load_config, load_tokenizer
+from raylm.objectives import make_objective
 
 BYTES = 4
 # Tokens of one micro-batch beyond which a bigger one gains nothing on a CPU but takes memory.
 AUTO_MICRO_BATCH_TOKENS = 16384
-# Byte and character tokenizers find their vocabulary in the text; the plan takes the size of the byte one.
-FOUND_VOCABULARY = BYTE_ALPHABET + len(SPECIAL_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,6 @@ def make_plan(config: TrainConfig, cpus: float | None = None, gpus: float | None
         UserError: what is refused, with the reason.
     """
     import torch
-    from transformers import AutoConfig
 
     layout = make_layout(
         config,
@@ -170,17 +168,18 @@ def make_plan(config: TrainConfig, cpus: float | None = None, gpus: float | None
         gpus if gpus is not None else float(torch.cuda.device_count()),
     )
     if config.model.path is not None:
-        model_config = AutoConfig.from_pretrained(resolve_model(config.model.path))
+        model_config = load_config(config.model.path)
     else:
         tokenizer = _planned_tokenizer(config)
         model_config = build_config(
             config.model.family, config.model.config, tokenizer, config.training.sequence_length
         )
     check_positions(model_config, config.training.sequence_length)
+    objective = make_objective(config.objective, model_config.model_type)
     return Plan(
         config,
         layout,
-        parameter_count(model_config),
+        parameter_count(model_config, objective.head),
         model_config.vocab_size,
         model_config.hidden_size,
         model_config.num_hidden_layers,
@@ -207,5 +206,6 @@ def _planned_tokenizer(config: TrainConfig):
         if (directory := Path(source) / "tokenizer").is_dir():
             return load_tokenizer(directory, "data.train")
     open_sources(config.data, config.data.train_sources, "data.train")
-    section = config.tokenizer or TokenizerSection()
-    return _PlannedTokenizer(section.vocab_size or FOUND_VOCABULARY)
+    section = config.new_tokenizer
+    # Byte and character tokenizers find their vocabulary in the text; the plan takes the size of the byte one.
+    return _PlannedTokenizer(section.vocab_size or BYTE_ALPHABET + len(section.special_tokens))

@@ -9,8 +9,7 @@ import torch
 
 from raylm.config.training import TrainingSection
 from raylm.data.samples import Samples
-from raylm.objectives.causal import IGNORED
-from raylm.parallel.engine import Batch
+from raylm.objectives.base import IGNORED, Batch
 
 
 def total_steps(training: TrainingSection, samples_per_epoch: int) -> int:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
+from raylm.models.families import build_empty
 from raylm.models.loading import load_model, load_tokenizer
+from raylm.objectives.base import Batch, Objective
 from raylm.training.checkpoints import CheckpointReader
 from raylm.training.storage import Storage
 
@@ -22,11 +24,17 @@ SHARD_BYTES = 2 * 1024**3
 
 
 def export_model(
-    checkpoint: Path | Storage, config: PretrainedConfig, tokenizer_directory: Path, output: Path, dtype: torch.dtype
+    checkpoint: Path | Storage,
+    config: PretrainedConfig,
+    tokenizer_directory: Path,
+    output: Path,
+    dtype: torch.dtype,
+    head: str = "causal",
 ) -> None:
     """Write ``output`` (config, safetensors, tokenizer, generation config) from ``checkpoint``; it appears whole.
 
     Args:
+        head: the model's head (:data:`raylm.models.families.HEADS`).
         dtype: type of the weights on disk.
     """
     partial = output.with_name(f".{output.name}.partial")
@@ -34,18 +42,21 @@ def export_model(
     partial.mkdir(parents=True)
     config = type(config).from_dict(config.to_dict())
     config.dtype = dtype
-    with torch.device("meta"):
-        config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
+    empty = build_empty(config, head)
+    config.architectures = [type(empty).__name__]
     config.save_pretrained(partial)
     _write_weights(CheckpointReader(checkpoint), partial, dtype)
     tokenizer = load_tokenizer(tokenizer_directory)
-    tokenizer.model_max_length = config.max_position_embeddings
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
+        tokenizer.model_max_length = positions
     tokenizer.save_pretrained(partial)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(partial)
+    if empty.can_generate():
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+        ).save_pretrained(partial)
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
 
@@ -72,8 +83,7 @@ def _write_weights(reader: CheckpointReader, output: Path, dtype: torch.dtype) -
 
 
 @torch.no_grad()
-def largest_difference(output: Path, input_ids: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest absolute difference of the reloaded model's logits from ``expected`` on ``input_ids`` (batch, time)."""
-    model = load_model(output).eval()
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    return float((logits - expected).abs().max())
+def largest_difference(output: Path, objective: Objective, batch: Batch, expected: torch.Tensor) -> float:
+    """Largest absolute difference of the reloaded model's logits from ``expected`` on a ``batch`` of ``objective``."""
+    model = load_model(output, head=objective.head).eval()
+    return float((objective.logits(model, batch) - expected).abs().max())

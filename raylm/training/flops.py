@@ -1,9 +1,10 @@
 """Floating-point operations of training, and what the machine can do: the two sides of model FLOPs utilisation.
 
-FLOPs a token, forward and backward: 6 * N + 6 * L * d * T, with N the parameters that take part in matrix products
+FLOPs a token, forward and backward: 6 * N + 12 * L * d * T, with N the parameters that take part in matrix products
 (embeddings that are looked up do not; the output head does, tied or not), L layers, d the attention width and T the
-sequence length; causal attention is counted as half of the full T x T product (Chowdhery et al. 2022, appendix B,
-counts it whole).
+sequence length (Chowdhery et al. 2022, appendix B); causal attention is counted as half of that product. An encoder and
+a decoder are counted each on its own tokens, cross-attention between the two, and the sum divided by the encoder's
+tokens, which are the ones that metrics count.
 """
 
 from __future__ import annotations
@@ -13,24 +14,49 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-FORMULA = "6*N_matmul + 6*layers*width*sequence_length FLOPs a token (causal attention at half)"
+FORMULA = "6*N_matmul + 12*layers*width*sequence_length FLOPs a token (causal attention at half)"
+# What is looked up rather than multiplied, beside the input embedding: positions, token types, relative biases.
+LOOKED_UP = (".wpe.", ".position_embeddings.", ".token_type_embeddings.", ".relative_attention_bias.")
 MATRIX_SIZE = 1024
 
 # Dense bf16 peaks, FLOP/s, from NVIDIA's data sheets; the first name that the device's name contains.
 GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
 
 
-def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
-    """Training FLOPs a token by :data:`FORMULA`."""
+def flops_per_token(model: PreTrainedModel, sequence_length: int, target_length: int = 0) -> float:
+    """Training FLOPs a token by :data:`FORMULA`; its weights may be on torch's meta device.
+
+    Args:
+        sequence_length: T; of an encoder and a decoder, the encoder's.
+        target_length: tokens of the decoder, where the model has both.
+    """
     config = model.config
-    looked_up = {id(model.get_input_embeddings().weight)}
-    if getattr(model, "transformer", None) is not None and hasattr(model.transformer, "wpe"):
-        looked_up.add(id(model.transformer.wpe.weight))
+    embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    products = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up)
-    if head is not None and id(head.weight) in looked_up:
-        products += head.weight.numel()
-    return 6.0 * products + 6.0 * config.num_hidden_layers * config.hidden_size * sequence_length
+    products = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim >= 2 and p is not embedding and not any(part in f".{name}" for part in LOOKED_UP)
+        and not (head is not None and p is head.weight)
+    }  # fmt: skip
+    out = head.weight.numel() if head is not None else 0
+    width = config.hidden_size
+    if (head_width := getattr(config, "head_dim", None)) is not None:
+        width = head_width * config.num_attention_heads
+    if config.is_encoder_decoder:
+        long, short = sequence_length, target_length
+        # A decoder's cross-attention reads keys and values of the encoder's tokens.
+        reading = ("encoder.", ".EncDecAttention.k.", ".EncDecAttention.v.")
+        encoded = sum(
+            n for name, n in products.items() if name.startswith(reading[0]) or any(r in name for r in reading[1:])
+        )
+        decoded = sum(products.values()) - encoded + out
+        attention = 12.0 * width * (config.num_hidden_layers * long * long)
+        attention += width * config.num_decoder_layers * (6.0 * short * short + 12.0 * short * long)
+        return (6.0 * (encoded * long + decoded * short) + attention) / long
+    causal = 6.0 if model.can_generate() else 12.0
+    attention = causal * config.num_hidden_layers * width * sequence_length
+    return 6.0 * (sum(products.values()) + out) + attention
 
 
 def peak_flops(device: torch.device, seconds: float = 0.5) -> float:

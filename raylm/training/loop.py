@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raylm.data.samples import open_samples
 from raylm.errors import RunFailure
 from raylm.models.families import build_config, build_model
-from raylm.models.loading import load_model, load_tokenizer
-from raylm.objectives.causal import CausalObjective
+from raylm.models.loading import load_config, load_model, load_tokenizer
+from raylm.objectives import make_objective
+from raylm.objectives.base import ObjectiveModule
 from raylm.parallel.engine import DataParallelEngine, StepResult
 from raylm.parallel.environment import limit_collectives
 from raylm.training.agreement import Agreement
@@ -63,18 +63,19 @@ class TrainingLoop:
         else:
             self.device = torch.device("cpu")
         self.bf16 = training.precision == "bf16"
-        answer_only = self.config.objective.answer_only
+        self.model_config = self._model_config()
+        self.objective = make_objective(self.config.objective, self.model_config.model_type)
         self.samples, self.validation = (
-            open_samples(job.data_directory, split, training.sequence_length, run.seed, answer_only)
+            self.objective.samples(job.data_directory, split, training.sequence_length, run.seed)
             for split in ("train", "validation")
         )
         self.total_steps = total_steps(training, self.samples.count)
         model = self._model()
         self.model_config = model.config
-        self.flops = flops_per_token(model, training.sequence_length)
+        self.flops = flops_per_token(model, *self.objective.lengths(training.sequence_length))
         self.micro_batch_size = int(self.config.parallel.micro_batch_size)
         self.engine = DataParallelEngine(
-            CausalObjective(model),
+            ObjectiveModule(model, self.objective),
             lambda named: make_optimizer(training, named, model.config.model_type),
             zero_stage=self.config.parallel.zero_stage,
             micro_batch_size=self.micro_batch_size,
@@ -102,14 +103,18 @@ class TrainingLoop:
         self.recorder: MetricsRecorder | None = None
         self.sample_log = SampleLog(job.directory, worker) if training.log_samples else None
 
+    def _model_config(self):
+        if self.job.model_source is not None:
+            return load_config(self.job.model_source)
+        tokenizer = load_tokenizer(self.job.tokenizer_directory)
+        section = self.config.model
+        return build_config(section.family, section.config, tokenizer, self.config.training.sequence_length)
+
     def _model(self):
         if self.job.model_source is not None:
-            model = load_model(self.job.model_source)
+            model = load_model(self.job.model_source, head=self.objective.head)
         else:
-            tokenizer = load_tokenizer(self.job.tokenizer_directory)
-            section = self.config.model
-            config = build_config(section.family, section.config, tokenizer, self.config.training.sequence_length)
-            model = build_model(config, self.config.run.seed)
+            model = build_model(self.model_config, self.config.run.seed, self.objective.head)
         if self.config.parallel.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
@@ -189,8 +194,8 @@ class TrainingLoop:
                 continue
             self.state["step"] = step = step + 1
             self.worker.progress(step)
-            self.state["tokens"] += result.targets
-            interval.tokens += result.targets
+            self.state["tokens"] += result.tokens
+            interval.tokens += result.tokens
             last = step == self.total_steps
             evaluated = (bool(training.evaluate_every_steps) and step % training.evaluate_every_steps == 0) or last
             save = last or (checkpoint.every_steps is not None and step % checkpoint.every_steps == 0)
@@ -296,14 +301,15 @@ class TrainingLoop:
         reader = CheckpointReader(source)
         if reader.state["step"] != last_step:
             self._load(reader)
-        probe = to_tensors(self.validation, np.arange(1), self.device)["input_ids"]
+        probe = to_tensors(self.validation, np.arange(1), self.device)
         expected = self.engine.logits(probe).cpu()
         difference = None
         if self.worker.rank == 0:
             dtype = torch.bfloat16 if self.bf16 else torch.float32
             output = self.job.directory / "model"
-            export_model(source, self.model_config, self.job.tokenizer_directory, output, dtype)
-            difference = largest_difference(output, probe.cpu(), expected)
+            export_model(source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head)
+            probe = {name: values.cpu() for name, values in probe.items()}
+            difference = largest_difference(output, self.objective, probe, expected)
             if not difference <= LOGITS_TOLERANCE[dtype]:
                 raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
             self.mirror.send("model", METRICS, BOARD)

@@ -15,7 +15,8 @@ from raylm.training.muon import Muon
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 # Matrices that are looked up or read out rather than multiplied between layers.
-EMBEDDINGS = ("embed_tokens", "wte", "wpe", "lm_head", "embed_in", "embed_out", "shared")
+EMBEDDINGS = ("embed_tokens", "wte", "wpe", "lm_head", "embed_in", "embed_out", "shared", "word_embeddings",
+              "position_embeddings", "token_type_embeddings", "relative_attention_bias", "predictions")  # fmt: skip
 
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from raylm.errors import UserError
 
 if TYPE_CHECKING:
     from raylm.data.prepare import Input
+    from raylm.objectives.base import Objective
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -38,16 +39,17 @@ def validate(config: TrainConfig) -> Input | None:
     """
     from raylm.data.prepare import Input, prepared_directory
     from raylm.data.shards import verify_prepared
-    from raylm.models.families import check_positions
-    from raylm.models.loading import load_tokenizer, resolve_model
+    from raylm.models.families import check_head, check_positions
+    from raylm.models.loading import load_config, load_tokenizer
 
+    objective = training_objective(config)
     source = prepared_directory(config.data)
     checked = None
     if source is not None:
         if config.tokenizer is not None:
             raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
         check_tokenizer(config, verify_prepared(source))
-        check_samples(config, source)
+        check_samples(config, source, objective)
     elif (config.run.directory / "data" / MANIFEST).is_file():
         # What an interrupted start of the same run has prepared.
         verify_prepared(config.run.directory / "data")
@@ -55,11 +57,10 @@ def validate(config: TrainConfig) -> Input | None:
         # Reads all of it, so that a bad row is found before anything is written.
         checked = Input(config.data, tokenizer_section(config))
     if config.model.path is not None:
-        from transformers import AutoConfig
-
-        load_tokenizer(config.model.path)
-        model_config = AutoConfig.from_pretrained(resolve_model(config.model.path))
+        model_config = load_config(config.model.path)
+        check_head(model_config, objective.head, config.model.path)
         check_positions(model_config, config.training.sequence_length)
+        objective.check_tokenizer(load_tokenizer(config.model.path), config.training.sequence_length, config.model.path)
     else:
         from raylm.parallel.plan import make_plan
 
@@ -93,19 +94,30 @@ def tokenizer_section(config: TrainConfig) -> TokenizerSection:
         from raylm.models.loading import resolve_model
 
         return TokenizerSection(path=resolve_model(config.model.path))
-    return config.tokenizer or TokenizerSection()
+    return config.new_tokenizer
 
 
-def check_samples(config: TrainConfig, directory: Path) -> None:
-    """Refuse shards that are damaged or too short for the sequence length.
+def training_objective(config: TrainConfig) -> Objective:
+    """The objective that the file, or else the model's family, says.
+
+    Raises:
+        UserError: the model cannot be trained so.
+    """
+    from raylm.models.loading import load_config
+    from raylm.objectives import make_objective
+
+    model_type = config.model.family or load_config(config.model.path).model_type
+    return make_objective(config.objective, model_type)
+
+
+def check_samples(config: TrainConfig, directory: Path, objective: Objective) -> None:
+    """Refuse shards that are damaged, too short for the sequence length, or not for the objective.
 
     Raises:
         UserError: one line.
     """
-    from raylm.data.samples import open_samples
-
     for split in ("train", "validation"):
-        open_samples(directory, split, config.training.sequence_length, config.run.seed, config.objective.answer_only)
+        objective.samples(directory, split, config.training.sequence_length, config.run.seed)
 
 
 def ensure_data(config: TrainConfig, directory: Path, checked: Input | None) -> tuple[Path, Path]:
@@ -121,7 +133,7 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Input | None) -> 
     if source is None:
         source = directory / "data"
         prepare_directory(source, config.data, tokenizer_section(config), checked=checked)
-        check_samples(config, source)
+        check_samples(config, source, training_objective(config))
     return source, source / "tokenizer"
 
 
@@ -134,7 +146,8 @@ def bits_per_byte(config: TrainConfig, directory: Path, final: dict[str, Any]) -
     from raylm.data.shards import TokenShards
 
     shards = TokenShards(directory, "validation")
-    if shards.kind != "documents" or config.training.evaluation_batches is not None:
+    of_text = training_objective(config).name == "causal" and shards.kind == "documents"
+    if not of_text or config.training.evaluation_batches is not None:
         return {}
     whole = final["exported_step"] == final["step"]
     loss = final["validation_loss"] if whole else final["best_validation_loss"]

@@ -15,6 +15,7 @@ from raylm.config import load_config
 from raylm.data.samples import open_samples
 from raylm.models.families import build_config, build_model
 from raylm.models.loading import load_tokenizer
+from raylm.objectives.base import ObjectiveModule
 from raylm.objectives.causal import CausalObjective
 from raylm.parallel.engine import DataParallelEngine
 from raylm.parallel.environment import prepare_deepspeed
@@ -39,7 +40,7 @@ def main() -> None:
     micro = config.parallel.micro_batch_size
     device = torch.device("cpu")
     engine = DataParallelEngine(
-        CausalObjective(model),
+        ObjectiveModule(model, CausalObjective()),
         lambda named: make_optimizer(training, named, model_config.model_type),
         zero_stage=config.parallel.zero_stage,
         micro_batch_size=micro,

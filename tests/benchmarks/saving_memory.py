@@ -29,6 +29,7 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from raylm.config.training import TrainingSection
+    from raylm.objectives.base import ObjectiveModule
     from raylm.objectives.causal import CausalObjective
     from raylm.parallel.engine import DataParallelEngine
     from raylm.training.checkpoints import CheckpointWriter
@@ -40,7 +41,7 @@ def main() -> None:
     )  # fmt: skip
     training = TrainingSection(steps=1)
     engine = DataParallelEngine(
-        CausalObjective(LlamaForCausalLM(config)),
+        ObjectiveModule(LlamaForCausalLM(config), CausalObjective()),
         lambda named: make_optimizer(training, named, "llama"),
         zero_stage=1, micro_batch_size=1, accumulation=1, clipping=1.0, bf16=False, device=torch.device("cpu"),
     )  # fmt: skip

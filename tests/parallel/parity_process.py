@@ -1,6 +1,7 @@
 """One rank of the parity test: ``torchrun --nproc-per-node N parity_process.py OUTPUT CASE...``.
 
-A case is ``optimizer:zero_stage[:save=DIR|load=DIR]``. Rank 0 writes each case's losses and gradient norms as JSON.
+A case is ``optimizer:zero_stage[:family][:save=DIR|load=DIR]``. Rank 0 writes the
+losses and gradient norms of each as JSON.
 """
 
 from __future__ import annotations
@@ -12,10 +13,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from raylm.config.model import ObjectiveSection
 from raylm.config.training import TrainingSection
-from raylm.objectives.causal import CausalObjective
+from raylm.objectives import make_objective
+from raylm.objectives.base import ObjectiveModule
 from raylm.parallel.environment import prepare_deepspeed
 from raylm.training.checkpoints import CheckpointReader, CheckpointWriter, newest_whole
 from raylm.training.optimizers import make_optimizer
@@ -38,6 +50,20 @@ def build(family: str = "llama") -> nn.Module:
                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
             )
         )  # fmt: skip
+    if family == "bert":
+        return BertForMaskedLM(
+            BertConfig(
+                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            )
+        )  # fmt: skip
+    if family == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=VOCABULARY, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0,
+                decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+            )
+        )  # fmt: skip
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -46,27 +72,27 @@ def build(family: str = "llama") -> nn.Module:
     )  # fmt: skip
 
 
-def step_data(step: int) -> dict[str, torch.Tensor]:
-    """The whole batch of a step; some targets do not count, unevenly over the sequences."""
+def step_data(step: int, family: str = "llama") -> dict[str, torch.Tensor]:
+    """The whole batch of a step; some targets do not count, unevenly over the sequences. Of t5 they are shorter."""
     # Four batches come round again, so that there is something to learn.
     generator = torch.Generator().manual_seed(1000 + step % 4)
     ids = torch.randint(0, VOCABULARY, (BATCH, TIME + 1), generator=generator)
     targets = ids[:, 1:].clone()
     for row in range(BATCH):
         targets[row, : row + step % 5] = -100
-    return {"input_ids": ids[:, :-1], "targets": targets}
+    return {"input_ids": ids[:, :-1], "targets": targets[:, TIME // 4 :].contiguous() if family == "t5" else targets}
 
 
 def run_case(case: str, rank: int, world_size: int) -> dict[str, list[float]]:
     from raylm.parallel.engine import DataParallelEngine
 
     optimizer, stage, *rest = case.split(":")
-    family = "gpt2" if "gpt2" in rest else "llama"
+    family = next((part for part in rest if part in ("gpt2", "bert", "t5")), "llama")
     action = dict(part.split("=") for part in rest if "=" in part)
     share = BATCH // world_size
     model = build(family)
     engine = DataParallelEngine(
-        CausalObjective(model),
+        ObjectiveModule(model, make_objective(ObjectiveSection(), family)),
         lambda named: make_optimizer(training_section(optimizer), named, family),
         zero_stage=int(stage),
         micro_batch_size=share // 2,
@@ -85,7 +111,7 @@ def run_case(case: str, rank: int, world_size: int) -> dict[str, list[float]]:
         start = reader.state["step"]
     losses, norms = [], []
     for step in range(start, STEPS):
-        data = step_data(step)
+        data = step_data(step, family)
         rows = [slice(rank * share + i * share // 2, rank * share + (i + 1) * share // 2) for i in range(2)]
         engine.set_learning_rate(1.0)
         result = engine.train_step([{name: values[r] for name, values in data.items()} for r in rows])

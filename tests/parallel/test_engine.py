@@ -28,10 +28,10 @@ def run_processes(count: int, output: Path, cases: list[str]) -> dict[str, dict[
     return json.loads(output.read_text())
 
 
-def plain_loop(optimizer_name: str) -> dict[str, list[float]]:
+def plain_loop(optimizer_name: str, family: str = "llama") -> dict[str, list[float]]:
     """One process, plain PyTorch: no Ray, no DeepSpeed, no code of raylm's engine or optimizers."""
     section = training_section(optimizer_name)
-    model = build()
+    model = build(family)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": section.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -42,9 +42,12 @@ def plain_loop(optimizer_name: str) -> dict[str, list[float]]:
         optimizer = torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum)
     losses, norms = [], []
     for step in range(STEPS):
-        data = step_data(step)
-        logits = model(input_ids=data["input_ids"]).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), data["targets"].flatten(), ignore_index=-100)
+        data = step_data(step, family)
+        if family == "llama":
+            logits = model(input_ids=data["input_ids"]).logits
+            loss = functional.cross_entropy(logits.flatten(0, 1), data["targets"].flatten(), ignore_index=-100)
+        else:  # transformers' own loss, and its own shift of the targets
+            loss = model(input_ids=data["input_ids"], labels=data["targets"]).loss
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clipping or 1e9)))
@@ -60,15 +63,19 @@ def largest_difference(one: list[float], other: list[float]) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_parity_with_plain_loop(count: int, tmp_path: Path) -> None:
-    cases = [f"{optimizer}:{stage}" for optimizer in ("adamw", "sgd") for stage in range(4)]
+    families = ("llama", "bert", "t5")
+    cases = [f"{optimizer}:{stage}:{f}" for f in families for optimizer in ("adamw", "sgd") for stage in range(4)]
     results = run_processes(count, tmp_path / "losses.json", cases)
-    for optimizer in ("adamw", "sgd"):
-        expected = plain_loop(optimizer)
-        for stage in range(4):
-            found = results[f"{optimizer}:{stage}"]
-            assert largest_difference(found["loss"], expected["loss"]) < TOLERANCE, (optimizer, stage)
-            # Norms are some hundred times larger than the differences in loss.
-            assert largest_difference(found["gradient_norm"], expected["gradient_norm"]) < 10 * TOLERANCE
+    for family in families:
+        for optimizer in ("adamw", "sgd"):
+            expected = plain_loop(optimizer, family)
+            assert expected["loss"][-1] < expected["loss"][0]
+            for stage in range(4):
+                found = results[f"{optimizer}:{stage}:{family}"]
+                assert largest_difference(found["loss"], expected["loss"]) < TOLERANCE, (family, optimizer, stage)
+                # Norms are some hundred times larger than the differences in loss.
+                norms = largest_difference(found["gradient_norm"], expected["gradient_norm"])
+                assert norms < 10 * TOLERANCE, (family, optimizer, stage)
 
 
 @pytest.mark.slow

@@ -1,0 +1,119 @@
+"""What every objective gives: samples, the model's inputs, and a loss that is computed from logits alone.
+
+A loss is a sum over counted targets, so that whoever adds losses up over workers and micro-batches divides once, by
+the number of targets. It needs only the logits and the targets, so that a pipeline's last stage can compute it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from raylm.config.model import ObjectiveSection
+from raylm.data.documents import Split
+from raylm.data.samples import IGNORED, Samples
+from raylm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Batch = dict[str, torch.Tensor]
+
+
+class Objective(ABC):
+    """One way to train a model; holds settings only, no weights.
+
+    A batch is a dictionary of tensors, of which ``targets`` holds what is to be predicted, :data:`IGNORED` where
+    nothing is; the others are what :meth:`inputs` makes the model's arguments of.
+
+    Attributes:
+        name: value of ``objective.type``.
+        head: which head the model needs; a key of :data:`raylm.models.families.HEADS`.
+        forward_options: further arguments of the model's forward pass.
+    """
+
+    name: ClassVar[str]
+    head: ClassVar[str]
+    forward_options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, section: ObjectiveSection | None = None) -> None:
+        self.section = section or ObjectiveSection()
+
+    @abstractmethod
+    def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
+        """The samples of a split of a prepared ``directory``: shuffled for train, in order for validation.
+
+        Raises:
+            UserError: the data, its tokenizer or ``sequence_length`` does not fit the objective.
+        """
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, place: str) -> None:
+        """Refuse a tokenizer that lacks what the objective needs.
+
+        Args:
+            place: where the tokenizer comes from, for the message.
+
+        Raises:
+            UserError: one line.
+        """
+        return
+
+    def lengths(self, sequence_length: int) -> tuple[int, int]:
+        """Tokens of a sample's input and, for a model with a decoder of its own, of its target (else 0)."""
+        return sequence_length, 0
+
+    def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
+        """The tensors of ``batch`` that the model's forward pass takes, by its names for them."""
+        return {"input_ids": batch["input_ids"]}
+
+    def logits(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """The model's whole forward pass."""
+        return model(**self.inputs(batch, model.config), **self.forward_options).logits
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """``logits`` (batch, time, vocabulary) and ``targets`` (batch, time) to the summed cross-entropy in nats."""
+        return functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def tokens(self, batch: Batch) -> torch.Tensor:
+        """How many tokens of ``batch`` count as trained on; by default its counted targets."""
+        return (batch["targets"] != IGNORED).sum()
+
+
+class ObjectiveModule(nn.Module):
+    """A model (``self.model``) with its objective: calling it with a batch gives the summed loss."""
+
+    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        """A batch to the sum of its loss over all counted targets, a scalar."""
+        return self.objective.loss(self.logits(batch), batch["targets"])
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """A batch to the model's logits."""
+        return self.objective.logits(self.model, batch)
+
+
+def input_tokens(batch: Batch) -> torch.Tensor:
+    """All input tokens of the rows of ``batch`` in which any target counts: what does not count fills up the batch."""
+    rows = (batch["targets"] != IGNORED).any(dim=1).sum()
+    return rows * batch["input_ids"].shape[1]
+
+
+def need_documents(kind: str, name: str, directory: Path | str) -> None:
+    """Refuse prepared pairs for an objective that reads running text.
+
+    Raises:
+        UserError: one line.
+    """
+    if kind != "documents":
+        raise UserError(f"objective.type: found '{name}', which needs documents; {directory} holds {kind}")
