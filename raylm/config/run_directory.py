@@ -7,12 +7,14 @@ nor torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from raylm.config.base import Section
 from raylm.config.loading import differing_keys, to_yaml
@@ -51,6 +53,9 @@ class RunDirectory:
             raise UserError(
                 f"run.name: {self.path} belongs to a '{stage}' run, found stage '{self.stage}'; choose another name"
             )
+        # A run of an older raylm has none of the keys that came later: they were what they are by default.
+        with contextlib.suppress(ValidationError):
+            saved = type(self._config).model_validate(saved).model_dump(mode="json")
         differences = differing_keys(saved, self._config.model_dump(mode="json"))
         if differences:
             raise UserError(

@@ -104,6 +104,11 @@ def test_run_directory_refuses_another_configuration(pretrain_file: Path, tmp_pa
     directory.check()
     directory.create()
     RunDirectory("pretrain", first).check()
+    # As a raylm that did not know the key yet would have left it.
+    path = directory.path / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "weight_decay" not in line))
+    RunDirectory("pretrain", first).check()
     other = load_config("pretrain", pretrain_file, [f"run.storage={tmp_path}", "run.seed=7"])
     with pytest.raises(UserError, match=r"run\.seed \(was 0, now 7\)"):
         RunDirectory("pretrain", other).check()
