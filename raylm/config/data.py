@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from raylm.config.base import Section
+from raylm.config.cleaning import CleaningSection, DecontaminationSection, DeduplicationSection
 
 STDLIB_DOCS = "stdlib-docs"
 STDLIB_PAIRS = "stdlib-pairs"
@@ -23,6 +24,24 @@ class FieldsSection(Section):
     """Column of a pair's answer."""
     context: str | None = None
     """Column of a passage that stands before the prompt; none by default."""
+    messages: str = "messages"
+    """Column of a conversation: a list of messages, each with a role and a content."""
+
+
+Format = Literal["auto", "text", "jsonl", "csv", "parquet", "squad", "hub", "prepared"]
+
+
+class SourceSection(Section):
+    """One source of a mixture."""
+
+    path: str = Field(min_length=1)
+    """Path, glob, directory, URI, hub name or embedded corpus."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How often its training documents are taken: 2 is twice, 0.5 every second one (chosen by hash)."""
+    format: Format | None = None
+    """Format of this source; that of ``data.format`` by default."""
+    target: str | None = None
+    """Parallel text: a file whose line n translates line n of ``path``, a text file. Makes pairs."""
 
 
 class DataSection(Section):
@@ -32,20 +51,33 @@ class DataSection(Section):
     embedded corpora: ``stdlib-docs`` (documents) and ``stdlib-pairs`` (prompt and answer).
     """
 
-    train: str | list[str]
-    """Source, or list of sources, to train on."""
+    train: str | list[str | SourceSection]
+    """Source, or list of sources, to train on. A source is a name, or ``{path: ..., weight: ..., format: ...}``."""
     validation: str | list[str] | None = None
     """Source, or list of sources, to validate on; without it a share of the documents is held out by their hash."""
-    format: Literal["auto", "text", "jsonl", "csv", "parquet", "hub", "prepared"] = "auto"
-    """Format of the sources; ``auto`` goes by the file's suffix."""
+    format: Format = "auto"
+    """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2."""
     fields: FieldsSection = FieldsSection()
     """Which column of a row holds what."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of the documents that is held out where no ``validation`` source is given."""
     hub_split: str = "train"
     """Split of a hub dataset to read as training text."""
+    hub_streaming: bool = False
+    """Stream a hub dataset instead of downloading it first."""
     text_unit: Literal["file", "paragraph", "line"] = "file"
     """What is one document in a text file: the whole file, a paragraph (blank lines between), or a line."""
+    errors: Literal["strict", "replace", "skip"] = "strict"
+    """What happens to input that cannot be read. strict: stop and name the place. replace: bytes that are not UTF-8
+    become U+FFFD. skip: the document, row or line is left out. The last two count what they touched."""
+    max_document_bytes: int = Field(default=128 << 20, ge=1)
+    """Longest document, line or row that is read; a longer one is an error like others."""
+    cleaning: CleaningSection = CleaningSection()
+    """What is changed in documents, and which ones are dropped."""
+    deduplication: DeduplicationSection | None = None
+    """Drop what is there twice; ``{}`` takes the defaults."""
+    decontamination: DecontaminationSection | None = None
+    """Drop what holds text of evaluation sets."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> DataSection:
@@ -54,9 +86,17 @@ class DataSection(Section):
         return self
 
     @property
+    def train_sections(self) -> list[SourceSection]:
+        """``train`` as a list of sections."""
+        named = [self.train] if isinstance(self.train, str) else self.train
+        return [SourceSection(path=source) if isinstance(source, str) else source for source in named]
+
+    @property
     def train_sources(self) -> list[str]:
-        """``train`` as a list."""
-        return [self.train] if isinstance(self.train, str) else list(self.train)
+        """The names in ``train`` as a list."""
+        if isinstance(self.train, str):
+            return [self.train]
+        return [source if isinstance(source, str) else source.path for source in self.train]
 
     @property
     def validation_sources(self) -> list[str]:
@@ -86,6 +126,9 @@ class TokenizerSection(Section):
     """Give a new tokenizer a mask token, which the objective masked needs; by default where the file has it."""
     sentinels: int | None = Field(default=None, ge=0)
     """Sentinel tokens of a new tokenizer, for the objective span; by default 100 where the file has it, else none."""
+
+    sample_bytes: int = Field(default=32 << 20, ge=1)
+    """Bytes of text that a tokenizer is trained on; of a larger set, documents chosen by their hash."""
 
     @property
     def special_tokens(self) -> list[str]:

@@ -38,6 +38,7 @@ class Document:
         split_key: text whose hash decides between training and validation; the document's own text where empty.
         split: the side that the source itself has decided on, or None.
         aliases: other names than the title, with spaces between; retrieval looks at them too.
+        augmentation: how the document was made from another one; empty for an original.
     """
 
     text: str
@@ -48,6 +49,11 @@ class Document:
     split_key: str = ""
     split: Split | None = None
     aliases: str = ""
+    augmentation: str = ""
+
+    def on_side(self, split: Split) -> Document:
+        """The same document, its side decided."""
+        return replace(self, split=split)
 
     @property
     def id(self) -> str:
@@ -74,34 +80,54 @@ def split_of(document: Document, validation_fraction: float) -> Split:
     """
     if document.split is not None:
         return document.split
-    digest = hashlib.blake2b((document.split_key or document.text).encode(), digest_size=8, person=b"raylm-split")
-    share = int.from_bytes(digest.digest(), "big") / 2**64
+    share = hash_share(document.split_key or document.text, b"raylm-split")
     return "validation" if share < validation_fraction else "train"
 
 
-class DocumentWriter:
-    """Writes one split's documents to ``<directory>/<split>-00000.parquet`` and so on.
+def side_of(document: Document, sole_split: Split | None, validation_fraction: float) -> Split | None:
+    """The document's side; None where its prepared source holds it for the other one.
 
-    A file ends when it holds ``file_bytes`` of text, so the cut depends on the documents alone. Each file becomes one
-    token file. Used as a context manager; a file appears under its name when it is whole.
+    Args:
+        document: the document.
+        sole_split: the one side that its source gives to, where there is a validation source.
+        validation_fraction: share that is held out where there is none.
+    """
+    if sole_split is None:
+        return split_of(document, validation_fraction)
+    return sole_split if document.split in (None, sole_split) else None
+
+
+def hash_share(text: str, purpose: bytes) -> float:
+    """A number in [0, 1) that ``text`` alone decides, another one for every purpose."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose)
+    return int.from_bytes(digest.digest(), "big") / 2**64
+
+
+class DocumentFile:
+    """Writes documents to one Parquet file, which appears under its name when it is whole.
+
+    Args:
+        path: the file.
+        kind: decides the columns.
+        with_split: keep each document's side as a column.
 
     Attributes:
         documents: documents written so far.
         bytes: their text in UTF-8.
-        paths: the whole files, in order.
     """
 
-    def __init__(self, directory: Path, split: Split, kind: Kind, file_bytes: int) -> None:
+    def __init__(self, path: Path, kind: Kind, with_split: bool = False) -> None:
         names = ["id", "title", "text"] + (["prompt", "answer", "context"] if kind == "pairs" else ["aliases"])
+        names += ["augmentation", *(["split"] if with_split else [])]
         self._schema = pa.schema([(name, pa.string()) for name in names])
-        self._directory, self._split, self._file_bytes = directory, split, file_bytes
+        # A task must not write into the file of one that it took for dead.
+        self.path, self._partial = path, path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._rows: list[Document] = []
-        self._row_bytes = self._written_bytes = 0
+        self._row_bytes = 0
         self._writer: pq.ParquetWriter | None = None
         self.documents = self.bytes = 0
-        self.paths: list[Path] = []
 
-    def __enter__(self) -> DocumentWriter:
+    def __enter__(self) -> DocumentFile:
         return self
 
     def write(self, document: Document) -> None:
@@ -111,46 +137,27 @@ class DocumentWriter:
         self._row_bytes += size
         self.documents += 1
         self.bytes += size
-        file_is_full = self._written_bytes + self._row_bytes >= self._file_bytes
-        if file_is_full or self._row_bytes >= ROW_GROUP_BYTES or len(self._rows) >= ROW_GROUP_DOCUMENTS:
+        if self._row_bytes >= ROW_GROUP_BYTES or len(self._rows) >= ROW_GROUP_DOCUMENTS:
             self._flush()
-        if file_is_full:
-            self._finish_file()
 
     def _flush(self) -> None:
-        if not self._rows:
-            return
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+        if not self._rows:
+            return
         columns = [[getattr(row, name) for row in self._rows] for name in self._schema.names]
         self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=len(self._rows))
-        self._written_bytes += self._row_bytes
         self._rows, self._row_bytes = [], 0
-
-    @property
-    def _path(self) -> Path:
-        return self._directory / f"{self._split}-{len(self.paths):05d}.parquet"
-
-    @property
-    def _partial(self) -> Path:
-        return self._path.with_name(f".{self._path.name}.partial")
-
-    def _finish_file(self) -> None:
-        if self._writer is None:
-            return
-        self._writer.close()
-        self._writer = None
-        flush_to_disk(self._partial)
-        self._partial.replace(self._path)
-        self.paths.append(self._path)
-        self._written_bytes = 0
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if kind is None:
             self._flush()
-            self._finish_file()
+            self._writer.close()
+            flush_to_disk(self._partial)
+            self._partial.replace(self.path)
         elif self._writer is not None:
             self._writer.close()
+            self._partial.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -177,7 +184,7 @@ def read_documents(directory: Path | str, split: Split) -> Iterator[Document]:
 
 
 def read_row_groups(path: Path) -> Iterator[list[Document]]:
-    """The documents of one file written by :class:`DocumentWriter`, a row group at a time.
+    """The documents of one file written by :class:`DocumentFile`, a row group at a time.
 
     Raises:
         UserError: the file is damaged.

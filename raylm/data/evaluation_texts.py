@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raylm.config.data import DataSection
+from raylm.data.corpus import source_documents
 from raylm.data.documents import Split, read_documents
 from raylm.data.prepare import prepared_directory
 from raylm.data.sources import open_sources
@@ -26,6 +27,6 @@ def evaluation_texts(data: DataSection, split: Split = "validation") -> Iterator
         use_validation = split == "validation" and bool(data.validation_sources)
         names = data.validation_sources if use_validation else data.train_sources
         sources = open_sources(data, names, "data.validation" if use_validation else "data.train")
-        documents = (document for source in sources for document in source.documents())
+        documents = (document for source in sources for document in source_documents(source, data))
     # Blank documents are no documents, as in ``prepare``.
     return (document.text for document in documents if document.text.strip())

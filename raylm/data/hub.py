@@ -7,53 +7,63 @@ of data files that ``load_dataset`` understands.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from raylm.config.data import DataSection
-from raylm.data.documents import Document
-from raylm.data.readers import Rows, rows_to_documents
+from raylm.data.blocks import Segment
+from raylm.data.rows import Rows
 from raylm.errors import UserError
 
+ROWS_A_SEGMENT = 10_000
 
-class HubSource:
-    """One split of a dataset; loaded when it is first read, memory-mapped by ``datasets`` afterwards."""
 
-    def __init__(self, name: str, data: DataSection, key: str) -> None:
-        self.name, self._data, self._key = name, data, key
-        self._dataset: Any = None
+def hub_segments(name: str, data: DataSection, key: str) -> list[Segment]:
+    """Ranges of rows of ``data.hub_split``; of a streamed dataset, one a file of it.
 
-    def documents(self) -> Iterator[Document]:
-        """The rows of ``data.hub_split``."""
-        if self._dataset is None:
-            self._dataset = self._load()
+    Raises:
+        UserError: it cannot be loaded, or has no such split.
+    """
+    dataset = _load(name, data, key)
+    if data.hub_streaming:
+        return [Segment(name, "hub", number, number + 1) for number in range(dataset.num_shards)]
+    count = len(dataset)
+    size = max(1, int(dataset.data.nbytes) // max(1, count))
+    stamp = getattr(dataset, "_fingerprint", "")
+    ranges = [(start, min(count, start + ROWS_A_SEGMENT)) for start in range(0, count, ROWS_A_SEGMENT)]
+    return [Segment(name, "hub", start, stop, (stop - start) * size, stamp) for start, stop in ranges]
 
-        def rows() -> Rows:
-            for number, row in enumerate(self._dataset, start=1):
-                yield f"{self.name}: row {number}", row
 
-        return rows_to_documents(rows(), self._data.fields, self.name)
+def hub_rows(segment: Segment, data: DataSection) -> Rows:
+    """(number from 1, row) of a segment."""
+    dataset = _load(segment.path, data, "data.train")
+    if data.hub_streaming:
+        rows = dataset.shard(num_shards=dataset.num_shards, index=segment.start)
+        yield from enumerate(rows, start=1)
+        return
+    for number in range(segment.start, segment.stop or len(dataset)):
+        yield number + 1, dataset[number]
 
-    def _load(self) -> Any:
-        import datasets
 
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
-        split = self._data.hub_split
-        name, _, configuration = self.name.partition(":")
-        directory = Path(name).expanduser()
-        saved = any((directory / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
-        try:
-            if saved:
-                found = datasets.load_from_disk(str(directory))
-                if not isinstance(found, datasets.DatasetDict):
-                    return found
+def _load(source: str, data: DataSection, key: str) -> Any:
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    split = data.hub_split
+    name, _, configuration = source.partition(":")
+    directory = Path(name).expanduser()
+    saved = any((directory / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+    try:
+        if saved:
+            found = datasets.load_from_disk(str(directory))
+            if isinstance(found, datasets.DatasetDict):
                 if split not in found:
                     raise UserError(f"data.hub_split: found '{split}', allowed for {name}: {', '.join(found)}")
-                return found[split]
-            source = str(directory) if directory.is_dir() else name
-            return datasets.load_dataset(source, configuration or None, split=split)
-        except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self._key}: {self.name} cannot be loaded by datasets: {reason}") from None
+                found = found[split]
+            return found.to_iterable_dataset() if data.hub_streaming else found
+        path = str(directory) if directory.is_dir() else name
+        return datasets.load_dataset(path, configuration or None, split=split, streaming=data.hub_streaming)
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{key}: {source} cannot be loaded by datasets: {reason}") from None

@@ -1,8 +1,8 @@
 """The ``prepare`` stage: sources to documents, tokenizer, token shards and manifest.
 
-In: a validated ``PrepareConfig``. Out: a prepared directory, whole when its ``manifest.json`` stands. All input is read
-and checked before the first byte is written. A prepare that was killed leaves no manifest; the same command starts over
-and ends with the same bytes.
+In: a validated ``PrepareConfig``. Out: a prepared directory, whole when its ``manifest.json`` stands. On bad input
+nothing stays. A prepare that was killed leaves no manifest; the same command goes on from what is finished and ends
+with the same bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,9 @@ from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.run_directory import RunDirectory, write_atomically
 from raylm.config.stages import PrepareConfig
 from raylm.data.baselines import compressed_sizes
+from raylm.data.changes import changes_of
 from raylm.data.corpus import Corpus, Survey
-from raylm.data.documents import DocumentWriter, Split, document_files, make_pair, read_documents
+from raylm.data.documents import Split, make_pair, read_documents
 from raylm.data.shards import FORMAT_VERSION, read_manifest, token_dtype
 from raylm.data.sources import MANIFEST
 from raylm.errors import UserError
@@ -28,33 +31,40 @@ from raylm.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PARTS = ("documents", "tokenizer", "train", "validation")
-SMALLEST_FILE, LARGEST_FILE = 1 << 20, 64 << 20
+PARTS = ("documents", "tokenizer", "train", "validation", "work")
 
 
 class Input:
     """The checked input of a prepared directory: make one before anything is written.
 
     Attributes:
-        survey: what the sources hold.
+        data, tokenizer: the sections.
+        corpus: the opened sources.
+        survey: what the sources hold; None where they were not read.
+
+    Args:
+        data, tokenizer: sections of the configuration.
+        read: read all of the input on this machine, so that a mistake in its last row is found here. Without it, the
+            tasks of ``prepare`` find it.
 
     Raises:
         UserError: a source or the tokenizer is wrong.
     """
 
-    def __init__(self, data: DataSection, tokenizer: TokenizerSection) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, data: DataSection, tokenizer: TokenizerSection, read: bool = True) -> None:
+        self.data, self.tokenizer = data, tokenizer
         self.corpus = Corpus(data)
-        self.survey: Survey = self.corpus.survey()
+        changes_of(data.cleaning)
+        self.survey: Survey | None = self.corpus.survey() if read else None
         if tokenizer.path is not None:
             from raylm.data.tokenizers import reuse_tokenizer
 
             found = reuse_tokenizer(tokenizer.path)
-            if self.survey.kind == "pairs":
-                _check_template(found)
+            if self.survey is not None and self.survey.kind == "pairs":
+                check_template(found)
 
 
-def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """Lay out one pair with a reused tokenizer's own template, so that one which cannot is refused early."""
     import tempfile
 
@@ -96,10 +106,11 @@ def prepare(config: PrepareConfig) -> None:
     if report is not None:
         print(f"prepare: {run.path} is done already ({report['tokens']['train']:,} training tokens)")
         return
-    checked = Input(config.data, config.tokenizer)
-    run.create()
+    checked = Input(config.data, config.tokenizer, read=False)
     workers = config.resources.workers
-    report = _build(run.path, checked, cpus=None if workers == "auto" else workers)
+    with _nothing_half_written(run.path):
+        run.create()
+        report = _build(run.path, checked, cpus=None if workers == "auto" else workers)
     run.write_report(report)
     print(describe(run.path, report))
 
@@ -127,13 +138,16 @@ def prepare_directory(
     if (directory / MANIFEST).is_file():
         read_manifest(directory)
         return
-    _build(directory, checked or Input(data, tokenizer), cpus=cpus)
+    checked = checked or Input(data, tokenizer, read=False)
+    with _nothing_half_written(directory):
+        _build(directory, checked, cpus=cpus)
 
 
 def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, Any]:
     """Write the whole set, the manifest last; returns the report."""
-    from raylm.data.tokenization import Layout, tokenize_documents
-    from raylm.data.tokenizers import make_tokenizer, tokenizer_hash
+    from raylm.data.pipeline import Pipeline
+    from raylm.data.tokenization import Layout
+    from raylm.data.tokenizers import reuse_tokenizer, tokenizer_hash
 
     began = time.monotonic()
     seconds: dict[str, float] = {}
@@ -141,29 +155,28 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
     def lap(name: str) -> None:
         seconds[name] = round(time.monotonic() - began - sum(seconds.values()), 3)
 
-    survey = checked.survey
-    for part in PARTS:
-        # What a killed prepare has left.
-        shutil.rmtree(directory / part, ignore_errors=True)
-    _write_documents(directory, checked)
-    lap("documents")
-    tokenizer = make_tokenizer(checked.tokenizer, _texts(directory))
-    tokenizer.save_pretrained(directory / "tokenizer")
-    lap("tokenizer")
-    vocab_size = len(tokenizer)
-    layout = Layout(
-        kind=survey.kind,
-        dtype=token_dtype(vocab_size).str,
-        eos_id=tokenizer.eos_token_id,
-        unknown_id=tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None,
-    )
-    files: list[tuple[Split, Path]] = [
-        (split, path) for split in ("train", "validation") for path in document_files(directory, split)
-    ]
+    pipeline = Pipeline(directory, checked.data, checked.tokenizer, checked.corpus, cpus)
     with ray_session():
         lap("ray_start")
-        entries = tokenize_documents(directory, files, layout, cpus=cpus)
+        pipeline.open_work(PARTS)
+        survey = pipeline.make_parts()
+        if survey.kind == "pairs" and checked.tokenizer.path is not None:
+            check_template(reuse_tokenizer(checked.tokenizer.path))
+        lap("parts")
+        pipeline.find_duplicates()
+        lap("duplicates")
+        tokenizer = pipeline.make_tokenizer()
+        lap("tokenizer")
+        vocab_size = len(tokenizer)
+        layout = Layout(
+            kind=survey.kind,
+            dtype=token_dtype(vocab_size).str,
+            eos_id=tokenizer.eos_token_id,
+            unknown_id=tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None,
+        )
+        results = pipeline.make_files(asdict(layout))
         lap("tokens")
+    entries = [entry for result in results for entry in result["entries"]]
     baselines = compressed_sizes(document.text for document in read_documents(directory, "validation"))
     lap("baselines")
     pad_id = tokenizer.pad_token_id
@@ -177,11 +190,14 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         "dtype": "uint16" if layout.dtype.endswith("2") else "uint32",
         "splits": {split: _split_entry(entries, split) for split in ("train", "validation")},
         "corpus": {"sources": survey.sources},
+        "configuration": {
+            "data": checked.data.model_dump(mode="json"),
+            "tokenizer": checked.tokenizer.model_dump(mode="json"),
+        },
     }
-    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     splits = manifest["splits"]
     tokens, size = (sum(split[name] for split in splits.values()) for name in ("tokens", "bytes"))
-    return {
+    report = {
         "stage": "prepare",
         "kind": survey.kind,
         "documents": {name: split["documents"] for name, split in splits.items()},
@@ -192,31 +208,24 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         "unknown_tokens": sum(entry["unknown_tokens"] for entry in entries),
         "compressed": baselines,
         "sources": survey.sources,
+        **pipeline.account(sum(result["duplicates"] for result in results)),
         "seconds": {**seconds, "total": round(time.monotonic() - began, 3)},
     }
+    pipeline.close_work()
+    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return report
 
 
-def _write_documents(directory: Path, checked: Input) -> None:
-    survey = checked.survey
-    total = sum(survey.bytes.values())
-    # At least some files to share out even of a small set, and few enough of a large one to keep them all mapped.
-    file_bytes = min(max(total // 16, SMALLEST_FILE), max(LARGEST_FILE, total // 256))
-    folder = directory / "documents"
-    folder.mkdir(parents=True)
-    with (
-        DocumentWriter(folder, "train", survey.kind, file_bytes) as train,
-        DocumentWriter(folder, "validation", survey.kind, file_bytes) as validation,
-    ):
-        writers = {"train": train, "validation": validation}
-        for split, document in checked.corpus.documents():
-            writers[split].write(document)
-    for split, writer in writers.items():
-        if (writer.documents, writer.bytes) != (survey.documents[split], survey.bytes[split]):
-            raise UserError(f"data: the {split} sources changed while they were read; start again")
-
-
-def _texts(directory: Path) -> Iterator[str]:
-    return (document.text for document in read_documents(directory, "train"))
+@contextmanager
+def _nothing_half_written(directory: Path) -> Iterator[None]:
+    """On bad input take back what was written into ``directory``, and the directories that were made for it."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        yield
+    except UserError:
+        for part in [directory / part for part in PARTS] if not missing else [missing[-1]]:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _split_entry(entries: list[dict[str, Any]], split: Split) -> dict[str, Any]:

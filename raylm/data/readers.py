@@ -1,7 +1,7 @@
-"""Readers of one file each: text, JSONL, CSV and Parquet to documents, streaming, every mistake named by its place.
+"""Readers of one segment each: text, JSONL, CSV, Parquet, SQuAD and parallel text to documents, streaming.
 
-A row with the prompt and the answer column is a pair; otherwise the text column is a document. Empty texts are passed
-on (the survey counts and drops them); nothing else is lost silently.
+Every mistake is named by its place, and ``data.errors`` decides whether it ends the reading. Empty texts are passed on
+(they are counted and dropped later); nothing else is lost silently.
 """
 
 from __future__ import annotations
@@ -10,188 +10,291 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylm.config.data import DataSection, FieldsSection
-from raylm.data.documents import Document, make_pair
+from raylm.config.data import DataSection
+from raylm.data.blocks import Block, Segment
+from raylm.data.documents import Document, read_row_groups
+from raylm.data.rows import Rows, is_wanted, rows_to_documents
+from raylm.data.streams import (
+    BYTE_ORDER_MARK,
+    InputErrors,
+    Lines,
+    damaged,
+    file_system,
+    first_line,
+    is_remote,
+    line_number,
+    open_bytes,
+    plain_suffix,
+)
 from raylm.errors import UserError
 
-Rows = Iterator[tuple[str, Mapping[str, Any]]]
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+PARQUET_ROWS = 1024
 
 
-def read_text(path: Path, data: DataSection) -> Iterator[Document]:
+def read_block(block: Block, data: DataSection, errors: InputErrors) -> Iterator[Document]:
+    """The documents of a block, in order.
+
+    Raises:
+        UserError: bad input; names the file and the place.
+    """
+    for segment in block.segments:
+        try:
+            yield from READERS[segment.format](segment, data, errors)
+        except UserError:
+            raise
+        except damaged() as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"{segment.path}: cannot be read: {reason}") from None
+
+
+def read_text(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
     """Documents of a UTF-8 text file: the whole file, its paragraphs or its lines (``data.text_unit``)."""
     if data.text_unit == "file":
-        raw = path.read_bytes()
+        with open_bytes(segment.path) as stream:
+            raw = stream.read(data.max_document_bytes + 1)
+        if len(raw) > data.max_document_bytes:
+            errors.bad(
+                "too long",
+                f"{segment.path}: one document of more than data.max_document_bytes ({data.max_document_bytes}); "
+                "allowed: a larger limit, or data.text_unit: paragraph or line",
+            )
+            return
         content = raw.removeprefix(BYTE_ORDER_MARK)
-        yield Document(text=_decode(content, path, len(raw) - len(content)))
+        text = errors.decode(content, segment.path, len(raw) - len(content))
+        if text is not None:
+            yield Document(text=text)
         return
-    paragraph: list[str] = []
-    for _, line in _lines(path):
-        if data.text_unit == "line":
+    lines = _lines(segment, data, errors)
+    if data.text_unit == "line":
+        for _, line in lines:
             yield Document(text=line.rstrip("\r\n"))
-        elif line.strip():
+    else:
+        yield from _paragraphs(segment, lines)
+
+
+def _paragraphs(segment: Segment, lines: Lines) -> Iterator[Document]:
+    """Paragraphs of a range: from its first blank line on (the file's first range: from the beginning) to the first
+    blank line of the next range, which is a line that begins after ``stop``."""
+    paragraph: list[str] = []
+    waiting = segment.start > 0
+    for offset, line in lines.read(lambda _: True):
+        if not line.strip():
+            waiting = False
+            if paragraph:
+                yield Document(text="".join(paragraph).rstrip("\r\n"))
+                paragraph = []
+            if segment.stop is not None and offset > segment.stop:
+                return
+        elif not waiting:
             paragraph.append(line)
-        elif paragraph:
-            yield Document(text="".join(paragraph).rstrip("\r\n"))
-            paragraph = []
     if paragraph:
         yield Document(text="".join(paragraph).rstrip("\r\n"))
 
 
-def read_jsonl(path: Path, data: DataSection) -> Iterator[Document]:
+def read_jsonl(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
     """Documents of a file with one JSON object a line; blank lines are passed over."""
+    path = segment.path
 
-    def rows() -> Rows:
-        for number, line in _lines(path):
+    def rows(lines: Iterable[tuple[int, str]]) -> Rows:
+        for offset, line in lines:
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError as error:
                 reason = getattr(error, "msg", str(error))
-                raise UserError(f"{path}:{number}: malformed JSON: {reason}; allowed: one object a line") from None
+                place = f"{path}:{line_number(path, offset)}"
+                errors.bad("malformed", f"{place}: malformed JSON: {reason}; allowed: one object a line")
+                continue
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: found a JSON {type(row).__name__}, allowed: one object a line")
-            yield f"{path}:{number}", row
+                place = f"{path}:{line_number(path, offset)}"
+                errors.bad("malformed", f"{place}: found a JSON {type(row).__name__}, allowed: one object a line")
+                continue
+            yield offset, row
 
-    return rows_to_documents(rows(), data.fields, str(path))
+    first = None
+    if segment.start > 0:
+        # What a row is, the file's first one says.
+        quiet = InputErrors("skip")
+        head = next(rows_of_head(path, data, quiet, rows), None)
+        first = None if head is None else list(head[1])
+    place = lambda offset: f"{path}:{line_number(path, offset)}"  # noqa: E731
+    yield from rows_to_documents(rows(_lines(segment, data, errors)), data.fields, path, errors, place, first)
 
 
-def read_csv(path: Path, data: DataSection) -> Iterator[Document]:
+def rows_of_head(path: str, data: DataSection, errors: InputErrors, rows: Callable[..., Rows]) -> Rows:
+    """The rows from the file's beginning on."""
+    return rows(Lines(path, errors, data.max_document_bytes))
+
+
+def read_csv(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
     """Documents of a CSV file with a header (``.tsv``: separated by tabs); quoted fields may span lines."""
+    path = segment.path
 
     def rows() -> Rows:
         # A document may be longer than the csv module's default of 128 KiB a field.
         csv.field_size_limit(sys.maxsize)
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, None)
-            if header is None:
+        delimiter = "\t" if plain_suffix(path) == ".tsv" else ","
+        reader = csv.reader((line for _, line in _lines(segment, data, errors)), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                errors.bad("malformed", f"{path}:{reader.line_num}: malformed CSV: {error}")
+                continue
+            if fields is None:
                 return
-            repeated = next((name for name in header if header.count(name) > 1), None)
-            if repeated is not None:
-                raise UserError(f"{path}:1: column '{repeated}' stands twice in the header")
-            for fields in reader:
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    raise UserError(
-                        f"{path}:{reader.line_num}: found {len(fields)} fields, the header has {len(header)}"
-                    )
-                yield f"{path}:{reader.line_num}", dict(zip(header, fields, strict=True))
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: malformed CSV: {error}") from None
+            if header is None:
+                header = fields
+                repeated = next((name for name in header if header.count(name) > 1), None)
+                if repeated is not None:
+                    raise UserError(f"{path}:1: column '{repeated}' stands twice in the header")
+            elif not fields:
+                continue
+            elif len(fields) != len(header):
+                found = f"found {len(fields)} fields, the header has {len(header)}"
+                errors.bad("malformed", f"{path}:{reader.line_num}: {found}")
+            else:
+                yield reader.line_num, dict(zip(header, fields, strict=True))
 
-    return rows_to_documents(rows(), data.fields, str(path))
+    return rows_to_documents(rows(), data.fields, path, errors, lambda line: f"{path}:{line}")
 
 
-def read_parquet(path: Path, data: DataSection) -> Iterator[Document]:
+def read_parquet(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
     """Documents of a Parquet file, a batch of rows at a time."""
+    path = segment.path
 
     def rows() -> Rows:
         try:
-            with pq.ParquetFile(path) as file:
-                present = list(file.schema_arrow.names)
-                columns = [name for name in _wanted(data.fields) if name in present] or None
-                number = 0
-                for batch in file.iter_batches(batch_size=1024, columns=columns):
+            files, inner = file_system(path) if is_remote(path) else (None, path)
+            with pq.ParquetFile(files.open(inner, "rb") if files else inner) as file:
+                names = list(file.schema_arrow.names)
+                columns = [name for name in names if is_wanted(name, data.fields)] or None
+                groups = range(segment.start, segment.stop or file.num_row_groups)
+                number = sum(file.metadata.row_group(group).num_rows for group in range(segment.start))
+                for batch in file.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):
                     for row in batch.to_pylist():
                         number += 1
-                        yield f"{path}: row {number}", row
+                        yield number, row if columns else dict.fromkeys(names)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
-    return rows_to_documents(rows(), data.fields, str(path))
+    return rows_to_documents(rows(), data.fields, path, errors, lambda number: f"{path}: row {number}")
 
 
-READERS: dict[str, Callable[[Path, DataSection], Iterator[Document]]] = {
+def read_squad(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
+    """Pairs of a file in the SQuAD format (Rajpurkar et al. 2016), nested or a flat list: question, first answer, and
+    the paragraph as context where ``fields.context`` is given. Questions without an answer are empty documents."""
+    path = segment.path
+    with open_bytes(path) as stream:
+        text = errors.decode(stream.read().removeprefix(BYTE_ORDER_MARK), path, 0)
+    if text is None:
+        return
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{path}:{line}: malformed JSON: {getattr(error, 'msg', error)}") from None
+    articles = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(articles, list):
+        raise UserError(f"{path}: no SQuAD file: found no list 'data'; allowed: SQuAD, or one object a line in .jsonl")
+
+    def rows() -> Rows:
+        for number, article in enumerate(articles):
+            paragraphs = article.get("paragraphs", [article]) if isinstance(article, dict) else [article]
+            for paragraph in paragraphs:
+                try:
+                    context = paragraph.get("context") or paragraph["context_text"]
+                    for question in paragraph["qas"]:
+                        yield number, {"question": _question(question), "context": context, "answer": _answer(question)}
+                except (KeyError, TypeError, AttributeError) as error:
+                    found = f"found {error}" if isinstance(error, KeyError) else "found another structure"
+                    errors.bad("malformed", f"{path}: article {number}: no SQuAD paragraph: {found}")
+
+    fields = data.fields.model_copy(
+        update={"prompt": "question", "answer": "answer", "context": "context" if data.fields.context else None}
+    )
+    yield from rows_to_documents(rows(), fields, path, errors, lambda number: f"{path}: article {number}")
+
+
+def _question(question: Mapping[str, Any]) -> str:
+    return question["question"] if "question" in question else question["query_text"]
+
+
+def _answer(question: Mapping[str, Any]) -> str:
+    answers = question["answers"]
+    if not answers:
+        return ""
+    return answers[0]["text"] if isinstance(answers[0], dict) else answers[0]
+
+
+def read_parallel(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
+    """Pairs of two text files of which line n of the second translates line n of the first."""
+    path, target = segment.path, str(segment.target)
+
+    def rows() -> Rows:
+        # A line that is skipped on one side only would shift the rest: bad bytes are replaced, never skipped.
+        policy = InputErrors("strict" if errors.policy == "strict" else "replace")
+        sides = (iter(Lines(name, policy, data.max_document_bytes)) for name in (path, target))
+        for number, (left, right) in enumerate(itertools.zip_longest(*sides), start=1):
+            if left is None or right is None:
+                shorter = path if left is None else target
+                raise UserError(f"{shorter}: ends after line {number - 1}; allowed: as many lines as in the other file")
+            yield number, {data.fields.prompt: left[1].rstrip("\r\n"), data.fields.answer: right[1].rstrip("\r\n")}
+        for kind, count in policy.counts.items():
+            errors.counts[kind] = errors.counts.get(kind, 0) + count
+
+    fields = data.fields.model_copy(update={"context": None})
+    return rows_to_documents(rows(), fields, path, errors, lambda number: f"{path}:{number}")
+
+
+def read_stdlib(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
+    """Documents of an embedded corpus."""
+    from raylm.config.data import STDLIB_PAIRS
+    from raylm.data.stdlib import stdlib_documents, stdlib_pairs
+
+    documents = stdlib_documents()
+    if segment.path == STDLIB_PAIRS:
+        documents = stdlib_pairs(documents, with_context=data.fields.context is not None)
+    yield from documents
+
+
+def read_prepared(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
+    """Documents of one file of a prepared directory, each on the side where it was."""
+    split = Path(segment.path).name.partition("-")[0]
+    for group in read_row_groups(Path(segment.path)):
+        for document in group:
+            yield document.on_side(split)
+
+
+def read_hub(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
+    """Rows of a hub dataset."""
+    from raylm.data.hub import hub_rows
+
+    place = lambda number: f"{segment.path}: row {number}"  # noqa: E731
+    return rows_to_documents(hub_rows(segment, data), data.fields, segment.path, errors, place)
+
+
+def _lines(segment: Segment, data: DataSection, errors: InputErrors) -> Lines:
+    return Lines(segment.path, errors, data.max_document_bytes, segment.start, segment.stop)
+
+
+READERS: dict[str, Callable[[Segment, DataSection, InputErrors], Iterator[Document]]] = {
     "text": read_text,
     "jsonl": read_jsonl,
     "csv": read_csv,
     "parquet": read_parquet,
+    "squad": read_squad,
+    "parallel": read_parallel,
+    "stdlib": read_stdlib,
+    "documents": read_prepared,
+    "hub": read_hub,
 }
-SUFFIXES = {
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
-
-
-def rows_to_documents(rows: Rows, fields: FieldsSection, origin: str) -> Iterator[Document]:
-    """Documents or pairs of (place, row); the first row's columns decide which.
-
-    Raises:
-        UserError: a column is missing, or a value is no text; names the place, the column and the columns found.
-    """
-    first = next(rows, None)
-    if first is None:
-        return
-    columns = list(first[1])
-    is_pairs = fields.prompt in columns and fields.answer in columns
-    if "text" in fields.model_fields_set and fields.text in columns:
-        is_pairs = False
-    if not is_pairs and fields.text not in columns:
-        raise UserError(
-            f"{origin}: no column '{fields.text}' (nor both '{fields.prompt}' and '{fields.answer}'); columns found: "
-            f"{', '.join(columns) or 'none'}; name yours in data.fields"
-        )
-    for place, row in itertools.chain([first], rows):
-        if is_pairs:
-            prompt, answer = _value(row, fields.prompt, place), _value(row, fields.answer, place)
-            context = _value(row, fields.context, place) if fields.context else ""
-            complete = prompt.strip() and answer.strip()
-            yield make_pair(prompt, answer, context) if complete else Document(text="")
-        else:
-            yield Document(text=_value(row, fields.text, place))
-
-
-def _wanted(fields: FieldsSection) -> list[str]:
-    return [name for name in (fields.text, fields.prompt, fields.answer, fields.context) if name]
-
-
-def _value(row: Mapping[str, Any], column: str, place: str) -> str:
-    if column not in row:
-        raise UserError(f"{place}: no column '{column}'; columns found: {', '.join(row) or 'none'}")
-    value = row[column]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{place}: column '{column}': found {type(value).__name__}, allowed: text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair, which is no character.
-        raise UserError(f"{place}: column '{column}': not valid Unicode at character {error.start}") from None
-    return value
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, decoded line with its end) of a UTF-8 file."""
-    offset = 0
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            content = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
-            yield number, _decode(content, path, offset + len(raw) - len(content))
-            offset += len(raw)
-
-
-def _decode(content: bytes, path: Path, offset: int) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        place, found = offset + error.start, content[error.start]
-        raise UserError(f"{path}: not UTF-8 at byte {place}: found 0x{found:02x}, allowed: UTF-8 text") from None

@@ -1,24 +1,37 @@
-"""Document files to token files on Ray Data: one task a file, so that the output depends on no worker count.
+"""Parts to the files of the prepared set: duplicates left out, documents kept as Parquet, tokens and their index.
 
-A task reads its Parquet file a row group at a time and writes ``<split>/tokens-00000.bin`` and its index under
-temporary names, renamed when whole; what it returns goes into the manifest.
+The second pass of ``prepare``. A task reads its part a row group at a time and writes ``documents/<split>-N.parquet``,
+``<split>/tokens-N.bin`` and its index under temporary names, renamed when whole. What it returns goes into the
+manifest; ``work/files/N.json`` says that it is done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raylm.data.documents import Kind, Split, flush_to_disk, read_row_groups
-from raylm.errors import RunFailure
-from raylm.progress import ProgressBar
+from raylm.config.run_directory import write_atomically
+from raylm.data.documents import (
+    Document,
+    DocumentFile,
+    Kind,
+    Split,
+    flush_to_disk,
+    hash_share,
+    read_row_groups,
+)
+from raylm.data.duplicates import dropped_documents
+from raylm.data.encoding import DocumentEncoder, PairEncoder
+from raylm.data.parts import WORK
+
+WEIGHT_PURPOSE = b"raylm-weight"
 
 
 @dataclass(frozen=True)
@@ -31,129 +44,147 @@ class Layout:
     unknown_id: int | None
 
 
-def tokenize_documents(
-    directory: Path, files: list[tuple[Split, Path]], layout: Layout, *, cpus: int | None
-) -> list[dict[str, Any]]:
-    """Tokenize every file of ``directory / documents`` on the Ray that is running.
+def make_files(
+    job: dict[str, Any], directory: str, layout: dict[str, Any], duplicates: list[str], weights: list[float]
+) -> dict[str, Any]:
+    """The Ray Data task: one part to its files.
 
     Args:
-        directory: the set that is being prepared; shared by all nodes.
-        files: (split, document file), in their order within a split.
+        job: ``number`` of the files; ``part``, its name; ``source``; ``first``, the number of its first document;
+            ``documents``; ``copy``, from 0, of a source that is taken more than once; ``leading``, the splits whose
+            stream begins here.
+        directory: the set that is being prepared.
         layout: see :class:`Layout`.
-        cpus: most tasks at a time, each on one CPU; None takes all that there are.
+        duplicates: files of duplicates in the work directory.
+        weights: of each source.
 
     Returns:
-        one manifest entry a file, in the order of ``files``, each with its split.
-
-    Raises:
-        RunFailure: a task failed; names its error.
+        ``{"entries": [one a split that is not empty], "duplicates": documents left out as such}``.
     """
-    import ray.data
-
-    numbers = {"train": 0, "validation": 0}
-    jobs = []
-    for split, path in files:
-        jobs.append({"split": split, "number": numbers[split], "path": str(path)})
-        numbers[split] += 1
-    # Our bar stands in for Ray Data's own; what it has to say about its execution goes to its log file only.
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.CRITICAL)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
-        tokenize_file,
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=cpus),
-        fn_kwargs={"directory": str(directory), "layout": asdict(layout)},
-    )
-    entries = []
-    total = sum(path.stat().st_size for _, path in files)
-    with ProgressBar("tokenizing", total, "bytes") as bar:
-        done = 0
-        try:
-            for row in dataset.iter_rows():
-                entries.append(json.loads(row["entry"]))
-                done += Path(directory, entries[-1]["text"]["path"]).stat().st_size
-                bar.update(done)
-        except ray.exceptions.RayError as error:
-            raise RunFailure(f"tokenizing failed: {_first_cause(error)}") from error
-    # Tasks end in any order.
-    places = {(job["split"], job["number"]): place for place, job in enumerate(jobs)}
-    return sorted(entries, key=lambda entry: places[entry["split"], entry["number"]])
-
-
-def _first_cause(error: Exception) -> str:
-    """One line on what went wrong first: Ray keeps the task's own exception only in the text of the chain."""
-    own, separator, _ = str(error).partition("\n\nThe above exception was the direct cause")
-    lines = own.strip().splitlines() or [type(error).__name__]
-    return lines[-1 if separator else 0]
-
-
-def tokenize_file(batch: dict[str, np.ndarray], directory: str, layout: dict[str, Any]) -> dict[str, list[str]]:
-    """The Ray Data task: a batch of one job to a batch of one manifest entry, as JSON."""
-    # Ray counts this task as one CPU.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    split, number, path = str(batch["split"][0]), int(batch["number"][0]), Path(str(batch["path"][0]))
-    entry = write_token_file(Path(directory), split, number, path, Layout(**layout))
-    return {"entry": [json.dumps(entry)]}
-
-
-def write_token_file(directory: Path, split: str, number: int, source: Path, layout: Layout) -> dict[str, Any]:
-    """Tokenize one document file into one token file and its index; returns its manifest entry."""
-    from raylm.data.encoding import DocumentEncoder, PairEncoder
-
-    tokenizer = directory / "tokenizer"
-    is_pairs = layout.kind == "pairs"
-    encoder = PairEncoder(tokenizer) if is_pairs else DocumentEncoder(tokenizer, layout.eos_id)
-    folder = directory / split
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens_path, index_path = folder / f"tokens-{number:05d}.bin", folder / f"index-{number:05d}.npy"
-    # A task that Ray runs again must not write into the file of one that it took for dead.
-    partial = folder / f".{tokens_path.name}.{os.getpid()}.partial"
-    digest = hashlib.sha256()
-    position = unknown = size = 0
-    rows: list[np.ndarray] = []
-    with partial.open("wb") as stream:
-
-        def write(ids: np.ndarray) -> None:
-            nonlocal position
-            content = ids.astype(layout.dtype).tobytes()
-            stream.write(content)
-            digest.update(content)
-            position += len(ids)
-
-        if number == 0 and not is_pairs:
-            # The stream begins as every document does: after an end-of-text token.
-            write(np.array([layout.eos_id]))
-        for documents in read_row_groups(source):
-            tokens, columns = encoder.encode(documents)
-            lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
-            starts = position + np.cumsum(lengths) - lengths
-            rows.append(np.concatenate([starts[:, None], columns], axis=1))
-            joined = np.concatenate(tokens)
-            write(joined)
-            size += sum(document.byte_count for document in documents)
-            if layout.unknown_id is not None:
-                unknown += int(np.count_nonzero(joined == layout.unknown_id))
-    flush_to_disk(partial)
-    partial.replace(tokens_path)
-    index = np.concatenate(rows)
-    index_partial = partial.with_name(f".{index_path.name}.{os.getpid()}.partial")
-    with index_partial.open("wb") as stream:
-        np.save(stream, index)
-    flush_to_disk(index_partial)
-    index_partial.replace(index_path)
-    return {
-        "split": split,
-        "number": number,
-        "path": f"{split}/{tokens_path.name}",
-        "tokens": position,
-        "sha256": digest.hexdigest(),
-        "documents": len(index),
-        "bytes": size,
-        "unknown_tokens": unknown,
-        "index": {"path": f"{split}/{index_path.name}", "sha256": hashlib.sha256(index_path.read_bytes()).hexdigest()},
-        "text": {"path": f"documents/{source.name}", "sha256": hashlib.sha256(source.read_bytes()).hexdigest()},
+    root, shape = Path(directory), Layout(**layout)
+    work = root / WORK
+    dropped = dropped_documents(work, duplicates, job["first"], job["first"] + job["documents"]) - job["first"]
+    writers = {
+        split: TokenWriter(root, split, job["number"], shape, leading=split in job["leading"])
+        for split in ("train", "validation")
     }
+    for documents in surviving(work, job["part"], dropped):
+        for split, writer in writers.items():
+            chosen = [document for document in documents if document.split == split]
+            if split == "train":
+                chosen = [document for document in chosen if is_taken(document, weights[job["source"]], job["copy"])]
+            elif job["copy"]:
+                chosen = []
+            if chosen:
+                writer.write(chosen)
+    entries = [entry for writer in writers.values() if (entry := writer.finish()) is not None]
+    result = {"entries": entries, "duplicates": 0 if job["copy"] else len(dropped)}
+    write_atomically(work / "files" / f"{job['number']:06d}.json", json.dumps(result))
+    return result
+
+
+def surviving(work: Path, part: str, dropped: np.ndarray) -> Iterator[list[Document]]:
+    """The documents of a part, a row group at a time, without the rows in ``dropped`` (sorted)."""
+    row = 0
+    for group in read_row_groups(work / "parts" / f"{part}.parquet"):
+        out = set(dropped[np.searchsorted(dropped, row) : np.searchsorted(dropped, row + len(group))].tolist())
+        yield [document for place, document in enumerate(group, start=row) if place not in out] if out else group
+        row += len(group)
+
+
+def is_taken(document: Document, weight: float, copy: int) -> bool:
+    """Whether a document of a source with ``weight`` is in the source's copy with this number, from 0.
+
+    A weight of 2.3 takes every document twice and three in ten, chosen by hash, a third time.
+    """
+    return copy + 1 <= weight or (copy < weight and hash_share(document.text, WEIGHT_PURPOSE) < weight - copy)
+
+
+class TokenWriter:
+    """Writes one split's files of a part: documents, tokens, index. Nothing is written where no document comes.
+
+    Args:
+        root: the set that is being prepared.
+        split: train or validation.
+        number: of the files.
+        layout: see :class:`Layout`.
+        leading: the split's stream begins with this file.
+    """
+
+    def __init__(self, root: Path, split: Split, number: int, layout: Layout, leading: bool) -> None:
+        self._root, self._split, self._number, self._layout = root, split, number, layout
+        self._leading = leading
+        self._stream: Any = None
+        self._rows: list[np.ndarray] = []
+        self._digest = hashlib.sha256()
+        self._position = self._unknown = 0
+
+    def _open(self) -> None:
+        folder = self._root / self._split
+        for path in (folder, self._root / "documents"):
+            path.mkdir(exist_ok=True)
+        self._path = folder / f"tokens-{self._number:05d}.bin"
+        # A task must not write into the file of one that it took for dead.
+        self._partial = folder / f".{self._path.name}.{os.getpid()}.partial"
+        self._stream = self._partial.open("wb")
+        tokenizer = self._root / "tokenizer"
+        is_pairs = self._layout.kind == "pairs"
+        self._encoder = PairEncoder(tokenizer) if is_pairs else DocumentEncoder(tokenizer, self._layout.eos_id)
+        self._documents = DocumentFile(
+            self._root / "documents" / f"{self._split}-{self._number:05d}.parquet", self._layout.kind
+        )
+        if self._leading and not is_pairs:
+            # The stream begins as every document does: after an end-of-text token.
+            self._append(np.array([self._layout.eos_id]))
+
+    def _append(self, ids: np.ndarray) -> None:
+        content = ids.astype(self._layout.dtype).tobytes()
+        self._stream.write(content)
+        self._digest.update(content)
+        self._position += len(ids)
+
+    def write(self, documents: list[Document]) -> None:
+        """Append documents, at least one."""
+        if self._stream is None:
+            self._open()
+        tokens, columns = self._encoder.encode(documents)
+        lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+        starts = self._position + np.cumsum(lengths) - lengths
+        self._rows.append(np.concatenate([starts[:, None], columns], axis=1))
+        joined = np.concatenate(tokens)
+        self._append(joined)
+        for document in documents:
+            self._documents.write(document)
+        if self._layout.unknown_id is not None:
+            self._unknown += int(np.count_nonzero(joined == self._layout.unknown_id))
+
+    def finish(self) -> dict[str, Any] | None:
+        """Name the files and return their entry in the manifest; None where there is none."""
+        if self._stream is None:
+            return None
+        self._stream.close()
+        flush_to_disk(self._partial)
+        self._partial.replace(self._path)
+        self._documents.__exit__(None, None, None)
+        index = np.concatenate(self._rows)
+        index_path = self._path.with_name(f"index-{self._number:05d}.npy")
+        index_partial = self._path.with_name(f".{index_path.name}.{os.getpid()}.partial")
+        with index_partial.open("wb") as stream:
+            np.save(stream, index)
+        flush_to_disk(index_partial)
+        index_partial.replace(index_path)
+        text = self._documents.path
+        return {
+            "split": self._split,
+            "path": f"{self._split}/{self._path.name}",
+            "tokens": self._position,
+            "sha256": self._digest.hexdigest(),
+            "documents": len(index),
+            "bytes": self._documents.bytes,
+            "unknown_tokens": self._unknown,
+            "index": {
+                "path": f"{self._split}/{index_path.name}",
+                "sha256": hashlib.sha256(index_path.read_bytes()).hexdigest(),
+            },
+            "text": {"path": f"documents/{text.name}", "sha256": hashlib.sha256(text.read_bytes()).hexdigest()},
+        }

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylm.data.documents import Document, DocumentWriter, make_pair, read_documents, split_of
+from raylm.data.documents import Document, DocumentFile, make_pair, read_documents, split_of
 from raylm.errors import UserError
 
 
@@ -33,17 +33,19 @@ def test_documents_come_back_from_their_files(tmp_path, kind):
         for number in range(500)
     ]
     (tmp_path / "documents").mkdir()
-    with DocumentWriter(tmp_path / "documents", "train", kind, file_bytes=4000) as writer:
-        for document in documents:
-            writer.write(document)
-    assert len(writer.paths) > 1 and writer.documents == 500
-    assert writer.bytes == sum(len(document.text.encode()) for document in documents)
+    writers = [DocumentFile(tmp_path / "documents" / f"train-0000{number}.parquet", kind) for number in range(2)]
+    for number, writer in enumerate(writers):
+        with writer:
+            for document in documents[number * 200 : 200 if number == 0 else None]:
+                writer.write(document)
+    assert sum(writer.documents for writer in writers) == 500
+    assert sum(writer.bytes for writer in writers) == sum(len(document.text.encode()) for document in documents)
     back = list(read_documents(tmp_path, "train"))
     assert [(d.text, d.title, d.prompt, d.answer, d.context) for d in back] == [
         (d.text, d.title, d.prompt, d.answer, d.context) for d in documents
     ]
     assert all(document.split == "train" for document in back)
     assert [d.id for d in back] == [d.id for d in documents]
-    writer.paths[0].write_bytes(b"PAR1 no longer")
+    writers[0].path.write_bytes(b"PAR1 no longer")
     with pytest.raises(UserError, match=r"train-00000.parquet: damaged document file"):
         list(read_documents(tmp_path, "train"))

@@ -93,6 +93,28 @@ def test_manifest_counts_what_is_there(large_file, large_prepared):
     assert manifest["corpus"]["sources"][0]["documents"] == len(lines)
 
 
+def test_cleaning_and_deduplication_do_not_depend_on_the_number_of_workers(ray_instance, large_file, tmp_path):
+    lines = large_file.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "again.txt").write_text("\n".join(line.upper() for line in lines[5000:9000]))
+    data = DataSection(
+        train=[{"path": str(large_file), "weight": 1.5}, str(tmp_path / "again.txt")],
+        text_unit="line",
+        cleaning={"unicode": "NFC", "length": {"min_words": 5}},
+        deduplication={"shingle_words": 2},
+    )
+    for workers in (1, 2, 4):
+        prepare_directory(tmp_path / f"set{workers}", data, TokenizerSection(vocab_size=600), cpus=workers)
+    first = content_of(tmp_path / "set1")
+    assert first == content_of(tmp_path / "set2") == content_of(tmp_path / "set4")
+    manifest = verify_prepared(tmp_path / "set1")
+    validation = manifest["splits"]["validation"]["documents"]
+    assert manifest["splits"]["train"]["documents"] == pytest.approx(1.5 * (20_000 - validation), rel=0.02)
+    texts = {
+        document.text for split in ("train", "validation") for document in read_documents(tmp_path / "set1", split)
+    }
+    assert texts == set(lines)
+
+
 def test_a_whole_set_is_not_made_again(large_file, large_prepared):
     before = (large_prepared / "manifest.json").stat().st_mtime_ns
     prepare_directory(large_prepared, DataSection(train=str(large_file)), TokenizerSection())
@@ -107,17 +129,23 @@ def test_a_killed_prepare_leaves_no_whole_set_and_the_same_command_completes_it(
     )
     environment = {**os.environ, "RAY_ADDRESS": ray_instance.get_runtime_context().gcs_address}
     directory = tmp_path / "runs" / "set"
-    process = raylm("prepare", config, env=environment)
-    deadline = time.monotonic() + 120
-    # Killed in the midst of tokenizing.
-    while not list(directory.glob("train/*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert (directory / "documents").is_dir() and not (directory / "manifest.json").exists()
-    with pytest.raises(UserError, match="not a prepared directory"):
-        open_samples(directory, "train", 32, seed=0)
+    finished: dict[Path, int] = {}
+    # Killed in the midst of reading, then of tokenizing.
+    for record in ("work/blocks/*.json", "work/files/*.json"):
+        process = raylm("prepare", config, env=environment)
+        deadline = time.monotonic() + 120
+        while not list(directory.glob(record)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (directory / "manifest.json").exists()
+        with pytest.raises(UserError, match="not a prepared directory"):
+            open_samples(directory, "train", 32, seed=0)
+        # What was finished has not been made again.
+        assert all(path.stat().st_mtime_ns == time_made for path, time_made in finished.items())
+        finished = {path: path.stat().st_mtime_ns for path in directory.glob(record)}
+        assert finished
     process = raylm("prepare", config, env=environment)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -184,7 +212,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(case, tmp_path):
+def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(case, tmp_path, ray_instance):
     (tmp_path / "good.txt").write_text("a good document")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 noir")
@@ -196,7 +224,8 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(case, tmp_pat
     if case == "tokenizer":
         tokenizer = {"path": f"{tmp_path}/none"}
     config = write_config(tmp_path, data, tokenizer=tokenizer)
-    process = raylm("prepare", config)
+    address = ray_instance.get_runtime_context().gcs_address
+    process = raylm("prepare", config, env={**os.environ, "RAY_ADDRESS": address})
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert output == "" and errors.count("\n") == 1

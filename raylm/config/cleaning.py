@@ -1,0 +1,123 @@
+"""Sections about what happens to documents before they are tokenized: ``cleaning``, ``deduplication``,
+``decontamination``. Everything is off until it is named."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raylm.config.base import Section
+
+
+class LengthSection(Section):
+    """``cleaning.length``: documents outside of these bounds are dropped."""
+
+    min_characters: int = Field(default=1, ge=0)
+    """Fewest characters."""
+    max_characters: int | None = Field(default=None, ge=1)
+    """Most characters; no limit by default."""
+    min_words: int = Field(default=0, ge=0)
+    """Fewest words; a Chinese or Japanese character counts as one."""
+    max_words: int | None = Field(default=None, ge=1)
+    """Most words; no limit by default."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LengthSection:
+        for unit in ("characters", "words"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if most is not None and most < least:
+                raise ValueError(f"max_{unit}: found {most}, allowed: min_{unit} ({least}) or more")
+        return self
+
+
+class LanguageSection(Section):
+    """``cleaning.language``: keep documents in some languages."""
+
+    keep: list[str] = Field(min_length=1)
+    """ISO 639-1 codes, such as en and zh."""
+    characters: int = Field(default=1000, ge=50)
+    """How much of a document's beginning is looked at."""
+
+
+class CleaningSection(Section):
+    """``data.cleaning``: what is changed in a document, and which documents are dropped.
+
+    Changes come first, in this order: html, unicode, control_characters, full_width, chinese, pii. Then the filters, in
+    the order below. The report counts and shows what each of them touched.
+    """
+
+    html: bool = False
+    """Take the text out of HTML."""
+    unicode: Literal["NFC", "NFKC"] | None = None
+    """Unicode normalisation form."""
+    control_characters: bool = False
+    """Remove control and zero-width characters other than tab and line feed; line ends become line feeds."""
+    full_width: bool = False
+    """Make full-width letters, digits and spaces half-width; Chinese punctuation stays."""
+    chinese: Literal["simplified", "traditional"] | None = None
+    """Convert Chinese characters (OpenCC; the extra ``chinese``)."""
+    pii: list[Literal["email", "ip", "phone"]] = Field(default_factory=list)
+    """Personal data to mask, as <email>, <ip>, <phone>."""
+    length: LengthSection | None = None
+    """Bounds of a document's length."""
+    language: LanguageSection | None = None
+    """Languages to keep."""
+    repetition: bool = False
+    """Drop what repeats itself: the rules of Gopher (Rae et al. 2021, table A1)."""
+    gopher: bool = False
+    """Drop what is no prose: the quality rules of Gopher (Rae et al. 2021, section A.1.1). For English."""
+    c4: bool = False
+    """Keep lines that end as sentences do, drop placeholders: the rules of C4 (Raffel et al. 2020). For English."""
+
+
+class DeduplicationSection(Section):
+    """``data.deduplication``: of what is there twice, the first stays; over all sources together."""
+
+    exact: bool = True
+    """Drop documents whose text is the same but for letter case, white space and Unicode form."""
+    near: bool = True
+    """Drop documents that share most of their shingles with an earlier one (MinHash, locality-sensitive hashing)."""
+    threshold: float = Field(default=0.8, gt=0, le=1)
+    """Jaccard similarity of two documents' sets of shingles from which on the later one is dropped."""
+    shingle_words: int = Field(default=5, ge=1, le=32)
+    """Words in a shingle; a Chinese or Japanese character is a word."""
+    permutations: int = Field(default=128, ge=8, le=1024)
+    """Length of a MinHash signature."""
+    bands: int | None = Field(default=None, ge=1)
+    """Bands that a signature is cut into; by default as many as find 99% of the pairs at ``threshold``."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the permutations."""
+
+    @model_validator(mode="after")
+    def _bands(self) -> DeduplicationSection:
+        if self.bands is not None and self.bands > self.permutations:
+            raise ValueError(f"bands: found {self.bands}, allowed: at most permutations ({self.permutations})")
+        return self
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """(bands, rows a band).
+
+        A pair of similarity s shares a band with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman & Ullman,
+        Mining of Massive Datasets, 3.4.2). The longest bands that keep this at 0.99 for s = ``threshold`` give the
+        fewest candidates.
+        """
+        if self.bands is not None:
+            return self.bands, self.permutations // self.bands
+        for rows in range(self.permutations, 1, -1):
+            bands = self.permutations // rows
+            if 1 - (1 - self.threshold**rows) ** bands >= 0.99:
+                return bands, rows
+        return self.permutations, 1
+
+
+class DecontaminationSection(Section):
+    """``data.decontamination``: drop documents that hold text of evaluation sets."""
+
+    sources: list[str] = Field(min_length=1)
+    """Evaluation sets: sources like those of ``data.train``."""
+    ngram_words: int = Field(default=13, ge=1, le=64)
+    """Words in a row that make a match; 13 as for GPT-3 (Brown et al. 2020, appendix C)."""
+    max_overlap: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a document's n-grams that may be found in the evaluation sets."""

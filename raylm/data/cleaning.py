@@ -1,0 +1,142 @@
+"""``data.cleaning`` applied to documents: what is changed, what is dropped, and the account of both.
+
+In: documents. Out: cleaned documents. The account of a block is a plain dictionary, so that the driver can add up all
+blocks in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from raylm.config.cleaning import CleaningSection
+from raylm.data.changes import changes_of
+from raylm.data.documents import Document, make_pair
+from raylm.data.quality import c4_lines, gopher_quality, gopher_repetition
+from raylm.data.words import words_of
+
+MOST_EXAMPLES = 3
+EXAMPLE_CHARACTERS = 240
+
+Filter = Callable[[str, list[str]], str | None]
+
+
+class Account:
+    """What cleaning did: by change how many documents it touched; by filter and reason what it dropped."""
+
+    def __init__(self) -> None:
+        self.changed: dict[str, int] = {}
+        self.dropped: dict[str, dict[str, int]] = {}
+        self.examples: dict[str, list[dict[str, str]]] = {}
+
+    def change(self, name: str) -> None:
+        """Count a document that ``name`` changed."""
+        self.changed[name] = self.changed.get(name, 0) + 1
+
+    def drop(self, name: str, reason: str, text: str) -> None:
+        """Count a document that ``name`` dropped for ``reason``, and keep some as examples."""
+        reasons = self.dropped.setdefault(name, {})
+        reasons[reason] = reasons.get(reason, 0) + 1
+        examples = self.examples.setdefault(name, [])
+        if len(examples) < MOST_EXAMPLES:
+            examples.append({"reason": reason, "text": text[:EXAMPLE_CHARACTERS]})
+
+    def to_json(self) -> dict[str, Any]:
+        """The account as JSON."""
+        return {"changed": self.changed, "dropped": self.dropped, "examples": self.examples}
+
+
+class Cleaner:
+    """Applies a ``cleaning`` section.
+
+    Args:
+        section: what to do.
+        account: where it is counted.
+
+    Raises:
+        UserError: a library that is asked for is missing.
+    """
+
+    def __init__(self, section: CleaningSection, account: Account) -> None:
+        self._section, self._account = section, account
+        self._changes = changes_of(section)
+        self._filters = _filters(section)
+
+    def clean(self, document: Document) -> Document | None:
+        """The cleaned document; None where it is dropped."""
+        if self._changes:
+            document = self._change(document)
+        if self._section.c4 and not document.prompt:
+            text, reason = c4_lines(document.text)
+            if reason is not None:
+                self._account.drop("c4", reason, document.text)
+                return None
+            if text != document.text:
+                self._account.change("c4")
+                document = replace(document, text=text)
+        if self._filters:
+            words = words_of(document.text)
+            for name, judge in self._filters.items():
+                reason = judge(document.text, words)
+                if reason is not None:
+                    self._account.drop(name, reason, document.text)
+                    return None
+        return document
+
+    def _change(self, document: Document) -> Document:
+        parts = [document.prompt, document.answer, document.context] if document.prompt else [document.text]
+        for name, change in self._changes.items():
+            changed = [change(part) for part in parts]
+            if changed != parts:
+                self._account.change(name)
+                parts = changed
+        if not document.prompt:
+            return document if parts[0] is document.text else replace(document, text=parts[0])
+        prompt, answer, context = parts
+        if not (prompt.strip() and answer.strip()):
+            return replace(document, text="", prompt="", answer="", context="")
+        pair = make_pair(prompt, answer, context)
+        return replace(document, text=pair.text, prompt=prompt, answer=answer, context=context)
+
+
+def _filters(section: CleaningSection) -> dict[str, Filter]:
+    found: dict[str, Filter] = {}
+    if section.length is not None:
+        found["length"] = _length_filter(section)
+    if section.language is not None:
+        found["language"] = _language_filter(section)
+    if section.repetition:
+        found["repetition"] = gopher_repetition
+    if section.gopher:
+        found["gopher"] = gopher_quality
+    return found
+
+
+def _length_filter(section: CleaningSection) -> Filter:
+    bounds = section.length
+
+    def judge(text: str, words: list[str]) -> str | None:
+        for unit, count, least, most in (
+            ("characters", len(text), bounds.min_characters, bounds.max_characters),
+            ("words", len(words), bounds.min_words, bounds.max_words),
+        ):
+            if count < least:
+                return f"fewer than {least} {unit}"
+            if most is not None and count > most:
+                return f"more than {most} {unit}"
+        return None
+
+    return judge
+
+
+def _language_filter(section: CleaningSection) -> Filter:
+    import py3langid
+
+    keep, characters = set(section.language.keep), section.language.characters
+
+    def judge(text: str, _: list[str]) -> str | None:
+        found = py3langid.classify(text[:characters])[0]
+        return None if found in keep else found
+
+    return judge

@@ -1,0 +1,155 @@
+"""A block to parts: its documents read, cleaned, given a side, and signed, in files of a bounded size.
+
+The first of the two passes of ``prepare``. A part is ``work/parts/BBBBBB-PPP.parquet`` with its signatures beside it. A
+block is done when ``work/blocks/BBBBBB.json``, its record, stands; what a block gives depends on the block alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raylm.config.data import DataSection
+from raylm.config.run_directory import write_atomically
+from raylm.data.blocks import Block
+from raylm.data.cleaning import Account, Cleaner
+from raylm.data.contamination import Contamination
+from raylm.data.corpus import BlockCount
+from raylm.data.documents import Document, DocumentFile, Kind, Split, hash_share, side_of
+from raylm.data.readers import read_block
+from raylm.data.signatures import Signatures
+from raylm.data.streams import InputErrors
+
+WORK = "work"
+SAMPLE_PURPOSE = b"raylm-sample"
+# Documents by the power of two of their length in bytes.
+LENGTH_BINS = 40
+
+
+class PartWriter:
+    """Writes the parts of one block.
+
+    Args:
+        directory: the set's work directory.
+        block: number of the block.
+        part_bytes: text of a part.
+        data: which signatures are wanted.
+        sample_rate: share of the training documents that is kept for training a tokenizer; from 1 on, all are.
+    """
+
+    def __init__(self, directory: Path, block: int, part_bytes: int, data: DataSection, sample_rate: float) -> None:
+        self._folder, self._block, self._part_bytes = directory / "parts", block, part_bytes
+        self._deduplication, self._sample_rate = data.deduplication, sample_rate
+        self._file: DocumentFile | None = None
+        self.parts: list[dict[str, Any]] = []
+
+    def write(self, document: Document, split: Split, kind: Kind) -> None:
+        """Append one document, its side decided."""
+        if self._file is None:
+            name = f"{self._block:06d}-{len(self.parts):03d}"
+            self._file = DocumentFile(self._folder / f"{name}.parquet", kind, with_split=True)
+            self._sample = DocumentFile(self._folder / f"{name}.sample.parquet", "documents")
+            self._signatures = Signatures(self._deduplication) if self._deduplication else None
+            self._texts: list[str] = []
+            self._text_bytes = 0
+            self._part = {"name": name, "train": 0, "validation": 0, "bytes": 0}
+        self._file.write(document.on_side(split))
+        self._part[split] += 1
+        if split == "train" and self._sample_rate < 1 and hash_share(document.text, SAMPLE_PURPOSE) < self._sample_rate:
+            # The row's number stands in for a title: duplicates are taken out by it.
+            self._sample.write(Document(text=document.text, title=str(self._file.documents - 1)))
+        if self._signatures is not None:
+            self._texts.append(document.text)
+            self._text_bytes += len(document.text)
+            if self._text_bytes >= 1 << 20:
+                self._sign()
+        if self._file.bytes >= self._part_bytes:
+            self.finish()
+
+    def _sign(self) -> None:
+        if self._signatures is not None and self._texts:
+            self._signatures.add(self._texts)
+        self._texts, self._text_bytes = [], 0
+
+    def finish(self) -> None:
+        """Close the part that is open."""
+        if self._file is None:
+            return
+        self._sign()
+        if self._signatures is not None:
+            self._signatures.write(self._folder / self._part["name"])
+        if self._sample_rate < 1:
+            self._sample.__exit__(None, None, None)
+        self._part["bytes"] = self._file.bytes
+        self._file.__exit__(None, None, None)
+        self.parts.append(self._part)
+        self._file = None
+
+
+def make_parts(
+    job: dict[str, Any], directory: str, data: dict[str, Any], source_names: list[str], part_bytes: int, rate: float
+) -> dict[str, Any]:
+    """The Ray Data task: reads one block, writes its parts, and returns its record.
+
+    Args:
+        job: a block as JSON.
+        directory: the work directory.
+        data: the ``data`` section.
+        source_names: what the user called the sources.
+        part_bytes: text of a part.
+        rate: share of the documents that is sampled for the tokenizer.
+
+    Raises:
+        UserError: bad input.
+    """
+    block, section, work = Block.from_json(job), DataSection.model_validate(data), Path(directory)
+    source = source_names[block.source]
+    errors, account, count = InputErrors(section.errors), Account(), BlockCount()
+    cleaner = Cleaner(section.cleaning, account)
+    contamination = Contamination.load(work, section.decontamination)
+    lengths = np.zeros(LENGTH_BINS, dtype=np.int64)
+    digest = hashlib.sha256()
+    writer = PartWriter(work, block.number, part_bytes, section, rate)
+    read = 0
+    for document in read_block(block, section, errors):
+        if block.sole_split is not None and document.split not in (None, block.sole_split):
+            continue
+        read += 1
+        if not document.text.strip():
+            count.empty += 1
+            continue
+        cleaned = cleaner.clean(document)
+        if cleaned is None:
+            count.dropped += 1
+            continue
+        if not cleaned.text.strip():
+            account.drop("empty", "nothing left", document.text)
+            count.dropped += 1
+            continue
+        if contamination is not None and contamination.found_in(cleaned.text):
+            account.drop("decontamination", "text of an evaluation set", cleaned.text)
+            count.dropped += 1
+            continue
+        split = side_of(cleaned, block.sole_split, section.validation_fraction)
+        count.add(cleaned, split, source)
+        lengths[min(cleaned.byte_count.bit_length(), LENGTH_BINS - 1)] += 1
+        digest.update(f"{cleaned.title}\0{cleaned.text}\0".encode())
+        writer.write(cleaned, split, count.kind)
+    writer.finish()
+    count.sha256 = digest.hexdigest()
+    record = {
+        "block": block.number,
+        "read": read,
+        "count": asdict(count),
+        "parts": writer.parts,
+        "cleaning": account.to_json(),
+        "errors": {"counts": errors.counts, "samples": errors.samples},
+        "lengths": lengths.tolist(),
+    }
+    write_atomically(work / "blocks" / f"{block.number:06d}.json", json.dumps(record, ensure_ascii=False))
+    return record

@@ -1,0 +1,221 @@
+"""Bytes of files: local or remote (fsspec), plain or compressed, a line at a time, and what to do with bad ones.
+
+A remote path is a URI. ``s3://`` and ``gs://`` go through pyarrow, which takes ``?region=`` and the like as the storage
+of a run does; everything else through fsspec's own file systems.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+from raylm.errors import UserError
+
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MOST_SAMPLES = 5
+
+
+def is_remote(path: str) -> bool:
+    """Whether ``path`` is a URI."""
+    return "://" in path
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a local path or a URI.
+
+    Raises:
+        UserError: no file system goes by that protocol, or its library is not installed.
+    """
+    import fsspec
+
+    protocol = path.split("://")[0] if is_remote(path) else "file"
+    try:
+        if protocol in ("s3", "gs", "gcs"):
+            from fsspec.implementations.arrow import ArrowFSWrapper
+            from pyarrow.fs import FileSystem
+
+            found, inner = FileSystem.from_uri(path)
+            return ArrowFSWrapper(found), inner
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{path}: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one short line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def plain_suffix(path: str) -> str:
+    """The suffix under a compressed file's own: ``a.jsonl.gz`` gives ``.jsonl``."""
+    name = PurePosixPath(path.partition("?")[0])
+    return (name.with_suffix("") if is_compressed(path) else name).suffix.lower()
+
+
+def is_compressed(path: str) -> bool:
+    """Whether the file's name says that it is compressed."""
+    return PurePosixPath(path.partition("?")[0]).suffix.lower() in COMPRESSED
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """The file's content as a binary stream, decompressed.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if is_remote(path):
+        files, inner = file_system(path)
+        stream = files.open(inner, "rb")
+    else:
+        stream = open(path, "rb")  # noqa: SIM115, PTH123 - the caller closes it
+    suffix = PurePosixPath(path.partition("?")[0]).suffix.lower()
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=stream)
+    if suffix == ".xz":
+        return lzma.LZMAFile(stream)
+    if suffix == ".bz2":
+        return bz2.BZ2File(stream)
+    if suffix == ".zst":
+        import zstandard
+
+        # A buffer around it, as zstandard's reader has no readline of its own.
+        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True, closefd=True)
+        return io.BufferedReader(reader, 1 << 20)
+    return stream
+
+
+def damaged() -> tuple[type[BaseException], ...]:
+    """What reading a damaged or unreachable file raises."""
+    import zstandard
+
+    return OSError, EOFError, lzma.LZMAError, zstandard.ZstdError
+
+
+@dataclass
+class InputErrors:
+    """What is done with bad input, and the count of it.
+
+    Attributes:
+        policy: strict, replace or skip (``data.errors``).
+        counts: by kind of mistake, how often it was skipped or replaced.
+        samples: the first messages.
+    """
+
+    policy: str
+    counts: dict[str, int] = field(default_factory=dict)
+    samples: list[str] = field(default_factory=list)
+
+    def bad(self, kind: str, message: str) -> None:
+        """Count one mistake whose row is skipped.
+
+        Raises:
+            UserError: unless ``policy`` is skip.
+        """
+        if self.policy != "skip":
+            raise UserError(message)
+        self.count(kind, message)
+
+    def count(self, kind: str, message: str) -> None:
+        """Count one mistake."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if len(self.samples) < MOST_SAMPLES:
+            self.samples.append(message)
+
+    def decode(self, content: bytes, path: str, offset: int) -> str | None:
+        """``content``, which stands at ``offset`` of the file, as text; None where it is to be skipped.
+
+        A zero byte is no text either: files that hold some are binary, or were cut off by a crash.
+
+        Raises:
+            UserError: it is not UTF-8, unless ``policy`` says otherwise; names the byte.
+        """
+        zero = content.find(0)
+        try:
+            text = content.decode()
+            if zero < 0:
+                return text
+            place = zero
+        except UnicodeDecodeError as error:
+            place = error.start if zero < 0 else min(zero, error.start)
+        message = f"{path}: not UTF-8 at byte {offset + place}: found 0x{content[place]:02x}, allowed: UTF-8 text"
+        if self.policy == "replace":
+            self.count("undecodable", message)
+            return content.decode(errors="replace").replace("\0", "\ufffd")
+        self.bad("undecodable", message)
+        return None
+
+
+class Lines:
+    """The lines of a file that begin in a range of bytes, decoded.
+
+    Lines that begin at p with start < p <= stop belong to the range, and the first line to the one that starts at 0:
+    ranges that follow each other share out every line once.
+
+    Args:
+        path: the file.
+        start, stop: the range; stop is None for a file that is read to its end.
+        errors: what to do with what is not text.
+        most_bytes: longest line.
+    """
+
+    def __init__(
+        self, path: str, errors: InputErrors, most_bytes: int, start: int = 0, stop: int | None = None
+    ) -> None:
+        self.path, self.start, self.stop, self.most_bytes = path, start, stop, most_bytes
+        self._errors = errors
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        """(offset, line with its end)."""
+        return self.read(lambda offset: self.stop is None or offset <= self.stop)
+
+    def read(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str]]:
+        """(offset, line with its end), from the range's start on, as long as ``wanted(offset)``."""
+        with open_bytes(self.path) as stream:
+            offset = self.start
+            if offset:
+                stream.seek(offset)
+                offset += self._pass(stream)
+            while wanted(offset):
+                raw = stream.readline(self.most_bytes + 1)
+                if not raw:
+                    return
+                begin, offset = offset, offset + len(raw)
+                if len(raw) > self.most_bytes:
+                    offset += self._pass(stream) if not raw.endswith(b"\n") else 0
+                    self._errors.bad(
+                        "too long",
+                        f"{self.path}:{line_number(self.path, begin)}: a line of {offset - begin} bytes at byte "
+                        f"{begin}; allowed: at most data.max_document_bytes ({self.most_bytes})",
+                    )
+                    continue
+                content = raw.removeprefix(BYTE_ORDER_MARK) if begin == 0 else raw
+                text = self._errors.decode(content, self.path, begin + len(raw) - len(content))
+                if text is not None:
+                    yield begin, text
+
+    @staticmethod
+    def _pass(stream: BinaryIO) -> int:
+        """Read to the end of the line, in pieces; returns the bytes read."""
+        count = 0
+        while piece := stream.readline(1 << 20):
+            count += len(piece)
+            if piece.endswith(b"\n"):
+                break
+        return count
+
+
+def line_number(path: str, offset: int) -> int:
+    """Number, from 1, of the line that begins at ``offset``; counted when a mistake is to be named."""
+    number, left = 1, offset
+    with open_bytes(path) as stream:
+        while left > 0 and (piece := stream.read(min(left, 1 << 20))):
+            number += piece.count(b"\n")
+            left -= len(piece)
+    return number
