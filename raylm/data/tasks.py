@@ -59,7 +59,7 @@ def run_jobs(
         batch_size=1,
         batch_format="numpy",
         num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=cpus),
+        compute=ray.data.TaskPoolStrategy(size=cpus and min(cpus, len(rows))),
         fn_kwargs={"function": function, "arguments": arguments},
     )
     weights = weights or [1] * len(jobs)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from raylm.config.data import DataSection
 from raylm.data.corpus import Corpus
-from raylm.data.documents import Document, DocumentWriter
+from raylm.data.documents import Document, DocumentFile
 from raylm.serving.retrieval import Collection, split_passages
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "documents"
         folder.mkdir()
-        with DocumentWriter(folder, "train", "documents", file_bytes=1 << 20) as writer:
+        with DocumentFile(folder / "train-00000.parquet", "documents") as writer:
             for document in documents:
                 writer.write(document)
         began = time.perf_counter()

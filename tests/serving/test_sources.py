@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raylm.data.documents import Document, DocumentWriter
+from raylm.data.documents import Document, DocumentFile
 from raylm.serving.retrieval import Collection
 
 
 def prepared(directory: Path, documents: list[Document]) -> Path:
     (directory / "documents").mkdir()
-    with DocumentWriter(directory / "documents", "train", "documents", file_bytes=1 << 20) as writer:
+    with DocumentFile(directory / "documents" / "train-00000.parquet", "documents") as writer:
         for document in documents:
             writer.write(document)
     return directory
