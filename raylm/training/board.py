@@ -90,9 +90,11 @@ class Board:
         """Everything known so far, with ``restarts``: why the workers were started again, each time."""
         return {**self._latest, "restarts": self._restarts}
 
-    def begin(self, generation: str) -> str | None:
-        """Rank 0 of a new start of the workers; returns the failure that forbids to go on, or None."""
-        self._generation, self._beats = generation, {}
+    def begin(self, generation: str, ranks: int) -> str | None:
+        """Rank 0 of a new start of ``ranks`` workers; returns the failure that forbids to go on, or None."""
+        # All are alive now: one that freezes before its first beat is missed as well.
+        now = time.monotonic()
+        self._generation, self._beats = generation, {rank: Beat(0, 0, now) for rank in range(ranks)}
         self._starts += 1
         first = self.first_failure()
         if first is not None and first.kind == "fatal":

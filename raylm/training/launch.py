@@ -53,7 +53,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     begun: list[Any] = [None, None]
     if rank == 0:
         generation = new_attempt()
-        begun = [generation, ray.get(job.progress.begin.remote(generation), timeout=HANDOVER_SECONDS)]
+        begin = job.progress.begin.remote(generation, context.get_world_size())
+        begun = [generation, ray.get(begin, timeout=HANDOVER_SECONDS)]
     dist.broadcast_object_list(begun, src=0)
     generation, forbidden = begun
     if forbidden is not None:

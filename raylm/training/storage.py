@@ -88,8 +88,13 @@ class Storage:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
             return
-        with self._opened[0].open_output_stream(self._path(name)) as stream:
+        with self._open_output(name) as stream:
             stream.write(text.encode())
+
+    def _open_output(self, name: str):
+        # An object store needs no folders but a bucket, which ``allow_bucket_creation`` makes; HDFS needs them all.
+        self._opened[0].create_dir(posixpath.dirname(self._path(name)), recursive=True)
+        return self._opened[0].open_output_stream(self._path(name))
 
     def remove(self, name: str) -> None:
         """Remove the file or folder ``name``, if it is there."""
@@ -107,9 +112,7 @@ class Storage:
             for path in sorted(p for p in source.rglob("*") if p.is_file()):
                 self.upload(path, f"{name}/{path.relative_to(source).as_posix()}")
             return
-        # An object store lists no empty folders and needs none; HDFS and local file systems do.
-        self._opened[0].create_dir(posixpath.dirname(self._path(name)), recursive=True)
-        with source.open("rb") as stream, self._opened[0].open_output_stream(self._path(name)) as target:
+        with source.open("rb") as stream, self._open_output(name) as target:
             while block := stream.read(COPY_CHUNK_BYTES):
                 target.write(block)
 

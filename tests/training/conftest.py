@@ -72,11 +72,13 @@ class Run:
 
     def wait_for_restart(self, driver: subprocess.Popen) -> None:
         """Wait until the workers are back, which cut the metrics to their checkpoint."""
-        before, deadline = self.metrics.stat().st_ino, time.monotonic() + PATIENCE_SECONDS
-        while self.metrics.stat().st_ino == before:
-            assert driver.poll() is None, driver.communicate()
-            assert time.monotonic() < deadline, "the workers did not restart"
-            time.sleep(0.02)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        # Held open, so that no new file gets its inode.
+        with self.metrics.open() as old:
+            while os.path.samestat(os.fstat(old.fileno()), self.metrics.stat()):
+                assert driver.poll() is None, driver.communicate()
+                assert time.monotonic() < deadline, "the workers did not restart"
+                time.sleep(0.02)
 
     def workers(self, driver: subprocess.Popen) -> list[psutil.Process]:
         """The Ray Train worker processes that ``driver`` started, in order of their age."""
