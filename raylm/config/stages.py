@@ -78,12 +78,28 @@ class TrainConfig(Section):
                         f"parallel.{name}: found {found}, allowed with resources.elastic: "
                         f"{'auto' if name == 'data' else 1}, as the number of data-parallel workers changes"
                     )
-        if isinstance(workers, int) and isinstance(data, int) and workers != data:
+        cut = self.parallel.cut
+        if isinstance(workers, int) and workers % cut:
             raise ValueError(
-                f"parallel.data: found {data}, allowed: auto or {workers}, as data x tensor x pipeline must equal "
-                f"resources.workers ({workers})"
+                f"resources.workers: found {workers}, allowed: auto or a multiple of parallel.tensor x "
+                f"parallel.pipeline ({cut})"
             )
-        known = workers if isinstance(workers, int) else data
+        if isinstance(workers, int) and isinstance(data, int) and workers != data * cut:
+            raise ValueError(
+                f"parallel.data: found {data}, allowed: auto or {workers // cut}, as data x tensor x pipeline must "
+                f"equal resources.workers ({workers})"
+            )
+        if cut > 1 and self.parallel.zero_stage >= 2:
+            raise ValueError(
+                f"parallel.zero_stage: found {self.parallel.zero_stage}, allowed with parallel.tensor or "
+                "parallel.pipeline above 1: 0, 1, as gradients are then whole until all micro-batches are through"
+            )
+        if cut > 1 and self.training.optimizer == "muon":
+            raise ValueError(
+                "training.optimizer: found muon, allowed with parallel.tensor or parallel.pipeline above 1: adamw, "
+                "sgd, as muon needs whole matrices"
+            )
+        known = workers // cut if isinstance(workers, int) else data
         if isinstance(known, int):
             if self.training.batch_size % known:
                 raise ValueError(

@@ -104,16 +104,22 @@ class ParallelSection(Section):
 
     data: int | Literal["auto"] = "auto"
     """Replicas that share a batch; auto is the number of workers."""
-    tensor: Literal[1] = 1
-    """Processes that share each layer; only 1 so far."""
-    pipeline: Literal[1] = 1
-    """Pipeline stages; only 1 so far."""
+    tensor: int = Field(default=1, ge=1)
+    """Processes that share each layer; workers = data x tensor x pipeline."""
+    pipeline: int = Field(default=1, ge=1)
+    """Stages, each of which holds some of the blocks; micro-batches pass through them one forward, one backward."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: 0 replicates all, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    """DeepSpeed ZeRO: 0 replicates all, 1 shards optimizer state, 2 gradients too, 3 parameters too; 2 and 3 go with
+    data parallelism only."""
     micro_batch_size: int | Literal["auto"] = "auto"
     """Sequences that a worker takes at once; the rest of its share of the batch is accumulated."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+
+    @property
+    def cut(self) -> int:
+        """Processes that hold one copy of the model between them."""
+        return self.tensor * self.pipeline
 
 
 class CheckpointSection(Section):

@@ -17,6 +17,7 @@ from torch import nn
 
 from raylm.objectives.base import IGNORED, Batch, ObjectiveModule
 from raylm.parallel.fragments import Fragment, partition_fragments, pieces, replicated_fragments
+from raylm.parallel.slicing import Slicing
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class DataParallelEngine:
         clipping: largest gradient norm; 0 does not clip.
         bf16: compute in bf16 with fp32 master weights (zero_stage 1 to 3).
         device: where the model goes.
+
+    Attributes:
+        data_rank, data_size: which replica this is, of how many; they take different samples.
+        leads: whether this rank answers for its replica.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class DataParallelEngine:
         device: torch.device,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.data_rank, self.data_size, self.leads = self.rank, self.world_size, True
         self.zero_stage, self.clipping, self.device = zero_stage, clipping, device
         objective.to(device)
         named = {name.removeprefix("model."): p for name, p in objective.named_parameters()}
@@ -163,11 +169,11 @@ class DataParallelEngine:
         return list(partition_fragments(self.parameters, {}, self.engine.optimizer, self.rank))
 
     @torch.no_grad()
-    def adopt(self, read_weight: Callable[[str], torch.Tensor], optimizer_steps: int) -> None:
+    def adopt(self, read_part: Callable[[str, Slicing], torch.Tensor], optimizer_steps: int) -> None:
         """After a load has filled :meth:`fragments`: bring the working weights and the step counters in line.
 
         Args:
-            read_weight: from a parameter's name to its whole fp32 tensor.
+            read_part: from a parameter's name and its slicing to that part of the fp32 weight.
             optimizer_steps: steps that the optimizer had made, for AdamW's bias correction.
         """
         if self.zero_stage == 3:
@@ -176,7 +182,7 @@ class DataParallelEngine:
                 zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         else:
             for name, parameter in self.parameters.items():
-                parameter.data.copy_(read_weight(name))
+                parameter.data.copy_(read_part(name, Slicing(tuple(parameter.shape))))
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(float(optimizer_steps))

@@ -1,7 +1,7 @@
 """The plan of a training run: who does what, how much memory it takes, and what is refused.
 
 In: a training configuration and what the cluster has. Out: the configuration with every ``auto`` as a number, and a
-description for ``raylm plan``. Only data parallelism with ZeRO so far.
+description for ``raylm plan``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from raylm.errors import UserError
 from raylm.models.families import build_config, check_positions, parameter_count
 from raylm.models.loading import load_config, load_tokenizer
 from raylm.objectives import make_objective
+from raylm.parallel.refusals import check_cuts
 
 BYTES = 4
 # Tokens of one micro-batch beyond which a bigger one gains nothing on a CPU but takes memory.
@@ -28,11 +29,13 @@ class Layout:
     """How a run is cut.
 
     Attributes:
-        workers: processes, all data-parallel.
+        workers: processes: data x tensor x pipeline.
         micro_batch_size: sequences that a worker takes at once.
         accumulation: micro-batches of a step on each worker.
         use_gpu: whether each worker holds a GPU.
         precision: fp32 or bf16.
+        tensor: tensor-parallel ranks.
+        pipeline: stages.
     """
 
     workers: int
@@ -40,6 +43,13 @@ class Layout:
     accumulation: int
     use_gpu: bool
     precision: str
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def data(self) -> int:
+        """Replicas that share a batch."""
+        return self.workers // (self.tensor * self.pipeline)
 
 
 def make_layout(config: TrainConfig, cpus: float, gpus: float) -> Layout:
@@ -54,27 +64,35 @@ def make_layout(config: TrainConfig, cpus: float, gpus: float) -> Layout:
     available = int(gpus) if use_gpu else int(cpus / resources.cpus_per_worker + 1e-9)
     if use_gpu:
         available = min(available, int(cpus / resources.cpus_per_worker + 1e-9))
-    wanted = resources.workers if resources.workers != "auto" else parallel.data
+    cut = parallel.cut
+    wanted = resources.workers // cut if resources.workers != "auto" else parallel.data
     if resources.elastic is not None:
         # What a worker group of another size than the layout's leaves of a batch is filled up (training.batches).
-        workers = max(resources.elastic[0], min(resources.elastic[1], available))
+        replicas = max(resources.elastic[0], min(resources.elastic[1], available))
     elif wanted == "auto":
-        # The largest number of workers that the batch divides over.
-        workers = next((n for n in range(max(1, available), 0, -1) if training.batch_size % n == 0), 1)
+        # The largest number of replicas that the batch divides over.
+        replicas = next((n for n in range(max(1, available // cut), 0, -1) if training.batch_size % n == 0), 1)
     else:
-        workers = int(wanted)
+        replicas = int(wanted)
+    workers = replicas * cut
     if workers > available:
         unit = "1 GPU and " if use_gpu else ""
         raise UserError(
             f"resources.workers: found {workers} with {unit}{resources.cpus_per_worker:g} CPUs each, allowed: at most "
             f"{available}, as the cluster has {cpus:g} CPUs and {gpus:g} GPUs"
         )
-    if training.batch_size % workers and resources.elastic is None:
-        raise UserError(f"training.batch_size: found {training.batch_size}, allowed: a multiple of {workers} workers")
-    share = -(-training.batch_size // workers)
+    if training.batch_size % replicas and resources.elastic is None:
+        raise UserError(
+            f"training.batch_size: found {training.batch_size}, allowed: a multiple of the {replicas} data-parallel "
+            f"workers"
+        )
+    share = -(-training.batch_size // replicas)
     micro = parallel.micro_batch_size
     if micro == "auto":
         limit = max(1, AUTO_MICRO_BATCH_TOKENS // training.sequence_length)
+        if parallel.pipeline > 1:
+            # Stages stand idle for (stages - 1) / (micro-batches + stages - 1) of a step.
+            limit = min(limit, max(1, share // (4 * parallel.pipeline)))
         micro = next(n for n in range(min(share, limit), 0, -1) if share % n == 0)
     if share % int(micro) and resources.elastic is None:
         raise UserError(
@@ -88,7 +106,8 @@ def make_layout(config: TrainConfig, cpus: float, gpus: float) -> Layout:
                 "master weights"
             )
         precision = "fp32"
-    return Layout(workers, int(micro), -(-share // int(micro)), use_gpu, precision)
+    accumulation = -(-share // int(micro))
+    return Layout(workers, int(micro), accumulation, use_gpu, precision, parallel.tensor, parallel.pipeline)
 
 
 def apply_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
@@ -96,7 +115,7 @@ def apply_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(
-                update={"data": layout.workers, "micro_batch_size": layout.micro_batch_size}
+                update={"data": layout.data, "micro_batch_size": layout.micro_batch_size}
             ),
             "training": config.training.model_copy(update={"precision": layout.precision}),
             "resources": config.resources.model_copy(update={"workers": layout.workers}),
@@ -142,10 +161,10 @@ class Plan:
             if getattr(training, name) is not None
         )
         lines = [
-            f"layout          {layout.workers} data x 1 tensor x 1 pipeline, ZeRO {self.config.parallel.zero_stage}, "
-            f"{'GPU' if layout.use_gpu else 'CPU'}, {layout.precision}",
+            f"layout          {layout.data} data x {layout.tensor} tensor x {layout.pipeline} pipeline, "
+            f"ZeRO {self.config.parallel.zero_stage}, {'GPU' if layout.use_gpu else 'CPU'}, {layout.precision}",
             f"parameters      {self.parameters:,} (vocabulary {self.vocab_size:,})",
-            f"batch           {training.batch_size} sequences = {layout.workers} workers x {layout.accumulation} "
+            f"batch           {training.batch_size} sequences = {layout.data} replicas x {layout.accumulation} "
             f"micro-batches x {layout.micro_batch_size}; {tokens:,} tokens a step",
             f"length          {length}",
             "memory per rank " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in memory.items()),
@@ -176,6 +195,7 @@ def make_plan(config: TrainConfig, cpus: float | None = None, gpus: float | None
         )
     check_positions(model_config, config.training.sequence_length)
     objective = make_objective(config.objective, model_config.model_type)
+    check_cuts(model_config, config.parallel)
     return Plan(
         config,
         layout,

@@ -23,6 +23,7 @@ from raylm.objectives import make_objective
 from raylm.objectives.base import ObjectiveModule
 from raylm.parallel.engine import DataParallelEngine, StepResult
 from raylm.parallel.environment import limit_collectives
+from raylm.parallel.pipeline import PipelineTensorEngine
 from raylm.training.agreement import Agreement
 from raylm.training.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.batches import (
@@ -74,16 +75,7 @@ class TrainingLoop:
         self.model_config = model.config
         self.flops = flops_per_token(model, *self.objective.lengths(training.sequence_length))
         self.micro_batch_size = int(self.config.parallel.micro_batch_size)
-        self.engine = DataParallelEngine(
-            ObjectiveModule(model, self.objective),
-            lambda named: make_optimizer(training, named, model.config.model_type),
-            zero_stage=self.config.parallel.zero_stage,
-            micro_batch_size=self.micro_batch_size,
-            accumulation=micro_batches(training.batch_size, worker.world_size, self.micro_batch_size),
-            clipping=training.gradient_clipping,
-            bf16=self.bf16,
-            device=self.device,
-        )
+        self.engine = self._engine(model)
         limit_collectives(self.config.resources.collective_timeout_seconds)
         self.peak = peak_flops(self.device)
         self.mirror = Mirror(Storage(job.storage), job.directory)
@@ -101,7 +93,9 @@ class TrainingLoop:
         self.engine.optimizer.register_step_pre_hook(lambda *_: self.writer.settle())
         self.state = _initial_state()
         self.recorder: MetricsRecorder | None = None
-        self.sample_log = SampleLog(job.directory, worker) if training.log_samples else None
+        self.sample_log = None
+        if training.log_samples and self.engine.leads:
+            self.sample_log = SampleLog(job.directory, worker, self.engine.data_rank, self.engine.data_size)
 
     def _model_config(self):
         if self.job.model_source is not None:
@@ -118,6 +112,27 @@ class TrainingLoop:
         if self.config.parallel.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
+
+    def _engine(self, model) -> DataParallelEngine | PipelineTensorEngine:
+        training, parallel = self.config.training, self.config.parallel
+        replicas = self.worker.world_size // parallel.cut
+        settings = {
+            "zero_stage": parallel.zero_stage,
+            "micro_batch_size": self.micro_batch_size,
+            "accumulation": micro_batches(training.batch_size, replicas, self.micro_batch_size),
+            "clipping": training.gradient_clipping,
+            "bf16": self.bf16,
+            "device": self.device,
+        }
+
+        def optimizer(named):
+            return make_optimizer(training, named, model.config.model_type)
+
+        if parallel.cut == 1:
+            return DataParallelEngine(ObjectiveModule(model, self.objective), optimizer, **settings)
+        return PipelineTensorEngine(
+            model, self.objective, optimizer, tensor=parallel.tensor, pipeline=parallel.pipeline, **settings
+        )
 
     def run(self) -> dict[str, Any]:
         """Train to the end and export; returns the final metrics (the same on every rank).
@@ -159,7 +174,7 @@ class TrainingLoop:
     def _load(self, reader: CheckpointReader) -> None:
         for fragment in self.engine.fragments(for_loading=True):
             reader.fill(fragment)
-        self.engine.adopt(reader.weight, reader.state["step"])
+        self.engine.adopt(reader.part, reader.state["step"])
         self.state = {**_initial_state(), **reader.state}
 
     def _save(self, *, best: bool = False) -> None:
@@ -173,11 +188,12 @@ class TrainingLoop:
         interval = _Interval(self.writer)
         while self.state["step"] < self.total_steps and not self._should_stop():
             step = self.state["step"]
-            torch.manual_seed((self.config.run.seed << 40) + step * self.worker.world_size + self.worker.rank)
+            # The ranks of a replica draw the same, so that what they share of the activations stays the same.
+            torch.manual_seed((self.config.run.seed << 40) + step * self.engine.data_size + self.engine.data_rank)
             began = time.perf_counter()
             batch = batch_of_step(step, self.state["skipped"])
             batches = step_batches(
-                self.samples, batch, training.batch_size, self.worker.rank, self.worker.world_size,
+                self.samples, batch, training.batch_size, self.engine.data_rank, self.engine.data_size,
                 self.micro_batch_size, self.device,
             )  # fmt: skip
             if self.sample_log is not None:
@@ -270,13 +286,14 @@ class TrainingLoop:
             "data_wait_seconds": interval.data_wait,
             "checkpoint_seconds": self.writer.stall_seconds - interval.stalled,
             "memory_bytes": self.worker.memory_bytes(),
+            **({"stage_idle": self.engine.idle_fractions()} if self.config.parallel.pipeline > 1 else {}),
         }
 
     def _evaluate(self) -> dict[str, float]:
         training = self.config.training
         batches = evaluation_batches(
             self.validation, training.evaluation_batches, self.micro_batch_size,
-            self.worker.rank, self.worker.world_size, self.device,
+            self.engine.data_rank, self.engine.data_size, self.device,
         )  # fmt: skip
         total, targets = self.engine.evaluate(batches)
         loss = total / max(1, targets)
@@ -342,17 +359,17 @@ class _Interval:
 
 
 class SampleLog:
-    """The numbers of the samples that one rank took, a line a step: ``samples/<generation>.rank-<rank>.jsonl``."""
+    """The numbers of the samples that one replica took, a line a step: ``samples/<generation>.rank-<rank>.jsonl``."""
 
-    def __init__(self, directory: Path, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, directory: Path, worker: Worker, data_rank: int, data_size: int) -> None:
+        self._place = (data_rank, data_size)
         path = directory / "samples" / f"{worker.generation}.rank-{worker.rank:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("w", encoding="utf-8")
 
     def write(self, step: int, batch: int, batch_size: int) -> None:
-        """Note what this rank takes in ``step``, which takes the ``batch``."""
-        taken = rank_samples(batch, batch_size, self._worker.rank, self._worker.world_size).tolist()
+        """Note what this replica takes in ``step``, which takes the ``batch``."""
+        taken = rank_samples(batch, batch_size, *self._place).tolist()
         self._stream.write(json.dumps({"step": step, "samples": taken, "time": time.time()}) + "\n")
         self._stream.flush()
 

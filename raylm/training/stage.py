@@ -41,6 +41,7 @@ def validate(config: TrainConfig) -> Input | None:
     from raylm.data.shards import verify_prepared
     from raylm.models.families import check_head, check_positions
     from raylm.models.loading import load_config, load_tokenizer
+    from raylm.parallel.refusals import check_cuts
 
     objective = training_objective(config)
     source = prepared_directory(config.data)
@@ -61,6 +62,7 @@ def validate(config: TrainConfig) -> Input | None:
         check_head(model_config, objective.head, config.model.path)
         check_positions(model_config, config.training.sequence_length)
         objective.check_tokenizer(load_tokenizer(config.model.path), config.training.sequence_length, config.model.path)
+        check_cuts(model_config, config.parallel)
     else:
         from raylm.parallel.plan import make_plan
 

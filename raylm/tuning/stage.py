@@ -80,8 +80,8 @@ def tune(config: TuneConfig) -> None:
 def _resolve(config: TuneConfig, candidates: list[dict[str, Any]], cluster: dict[str, float]):
     from raylm.parallel.plan import apply_layout, make_layout
 
-    # A search runs many trials; one worker each is what uses a small machine best.
-    workers = 1 if config.resources.workers == "auto" else config.resources.workers
+    # A search runs many trials; one worker (or one copy of the model) each is what uses a small machine best.
+    workers = config.parallel.cut if config.resources.workers == "auto" else config.resources.workers
     single = config.resources.model_copy(update={"workers": workers})
     configs = []
     for candidate in candidates:

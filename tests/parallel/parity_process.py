@@ -107,7 +107,7 @@ def run_case(case: str, rank: int, world_size: int) -> dict[str, list[float]]:
         reader = CheckpointReader(found)
         for fragment in engine.fragments(for_loading=True):
             reader.fill(fragment)
-        engine.adopt(reader.weight, reader.state["step"])
+        engine.adopt(reader.part, reader.state["step"])
         start = reader.state["step"]
     losses, norms = [], []
     for step in range(start, STEPS):

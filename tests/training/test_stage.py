@@ -151,13 +151,20 @@ def test_finetune_learns_the_answers_and_stops_early(finished: Path, tmp_path: P
         ("parallel.data=3", "parallel.data: found 3, allowed: auto or 2"),
         ("training.batch_size=5", "training.batch_size: found 5, allowed: a multiple of the 2 data-parallel workers"),
         ("resources.workers=64", "multiple of the 64 data-parallel workers"),
+        ("parallel.tensor=2 parallel.zero_stage=2", "parallel.zero_stage: found 2, allowed with parallel.tensor"),
+        ("parallel.tensor=3 resources.workers=3", "parallel.tensor: found 3, allowed: a divisor of the model's num_at"),
+        ("parallel.pipeline=4 resources.workers=4", "parallel.pipeline: found 4, allowed: at most the model's 2"),
+        ("parallel.pipeline=4", "resources.workers: found 2, allowed: auto or a multiple of parallel.ten"),
+        ("parallel.tensor=2 parallel.data=2", "parallel.data: found 2, allowed: auto or 1"),
+        ("parallel.tensor=2 training.optimizer=muon", "training.optimizer: found muon, allowed with parallel.tensor"),
+        ("parallel.tensor=2 model.config.num_key_value_heads=1", "divisor of the model's num_key_value_heads (1)"),
         ("data.train=nowhere.txt", "nowhere.txt"),
         ("training.sequence_length=1000000", "training.sequence_length"),
     ],
 )  # fmt: skip
 def test_refused_before_anything_starts(prepared: Path, tmp_path: Path, override: str, expected: str) -> None:
     path = write_config(tmp_path, prepared, "refused")
-    overrides = [override]
+    overrides = override.split(" ")
     if override.startswith("training.sequence_length"):
         overrides.append("model.config.max_position_embeddings=2000000")
     with pytest.raises(UserError) as caught:

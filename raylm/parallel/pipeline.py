@@ -1,0 +1,345 @@
+"""The pipeline- and tensor-parallel engine: DeepSpeed's 1F1B pipeline over Hugging Face blocks, cut for this rank.
+
+In: a whole model, an optimizer over its parameters, and the micro-batches of this rank's data-parallel replica. Out:
+the same as from :class:`~raylm.parallel.engine.DataParallelEngine`. Processes are numbered by stage, then replica, then
+tensor-parallel rank, so that those which talk most are next to each other. ZeRO 0 and 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
+from transformers import PreTrainedModel
+
+from raylm.objectives.base import IGNORED, Batch, Objective
+from raylm.parallel.engine import StepResult
+from raylm.parallel.fragments import Fragment, partition_fragments, replicated_fragments
+from raylm.parallel.slicing import Slicing
+from raylm.parallel.stages import PLANS, StageLayer, Step, balanced_stages, step_weights
+from raylm.parallel.tensor import TensorGroup, vocabulary_cross_entropy
+
+# What a stage does that is not waiting for another one.
+WORK = (schedule.ForwardPass, schedule.BackwardPass, schedule.OptimizerStep, schedule.LoadMicroBatch)
+
+
+class _Spec(LayerSpec):
+    """A layer that is made, and cut, only on the stage that holds it."""
+
+    def __init__(self, make: Callable[[], StageLayer]) -> None:
+        super().__init__(StageLayer)
+        self._make = make
+
+    def build(self, log: bool = False) -> StageLayer:
+        return self._make()
+
+
+class _TiedSpec(TiedLayerSpec):
+    """The same for a layer whose weight two steps use; DeepSpeed keeps the copies on two stages equal."""
+
+    def __init__(self, make: Callable[[], StageLayer], key: str, step: Step) -> None:
+        super().__init__(key, StageLayer, forward_fn=step.forward, tied_weight_attr=step.tied)
+        self._make = make
+
+    def build(self, log: bool = False) -> StageLayer:
+        return self._make()
+
+
+class _Pipeline(PipelineModule):
+    """DeepSpeed's pipeline with stages that begin where ``bounds`` says."""
+
+    def __init__(self, specs: list[LayerSpec], bounds: list[int], **arguments: Any) -> None:
+        self._bounds = bounds
+        super().__init__(specs, **arguments)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._bounds
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+
+class _ScaledLoss:
+    """Summed cross-entropy times ``scale``, from this rank's part of the logits."""
+
+    def __init__(self, group: TensorGroup, vocab_size: int) -> None:
+        self.group, self.vocab_size, self.scale = group, vocab_size, 1.0
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return vocabulary_cross_entropy(logits, targets, self.group, self.vocab_size) * self.scale
+
+
+class PipelineTensorEngine:
+    """Holds this rank's stage of the model, the optimizer and DeepSpeed's pipeline engine.
+
+    Args:
+        model: the whole model; identical weights on every rank. What this rank does not need is let go.
+        objective: what a batch holds; the loss of all objectives is the cross-entropy of the logits.
+        make_optimizer: from parameters by Hugging Face name to an optimizer whose groups name their ``moments``.
+        tensor: tensor-parallel ranks.
+        pipeline: stages; the other processes are data-parallel replicas.
+        zero_stage: 0 or 1.
+        micro_batch_size: sequences of one micro-batch.
+        accumulation: micro-batches of one step of a replica.
+        clipping: largest gradient norm; 0 does not clip.
+        bf16: compute in bf16 with fp32 master weights (zero_stage 1).
+        device: where the model goes.
+
+    Attributes:
+        data_rank, data_size: which replica this is, of how many; they take different samples.
+        leads: whether this rank answers for its replica.
+        stage_bounds: where each stage begins in the list of steps, and its end.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        make_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
+        *,
+        tensor: int,
+        pipeline: int,
+        zero_stage: int,
+        micro_batch_size: int,
+        accumulation: int,
+        clipping: float,
+        bf16: bool,
+        device: torch.device,
+    ) -> None:
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", dist_init_required=True)
+        os.environ.setdefault("LOCAL_RANK", "0")
+        self.rank, self.device = dist.get_rank(), device
+        self.zero_stage, self.clipping, self.micro_batch_size = zero_stage, clipping, micro_batch_size
+        replicas = dist.get_world_size() // (tensor * pipeline)
+        topology = PipeModelDataParallelTopology(num_pp=pipeline, num_dp=replicas, num_mp=tensor)
+        place = topology.get_coord(self.rank)
+        self.stage, self.stages = place.pipe, pipeline
+        self.data_rank, self.data_size, self.tensor = place.data, replicas, TensorGroup(place.model, tensor)
+        self.leads = self.stage == 0 and self.tensor.rank == 0
+        self.objective, self.model_config = objective, model.config
+        self.plan = PLANS[model.config.model_type]
+        self._loss = _ScaledLoss(self.tensor, model.config.vocab_size)
+        module = self._build(model, topology)
+        self.grid = module.mpu()
+        self.tensor.group = self.grid.get_slice_parallel_group() if tensor > 1 else None
+        self.parameters: dict[str, nn.Parameter] = {}
+        for layer in module.modules():
+            if isinstance(layer, StageLayer):
+                self.parameters |= dict(layer.model_parameters())
+        self.optimizer = make_optimizer(self.parameters)
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self.optimizer,
+            model_parameters=list(self.parameters.values()),
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": accumulation,
+                # DeepSpeed clips stage 0 by a norm of one stage alone: it is clipped here (_clip).
+                "gradient_clipping": clipping if zero_stage else 0.0,
+                "zero_optimization": {"stage": zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+                "steps_per_print": 10**12,
+                **({"bf16": {"enabled": True}} if bf16 else {}),
+            },
+        )
+        self._norm = torch.zeros((), device=device)
+        if zero_stage == 0:
+            self.optimizer.register_step_pre_hook(lambda *_: self._clip())
+        self._shape: tuple | None = None
+        self._working = self._spent = self._working_now = 0.0
+        self.engine._INSTRUCTION_MAP = {
+            kind: self._timed(method) if kind in WORK else method
+            for kind, method in self.engine._INSTRUCTION_MAP.items()
+        }
+
+    def _build(self, model: PreTrainedModel, topology: PipeModelDataParallelTopology) -> _Pipeline:
+        steps = self.plan.steps(model)
+        in_order = [*steps.before, *steps.blocks, *steps.after]
+        bounds = balanced_stages(steps, step_weights(model, in_order), self.stages)
+
+        def spec(step: Step) -> LayerSpec:
+            def make() -> StageLayer:
+                return StageLayer(step, model, self.plan, self.tensor)
+
+            if step.tied is None:
+                return _Spec(make)
+            return _TiedSpec(make, next(iter(step.modules.values())).replace(".", "-"), step)
+
+        self.stage_bounds = bounds
+        # It prints its stages, and broadcasts tied weights, which autograd would warn about.
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+            module = _Pipeline([spec(step) for step in in_order], bounds, topology=topology, loss_fn=self._loss)
+        # The specs hold on to the whole model.
+        module._layer_specs = []
+        return module
+
+    def _timed(self, method: Callable) -> Callable:
+        def run(engine, **arguments) -> None:
+            began = time.perf_counter()
+            MethodType(method, engine)(**arguments)
+            self._working_now += time.perf_counter() - began
+
+        return run
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Set every group's learning rate to ``factor`` times its peak."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_learning_rate"] * factor
+
+    def train_step(self, micro_batches: list[Batch]) -> StepResult:
+        """One optimizer step over this replica's ``micro_batches``, the same on all ranks of the replica."""
+        targets, tokens = self._totals(micro_batches)
+        # DeepSpeed divides by the micro-batches and the replicas; the sum over both is wanted.
+        self._loss.scale = len(micro_batches) * self.data_size / targets
+        self._adapt_to(micro_batches)
+        began, self._working_now = time.perf_counter(), 0.0
+        self.engine.train_batch(iter([self._inputs(batch) for batch in micro_batches]))
+        self._spent += time.perf_counter() - began
+        self._working += self._working_now
+        total = torch.zeros((), device=self.device)
+        if self.stage == self.stages - 1 and self.tensor.rank == 0:
+            total = self.engine.total_loss.detach() / self._loss.scale
+        norm = self.engine.get_global_grad_norm() if self.zero_stage else self._norm
+        return StepResult(total, targets, tokens, float(norm or 0.0))
+
+    def _inputs(self, batch: Batch) -> tuple[Any, torch.Tensor]:
+        """What the first stage and what the last one take."""
+        given = self.objective.inputs(batch, self.model_config)
+        names = self.plan.inputs
+        inputs = given[names[0]] if len(names) == 1 else tuple(given[name] for name in names)
+        return inputs, batch["targets"]
+
+    def _adapt_to(self, batches: list[Batch]) -> None:
+        """The pipeline keeps buffers for what passes between stages, of one shape."""
+        shape = tuple((name, tuple(values.shape)) for name, values in batches[0].items())
+        if shape != self._shape:
+            self.engine.reset_activation_shape()
+            self._shape = shape
+
+    def _totals(self, batches: list[Batch]) -> tuple[int, int]:
+        """Targets and tokens of the whole batch, over all replicas."""
+        rows = [torch.stack([(batch["targets"] != IGNORED).sum(), self.objective.tokens(batch)]) for batch in batches]
+        count = torch.stack(rows).sum(dim=0).to(self.device)
+        dist.all_reduce(count, group=self.grid.get_data_parallel_group())
+        targets, tokens = count.tolist()
+        return max(1, targets), tokens
+
+    def _counts(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank answers for the ``parameter``, of which others may hold the same."""
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        return self.tensor.rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Clip by the norm over all stages and parts, each parameter counted once."""
+        mine = [p.grad.norm() for p in self.parameters.values() if p.grad is not None and self._counts(p)]
+        squares = torch.stack(mine).square().sum() if mine else torch.zeros((), device=self.device)
+        dist.all_reduce(squares, group=self.grid.get_model_parallel_group())
+        self._norm = squares.sqrt()
+        if self.clipping > 0:
+            factor = (self.clipping / (self._norm + 1e-6)).clamp(max=1.0)
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def mean_loss(self, result: StepResult) -> float:
+        """The step's loss over all ranks, nats a target; a collective."""
+        total = result.loss.double()
+        dist.all_reduce(total)
+        return float(total) / result.targets
+
+    def idle_fractions(self) -> list[float]:
+        """Of each stage, the share of the time since the last call in which it waited for others; a collective."""
+        mine = torch.zeros(self.stages, device=self.device)
+        mine[self.stage] = 1.0 - self._working / max(self._spent, 1e-9)
+        self._working, self._spent = 0.0, 0.0
+        dist.all_reduce(mine)
+        return (mine / (self.data_size * self.tensor.size)).tolist()
+
+    def _padded(self, batch: Batch) -> Batch:
+        """``batch`` with as many sequences as a micro-batch has; in the added ones no target counts."""
+        missing = self.micro_batch_size - batch["targets"].size(0)
+        if missing <= 0:
+            return batch
+        padded = {name: torch.cat([v, v[:1].expand(missing, *v.shape[1:])]) for name, v in batch.items()}
+        padded["targets"][-missing:] = IGNORED
+        return padded
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
+        """Summed loss (nats) and targets over all replicas' ``batches``, of which each replica has equally many."""
+        padded = [self._padded(batch) for batch in batches]
+        self._loss.scale = 1.0
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if padded:
+            self._adapt_to(padded)
+            self.engine.total_loss = None
+            feed = iter([self._inputs(batch) for batch in padded])
+            losses = self.engine.eval_batch(feed, reduce_output=None, bcast_loss=False, num_micro_batches=len(padded))
+            if self.stage == self.stages - 1 and self.tensor.rank == 0:
+                total[0] = torch.stack(losses).double().sum()
+                total[1] = sum((batch["targets"] != IGNORED).sum() for batch in padded)
+        dist.all_reduce(total)
+        return float(total[0]), int(total[1])
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits (batch, time, vocabulary) of the live weights for a ``batch``, of at most a micro-batch's size."""
+        padded = self._padded(batch)
+        self._adapt_to([padded])
+        # DeepSpeed adds up what the last stage gives, losses or logits.
+        self.engine.total_loss = None
+        feed = iter([self._inputs(padded)])
+        _, mine = self.engine.eval_batch(
+            feed, return_logits=True, compute_loss=False, reduce_output=None, num_micro_batches=1
+        )
+        targets = padded["targets"]
+        whole = torch.zeros(*targets.shape, self._loss.vocab_size, device=self.device)
+        if self.stage == self.stages - 1:
+            width = -(-whole.size(-1) // self.tensor.size)
+            first = self.tensor.rank * width
+            whole[..., first : first + mine.size(-1)] = mine.float()
+            if self.tensor.size > 1:
+                self.tensor.sum(whole)
+        dist.broadcast(whole, src=self.grid.stage_to_global(self.stages - 1, data=0, model=0))
+        return whole[: batch["targets"].size(0)]
+
+    def fragments(self, *, for_loading: bool = False) -> list[Fragment]:
+        """What this rank owns of the weights and moments; ``for_loading`` also what others answer for."""
+        chosen = {name: p for name, p in self.parameters.items() if for_loading or self._counts(p)}
+        slicings = {name: p.slicing for name, p in chosen.items() if hasattr(p, "slicing")}
+        if self.zero_stage == 0:
+            rank = None if for_loading else self.data_rank
+            return list(replicated_fragments(chosen, slicings, self.optimizer, rank, self.data_size))
+        return list(partition_fragments(chosen, slicings, self.engine.optimizer, self.data_rank))
+
+    @torch.no_grad()
+    def adopt(self, read_part: Callable[[str, Slicing], torch.Tensor], optimizer_steps: int) -> None:
+        """After a load has filled :meth:`fragments`: bring the working weights and the step counters in line.
+
+        Args:
+            read_part: from a parameter's name and its slicing to that part of the fp32 weight.
+            optimizer_steps: steps that the optimizer had made, for AdamW's bias correction.
+        """
+        for name, parameter in self.parameters.items():
+            slicing = getattr(parameter, "slicing", None) or Slicing(tuple(parameter.shape))
+            parameter.data.copy_(read_part(name, slicing))
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(float(optimizer_steps))
+        dist.barrier()

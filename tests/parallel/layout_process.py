@@ -1,0 +1,145 @@
+"""Many processes, many cases: ``layout_process.py OUTPUT CASES.json`` works through cases of training under a layout.
+
+A case is an object: ``family``, ``data``, ``tensor``, ``pipeline``, ``zero``, ``optimizer``, and optionally ``steps``
+([first, stop]), ``save`` (directory: a checkpoint is written at the end) and ``load`` (directory: goes on from its
+newest checkpoint). For each case OUTPUT gets the losses, the gradient norms, and the samples that were taken.
+Processes are forked from one that has imported everything, once for each number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from families import BATCH, build, step_data, training_section
+
+from raylm.config.model import ObjectiveSection
+from raylm.parallel.environment import prepare_deepspeed
+
+
+def world_size(case: dict[str, Any]) -> int:
+    return case["data"] * case["tensor"] * case["pipeline"]
+
+
+def make_engine(case: dict[str, Any]):
+    from raylm.objectives import make_objective
+    from raylm.objectives.base import ObjectiveModule
+    from raylm.parallel.engine import DataParallelEngine
+    from raylm.parallel.pipeline import PipelineTensorEngine
+    from raylm.training.optimizers import make_optimizer
+
+    section = training_section(case["optimizer"])
+    model = build(case["family"])
+    model_type = model.config.model_type
+    # Two micro-batches for each stage, as far as the batch goes.
+    share = BATCH // case["data"]
+    accumulation = min(share, max(2, 2 * case["pipeline"]))
+    common = {
+        "zero_stage": case["zero"], "micro_batch_size": share // accumulation, "accumulation": accumulation,
+        "clipping": section.gradient_clipping, "bf16": False, "device": torch.device("cpu"),
+    }  # fmt: skip
+
+    def optimizer(named):
+        return make_optimizer(section, named, model_type)
+
+    objective = make_objective(ObjectiveSection(), model_type)
+    if case["tensor"] * case["pipeline"] == 1:
+        return DataParallelEngine(ObjectiveModule(model, objective), optimizer, **common), accumulation
+    if case.get("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    sizes = {"tensor": case["tensor"], "pipeline": case["pipeline"]}
+    engine = PipelineTensorEngine(model, objective, optimizer, **sizes, **common)
+    return engine, accumulation
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    from raylm.training.checkpoints import CheckpointReader, CheckpointWriter, newest_whole
+
+    engine, accumulation = make_engine(case)
+    section = training_section(case["optimizer"])
+    start, stop = case.get("steps", [0, section.steps])
+    if "load" in case:
+        found, damaged = newest_whole(Path(case["load"]))
+        assert found is not None
+        assert not damaged
+        reader = CheckpointReader(found)
+        assert reader.state["step"] == start
+        for fragment in engine.fragments(for_loading=True):
+            reader.fill(fragment)
+        engine.adopt(reader.part, start)
+    losses, norms, rows = [], [], []
+    share = BATCH // engine.data_size
+    for step in range(start, stop):
+        data = step_data(case["family"], step)
+        mine = list(range(engine.data_rank * share, (engine.data_rank + 1) * share))
+        size = share // accumulation
+        cuts = [slice(mine[i * size], mine[i * size] + size) for i in range(accumulation)]
+        engine.set_learning_rate(1.0)
+        result = engine.train_step([{name: values[cut] for name, values in data.items()} for cut in cuts])
+        losses.append(engine.mean_loss(result))
+        norms.append(result.gradient_norm)
+        rows.append([step * BATCH + row for row in mine] if engine.leads else [])
+    evaluation = engine.evaluate([{name: values[:1] for name, values in step_data(case["family"], 0).items()}])
+    if "save" in case:
+        writer = CheckpointWriter(Path(case["save"]), dist.get_rank(), dist.get_world_size(), "attempt", keep=1)
+        writer.save(stop, engine.fragments(), {"step": stop})
+        writer.wait()
+        dist.barrier()
+    taken: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(taken, rows)
+    return {
+        "loss": losses,
+        "gradient_norm": norms,
+        "samples": [sorted(row for rank in taken for row in rank[i]) for i in range(stop - start)],
+        "evaluation": evaluation[0] / evaluation[1],
+    }
+
+
+def run_rank(rank: int, size: int, store: str, cases: list[dict[str, Any]], output: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    results = []
+    for case in cases:
+        results.append(run_case(case))
+        if rank == 0 and "--show" in sys.argv:
+            print(case, results[-1]["loss"][-1:], flush=True)
+    if rank == 0:
+        Path(output).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    output, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    prepare_deepspeed(use_gpu=False)
+    # Imported once, before the fork.
+    import raylm.objectives.masked
+    import raylm.objectives.span
+    import raylm.parallel.pipeline
+    import raylm.training.checkpoints
+    import raylm.training.optimizers  # noqa: F401
+
+    results: list[dict[str, Any]] = []
+    for size, group in groupby(cases, world_size):
+        with tempfile.TemporaryDirectory() as directory:
+            part = f"{directory}/results.json"
+            arguments = (size, f"{directory}/store", list(group), part)
+            multiprocessing.start_processes(run_rank, arguments, nprocs=size, start_method="fork")
+            results += json.loads(Path(part).read_text())
+    output.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

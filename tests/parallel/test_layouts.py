@@ -1,0 +1,56 @@
+"""Tensor- and pipeline-parallel training against a plain PyTorch loop, and checkpoints from layout to layout.
+
+``tests/benchmarks/parity_table.py`` and ``resharding_matrix.py`` run all of it; here is a spread.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from families import BATCH, STEPS, plain_loop
+from layouts import case, largest_difference, run_cases
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.slow
+def test_parity_with_plain_loop(tmp_path: Path) -> None:
+    cases = [
+        case("llama-tied", "tp2", 0, "sgd"),
+        # Clipping at ZeRO 0 is ours, over stages and parts; at ZeRO 1 it is DeepSpeed's.
+        case("gpt2", "pp2", 0, "adamw"),
+        case("llama", "dp2 x tp2", 0, "adamw"),
+        case("llama-tied", "dp2 x pp2", 1, "sgd"),
+        case("gpt2", "pp2 x tp2", 1, "adamw", checkpointing=True),
+        case("llama-tied", "2 x 2 x 2", 0, "adamw"),
+        case("gpt2", "2 x 2 x 2", 1, "sgd"),
+    ]
+    for given, found in zip(cases, run_cases(cases, tmp_path), strict=True):
+        expected = plain_loop(given["family"], given["optimizer"])
+        assert largest_difference(found["loss"], expected["loss"]) < TOLERANCE, given
+        assert largest_difference(found["gradient_norm"], expected["gradient_norm"]) < TOLERANCE, given
+        assert abs(found["evaluation"] - expected["evaluation"]) < TOLERANCE, given
+
+
+@pytest.mark.slow
+def test_checkpoints_fit_any_layout(tmp_path: Path) -> None:
+    first, second = [0, 7], [7, 13]
+    ways = [("2 x 2 x 2", 1, "dp2", 3, "dp2 x tp2", 0), ("dp2", 3, "pp2 x tp2", 1, "2 x 2 x 2", 1)]
+    cases = []
+    for index, (one, zero, two, zero_two, three, zero_three) in enumerate(ways):
+        folders = [str(tmp_path / f"{index}-{part}") for part in range(2)]
+        cases.append(case("llama-tied", one, zero, "adamw", steps=first, save=folders[0]))
+        cases.append(case("llama-tied", two, zero_two, "adamw", steps=second, load=folders[0], save=folders[1]))
+        cases.append(case("llama-tied", three, zero_three, "adamw", steps=[13, STEPS], load=folders[1]))
+    found = run_cases(cases, tmp_path)
+    expected = plain_loop("llama-tied", "adamw")["loss"]
+    for index in range(len(ways)):
+        parts = found[3 * index : 3 * index + 3]
+        assert largest_difference([loss for part in parts for loss in part["loss"]], expected) < TOLERANCE, ways[index]
+        samples = [sample for part in parts for step in part["samples"] for sample in step]
+        assert samples == list(range(STEPS * BATCH)), ways[index]
