@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 
 from raylm.objectives.base import IGNORED, Batch, Objective
 from raylm.parallel.engine import StepResult
+from raylm.parallel.families import PLANS
 from raylm.parallel.fragments import Fragment, partition_fragments, replicated_fragments
 from raylm.parallel.slicing import Slicing
-from raylm.parallel.stages import PLANS, StageLayer, Step, balanced_stages, step_weights
+from raylm.parallel.stages import StageLayer, Step, balanced_stages, step_weights
 from raylm.parallel.tensor import TensorGroup, vocabulary_cross_entropy
 
 # What a stage does that is not waiting for another one.

@@ -19,7 +19,7 @@ def check_cuts(config: PretrainedConfig, parallel: ParallelSection) -> None:
     """
     if parallel.cut == 1:
         return
-    from raylm.parallel.stages import PLANS
+    from raylm.parallel.families import PLANS
 
     if config.model_type not in PLANS:
         raise UserError(

@@ -1,18 +1,7 @@
-"""What each family needs to be cut: a table of its layers and a list of its steps.
+"""A model's forward pass as steps, cut over tensor-parallel ranks and shared out over pipeline stages.
 
-To add a family, write two things and put them into :data:`PLANS`:
-
-1. the table ``cuts``: the end of a module's name -> how its weight is cut over tensor-parallel ranks. ``Cut("column")``
-   for what widens (queries, keys, values, the first matrix of a feed-forward network; ``parts=3`` where three matrices
-   lie side by side), ``Cut("row")`` for what comes back to the residual stream, ``Cut("vocabulary")`` for embedding and
-   head. What is not in the table is the same on every rank. ``divided`` names attributes of attention modules that
-   count heads or widths and must be divided as well.
-2. the function ``steps``: the forward pass as a list of :class:`Step` objects, in order: what comes before the blocks,
-   the blocks (between which pipeline stages may be cut), what comes after. What passes from step to step is one tensor,
-   or a tuple of tensors of which every float one must get a gradient.
-
-``shared_out`` and ``block_count`` say, from a configuration alone, what the cuts must divide. Nothing of the models'
-own code is changed.
+What each family needs for it, its table of cuts and its list of steps, stands in :mod:`raylm.parallel.families`.
+Nothing of the models' own code is changed.
 """
 
 from __future__ import annotations
@@ -23,20 +12,25 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 
-from raylm.parallel.tensor import ColumnParallel, RowParallel, TensorGroup, VocabularyEmbedding, copy_to_parts
+from raylm.parallel.slicing import cut_evenly
+from raylm.parallel.tensor import (
+    ColumnParallel,
+    RowParallel,
+    TensorGroup,
+    VocabularyEmbedding,
+    part_of,
+)
 
 Values = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a layer is cut: along its outputs, its inputs, or the vocabulary; ``parts`` matrices lie side by side."""
+    """How a layer is cut: along outputs, inputs, vocabulary or heads; ``parts`` matrices lie side by side."""
 
-    kind: Literal["column", "row", "vocabulary"]
+    kind: Literal["column", "row", "vocabulary", "heads"]
     parts: int = 1
 
 
@@ -45,7 +39,7 @@ class Step:
     """One step of a model's forward pass.
 
     Attributes:
-        modules: name inside the step -> name in the model.
+        modules: name inside the step -> name in the model, of modules and of single parameters.
         forward: from the :class:`StageLayer` that holds the modules, and what came in, to what goes on.
         tied: where the step's one module is used again in another step: its weight's name inside the step.
         shared: modules without parameters, and configurations, that several steps use.
@@ -68,7 +62,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class FamilyPlan:
-    """How a family is cut; see the top of this module.
+    """How a family is cut; see :mod:`raylm.parallel.families`.
 
     Attributes:
         cuts: end of a module's name -> its cut.
@@ -94,7 +88,7 @@ class StageLayer(nn.Module):
         super().__init__()
         self.step, self.group = step, group
         for name, path in step.modules.items():
-            setattr(self, name, cut_module(model.get_submodule(path), path, cuts, group))
+            setattr(self, name, _cut_member(model, path, cuts, group))
         for name, value in step.shared.items():
             setattr(self, name, value)
 
@@ -105,8 +99,26 @@ class StageLayer(nn.Module):
     def model_parameters(self):
         """(name in the model, parameter) of all parameters here."""
         for name, path in self.step.modules.items():
-            for inner, parameter in getattr(self, name).named_parameters():
-                yield f"{path}.{inner}", parameter
+            member = getattr(self, name)
+            if isinstance(member, nn.Parameter):
+                yield path, member
+            else:
+                for inner, parameter in member.named_parameters():
+                    yield f"{path}.{inner}", parameter
+
+
+def _cut_member(model: nn.Module, path: str, plan: FamilyPlan, group: TensorGroup) -> nn.Module | nn.Parameter:
+    parent, _, leaf = path.rpartition(".")
+    member = getattr(model.get_submodule(parent), leaf)
+    if isinstance(member, nn.Module):
+        return cut_module(member, path, plan, group)
+    if group.size == 1 or _find_cut(plan, path) is None:
+        return member
+    return part_of(member, cut_evenly(tuple(member.shape), 0, group.rank, group.size))
+
+
+def _find_cut(plan: FamilyPlan, path: str) -> Cut | None:
+    return next((cut for end, cut in plan.cuts.items() if f".{path}".endswith(f".{end}")), None)
 
 
 def cut_module(module: nn.Module, path: str, plan: FamilyPlan, group: TensorGroup) -> nn.Module:
@@ -117,7 +129,7 @@ def cut_module(module: nn.Module, path: str, plan: FamilyPlan, group: TensorGrou
         for attribute in plan.divided.get(type(inner).__name__, ()):
             setattr(inner, attribute, getattr(inner, attribute) // group.size)
         whole_name = f"{path}.{name}" if name else path
-        cut = next((cut for end, cut in plan.cuts.items() if f".{whole_name}".endswith(f".{end}")), None)
+        cut = _find_cut(plan, whole_name)
         if cut is None:
             continue
         replacement = _cut_layer(inner, cut, group)
@@ -131,6 +143,9 @@ def cut_module(module: nn.Module, path: str, plan: FamilyPlan, group: TensorGrou
 def _cut_layer(layer: nn.Module, cut: Cut, group: TensorGroup) -> nn.Module:
     if cut.kind == "row":
         return RowParallel(layer, group)
+    if cut.kind == "heads":
+        layer.weight = part_of(layer.weight, cut_evenly(tuple(layer.weight.shape), 1, group.rank, group.size))
+        return layer
     if isinstance(layer, nn.Embedding):
         return VocabularyEmbedding(layer, group)
     return ColumnParallel(layer, group, cut.parts)
@@ -169,123 +184,11 @@ def balanced_stages(steps: Steps, weights: list[float], stages: int) -> list[int
 
 def step_weights(model: nn.Module, steps: list[Step]) -> list[float]:
     """Parameters of each step; a tied weight counts where it is used, as each stage that uses it holds it."""
-    return [
-        float(sum(p.numel() for path in step.modules.values() for p in model.get_submodule(path).parameters()))
-        for step in steps
-    ]
 
+    def size(path: str) -> int:
+        parent, _, leaf = path.rpartition(".")
+        member = getattr(model.get_submodule(parent), leaf)
+        parameters = [member] if isinstance(member, nn.Parameter) else member.parameters()
+        return sum(parameter.numel() for parameter in parameters)
 
-def _embed(layer: StageLayer, ids: torch.Tensor) -> torch.Tensor:
-    return layer.embedding(ids)
-
-
-def _tied_head(layer: StageLayer, hidden: torch.Tensor) -> torch.Tensor:
-    return functional.linear(copy_to_parts(hidden, layer.group), layer.embedding.weight)
-
-
-def _head(layer: StageLayer, hidden: torch.Tensor) -> torch.Tensor:
-    return layer.head(hidden)
-
-
-def _norm(layer: StageLayer, hidden: torch.Tensor) -> torch.Tensor:
-    return layer.norm(hidden)
-
-
-def _ends(model: PreTrainedModel, embedding: str, head: str) -> tuple[Step, Step]:
-    """The steps of the embedding and of the head, which may share a weight."""
-    if model.get_submodule(embedding).weight is model.get_submodule(head).weight:
-        modules = {"embedding": embedding}
-        return Step(modules, _embed, "embedding.weight"), Step(modules, _tied_head, "embedding.weight")
-    return Step({"embedding": embedding}, _embed), Step({"head": head}, _head)
-
-
-def _positions(hidden: torch.Tensor) -> torch.Tensor:
-    return torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-
-
-def _causal_mask(layer: StageLayer, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-    """What the model itself would make; None where the attention kernel is told that it is causal."""
-    return create_causal_mask(
-        config=layer.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-    )
-
-
-def _llama_block(layer: StageLayer, hidden: torch.Tensor) -> torch.Tensor:
-    positions = _positions(hidden)
-    return layer.block(
-        hidden,
-        attention_mask=_causal_mask(layer, hidden, positions),
-        position_ids=positions,
-        position_embeddings=layer.rotary(hidden, position_ids=positions),
-    )
-
-
-def _llama_steps(model: PreTrainedModel) -> Steps:
-    shared = {"config": model.config, "rotary": model.model.rotary_emb}
-    embedding, head = _ends(model, "model.embed_tokens", "lm_head")
-    blocks = [
-        Step({"block": f"model.layers.{index}"}, _llama_block, shared=shared)
-        for index in range(len(model.model.layers))
-    ]
-    return Steps([embedding], blocks, [Step({"norm": "model.norm"}, _norm), head])
-
-
-def _gpt2_positions(layer: StageLayer, hidden: torch.Tensor) -> torch.Tensor:
-    return layer.dropout(hidden + layer.positions(_positions(hidden)))
-
-
-def _gpt2_block(layer: StageLayer, hidden: torch.Tensor) -> torch.Tensor:
-    return layer.block(hidden, attention_mask=_causal_mask(layer, hidden, _positions(hidden)))
-
-
-def _gpt2_steps(model: PreTrainedModel) -> Steps:
-    embedding, head = _ends(model, "transformer.wte", "lm_head")
-    positions = Step({"positions": "transformer.wpe"}, _gpt2_positions, shared={"dropout": model.transformer.drop})
-    shared = {"config": model.config}
-    blocks = [
-        Step({"block": f"transformer.h.{index}"}, _gpt2_block, shared=shared)
-        for index in range(len(model.transformer.h))
-    ]
-    return Steps([embedding, positions], blocks, [Step({"norm": "transformer.ln_f"}, _norm), head])
-
-
-PLANS = {
-    "llama": FamilyPlan(
-        cuts={
-            "embed_tokens": Cut("vocabulary"),
-            "lm_head": Cut("vocabulary"),
-            "q_proj": Cut("column"),
-            "k_proj": Cut("column"),
-            "v_proj": Cut("column"),
-            "o_proj": Cut("row"),
-            "gate_proj": Cut("column"),
-            "up_proj": Cut("column"),
-            "down_proj": Cut("row"),
-        },
-        divided={},
-        steps=_llama_steps,
-        shared_out={
-            "num_attention_heads": lambda config: config.num_attention_heads,
-            "num_key_value_heads": lambda config: config.num_key_value_heads,
-            "intermediate_size": lambda config: config.intermediate_size,
-        },
-        block_count=lambda config: config.num_hidden_layers,
-    ),
-    "gpt2": FamilyPlan(
-        cuts={
-            "wte": Cut("vocabulary"),
-            "lm_head": Cut("vocabulary"),
-            "attn.c_attn": Cut("column", parts=3),
-            "attn.c_proj": Cut("row"),
-            "mlp.c_fc": Cut("column"),
-            "mlp.c_proj": Cut("row"),
-        },
-        divided={"GPT2Attention": ("split_size", "num_heads")},
-        steps=_gpt2_steps,
-        shared_out={
-            "n_head": lambda config: config.n_head,
-            "n_inner": lambda config: config.n_inner or 4 * config.n_embd,
-        },
-        block_count=lambda config: config.n_layer,
-    ),
-}
+    return [float(sum(size(path) for path in step.modules.values())) for step in steps]

@@ -24,11 +24,15 @@ def test_parity_with_plain_loop(tmp_path: Path) -> None:
         case("llama-tied", "tp2", 0, "sgd"),
         # Clipping at ZeRO 0 is ours, over stages and parts; at ZeRO 1 it is DeepSpeed's.
         case("gpt2", "pp2", 0, "adamw"),
+        case("bert", "tp2", 1, "adamw"),
+        case("t5", "pp2", 0, "sgd"),
         case("llama", "dp2 x tp2", 0, "adamw"),
         case("llama-tied", "dp2 x pp2", 1, "sgd"),
         case("gpt2", "pp2 x tp2", 1, "adamw", checkpointing=True),
         case("llama-tied", "2 x 2 x 2", 0, "adamw"),
         case("gpt2", "2 x 2 x 2", 1, "sgd"),
+        case("bert", "2 x 2 x 2", 0, "sgd"),
+        case("t5", "2 x 2 x 2", 1, "adamw"),
     ]
     for given, found in zip(cases, run_cases(cases, tmp_path), strict=True):
         expected = plain_loop(given["family"], given["optimizer"])
