@@ -56,6 +56,8 @@ class ServingSection(Section):
     """Longest body of a request; longer ones get status 413."""
     request_seconds: float = Field(default=600.0, gt=0)
     """Seconds after which a text that is still in work is ended with status 504."""
+    request_log: bool = True
+    """Write a line of JSON a request to logs/ in the run's directory: ids, keys' names, counts and times, no texts."""
     cache_gigabytes: int = Field(default=1, ge=1)
     """OpenVINO: memory of the key-value cache."""
     collection: str | None = None

@@ -18,10 +18,12 @@ from raylm.config.serving import ServedModel
 from raylm.config.stages import ServeConfig
 from raylm.errors import UserError
 from raylm.models.loading import load_tokenizer, resolve_model
+from raylm.serving import request_log
 from raylm.serving.access import load_key_hashes
 from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.opening import context_length
 from raylm.serving.gate import Gate, Limits
+from raylm.serving.metrics import ServerMetrics
 from raylm.serving.retrieval import Collection
 from raylm.serving.routes import create_app
 from raylm.serving.service import Models, ModelService
@@ -44,18 +46,26 @@ class ModelReplica:
         serving = settings.serving
         self._serving, self._key_hashes = serving, key_hashes
         self._collection = Collection.open(serving.collection) if serving.collection else None
-        self._models = Models([open_service(settings, name, threads) for name in model_sources(settings)])
+        self._metrics = ServerMetrics(export=True)
+        self._models = Models(
+            [open_service(settings, name, threads, self._metrics) for name in model_sources(settings)]
+        )
+        if serving.request_log:
+            replica = serve.get_replica_context().replica_tag
+            request_log.write_to(settings.run.directory / "logs" / f"requests-{replica}.jsonl")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the application of this replica."""
-        app = create_app(self._models, self._collection, self._serving.passages)
-        app.add_middleware(Gate, limits=Limits.of(self._serving), key_hashes=self._key_hashes)
+        app = create_app(self._models, self._metrics, self._collection, self._serving.passages)
+        limits = Limits.of(self._serving)
+        app.add_middleware(Gate, limits=limits, key_hashes=self._key_hashes, metrics=self._metrics)
         return app
 
     def check_health(self) -> None:
         """What Ray Serve calls regularly: a replica whose engine has died is replaced."""
         for service in self._models.services:
             service.engine.check()
+        self._metrics.publish(self._models.services)
 
 
 def model_name(config: ServeConfig) -> str:
@@ -71,7 +81,7 @@ def model_sources(config: ServeConfig) -> dict[str, ServedModel]:
     return {model_name(config): main, **serving.models}
 
 
-def open_service(config: ServeConfig, name: str, threads: int) -> ModelService:
+def open_service(config: ServeConfig, name: str, threads: int, metrics: ServerMetrics | None = None) -> ModelService:
     """Load one model and start its engine."""
     model = model_sources(config)[name]
     serving = config.serving.model_copy(update={"engine": model.engine})
@@ -85,6 +95,7 @@ def open_service(config: ServeConfig, name: str, threads: int) -> ModelService:
         capacity=serving.max_concurrent_requests + serving.max_queued_requests,
         request_seconds=serving.request_seconds,
         pooling=model.pooling,
+        metrics=metrics,
     )
 
 
@@ -107,7 +118,10 @@ def build_application(config: ServeConfig) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    return deployment.bind(config.model_dump(mode="json"), max(1, math.floor(cpus)), load_key_hashes(serving))
+    values = config.model_dump(mode="json")
+    # A replica's working directory may be another one.
+    values["run"]["storage"] = str(config.run.directory.parent)
+    return deployment.bind(values, max(1, math.floor(cpus)), load_key_hashes(serving))
 
 
 def build_app(args: dict[str, Any]) -> Application:

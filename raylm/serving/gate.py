@@ -5,13 +5,12 @@ Plain ASGI, so that streams pass through untouched. Limits are those of one repl
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import re
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -20,14 +19,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raylm.config.serving import ServingSection
+from raylm.serving import request_log
 from raylm.serving.access import hash_key
 from raylm.serving.errors import RequestError
+from raylm.serving.metrics import ServerMetrics
 
 # Open to everybody: load balancers ask for the first, browsers open the second before they have a key to send.
 OPEN_PATHS = frozenset({"/health", "/"})
+# Of a path, as the log has it.
+LONGEST_PATH = 200
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
-
-log = logging.getLogger("raylm.requests")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ class Gate:
         app: the application.
         limits: what one client may ask for.
         key_hashes: SHA-256 of each key and its name; empty lets everybody in.
+        metrics: counts the answers.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, key_hashes: dict[str, str]) -> None:
-        self._app, self._limits, self._key_hashes = app, limits, key_hashes
+    def __init__(self, app: ASGIApp, limits: Limits, key_hashes: dict[str, str], metrics: ServerMetrics) -> None:
+        self._app, self._limits, self._key_hashes, self._metrics = app, limits, key_hashes, metrics
         self._allowances: dict[str, Allowance] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,8 +71,14 @@ class Gate:
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        entry: dict[str, Any] = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": None}
-        scope["raylm.log"] = entry
+        entry: dict[str, Any] = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "id": request_id,
+            "method": scope["method"],
+            "path": scope["path"][:LONGEST_PATH],
+            "status": None,
+        }
+        request_log.begin(entry)
         began = time.monotonic()
 
         async def sending(message: Message) -> None:
@@ -89,7 +97,10 @@ class Gate:
         finally:
             # A status of None says that the client left before there was an answer.
             entry["milliseconds"] = round((time.monotonic() - began) * 1e3, 1)
-            log.info("%s", json.dumps(entry))
+            request_log.write(entry)
+            # Of a path that no route has, only that it was none: anybody can invent names.
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.http(route, entry["status"])
 
     def _check(self, path: str, headers: Headers, entry: dict[str, Any]) -> None:
         """Refuse a wrong key, too many requests, and a body that says it is too long."""

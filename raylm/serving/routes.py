@@ -13,16 +13,20 @@ from raylm.serving.answering import answer_question
 from raylm.serving.completions import chat, complete
 from raylm.serving.embeddings import embed
 from raylm.serving.errors import ERROR_RESPONSES, install_error_handlers
+from raylm.serving.metrics import CONTENT_TYPE, ServerMetrics
 from raylm.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
 from raylm.serving.retrieval import Collection
 from raylm.serving.service import Models, ModelService
 
 
-def create_app(models: Models, collection: Collection | None = None, passages: int = 3) -> FastAPI:
+def create_app(
+    models: Models, metrics: ServerMetrics, collection: Collection | None = None, passages: int = 3
+) -> FastAPI:
     """The HTTP application of the served models.
 
     Args:
         models: who answers.
+        metrics: what /metrics shows.
         collection: what /v1/qa searches; without one it refuses.
         passages: passages of a question that does not say how many it wants.
     """
@@ -39,6 +43,12 @@ def create_app(models: Models, collection: Collection | None = None, passages: i
         counters = [key for key, value in next(iter(loads.values())).items() if isinstance(value, int)]
         totals = {key: sum(load[key] for load in loads.values()) for key in counters}
         return {"status": "ok", **totals, "models": loads}
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        """This replica's figures, as Prometheus reads them."""
+        metrics.publish(models.services)
+        return Response(metrics.page(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from raylm.data.chat import neutralize
-from raylm.serving.engines.base import EngineTimeout, FinishReason, Pooling, SamplingParameters
-from raylm.serving.engines.client import Engine
+from raylm.serving import request_log
+from raylm.serving.engines.base import EngineFailure, EngineTimeout, FinishReason, Pooling, SamplingParameters
+from raylm.serving.engines.client import Engine, EngineStats
 from raylm.serving.errors import RequestError
+from raylm.serving.metrics import ServerMetrics, TextTiming
 from raylm.serving.requests import GenerationRequest
 from raylm.serving.text import IncrementalDecoder, StopStrings
 
@@ -68,6 +70,7 @@ class ModelService:
         capacity: texts in work and waiting together; more are refused with 503.
         request_seconds: a text that takes longer is ended.
         pooling: how hidden states become an embedding.
+        metrics: counts the texts.
     """
 
     name: str
@@ -78,7 +81,12 @@ class ModelService:
     capacity: int
     request_seconds: float = 600.0
     pooling: Pooling = "mean"
+    metrics: ServerMetrics | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def load(self) -> EngineStats:
+        """What the engine has in work, and its counters."""
+        return self.engine.stats()
 
     def check_model(self, name: str | None) -> None:
         """Refuse any other model's name; none at all is taken for this one."""
@@ -239,23 +247,63 @@ class ModelService:
         late = EngineTimeout(f"the text was not ready within {self.request_seconds:g} s (serving.request_seconds)")
         timer = asyncio.get_running_loop().call_later(self.request_seconds, stream.cancel, late)
         ids: list[int] = []
+        watch = _Watch(self)
+        request_log.note(model=self.name)
+        request_log.count(texts=1, prompt_tokens=len(prompt))
         with contextlib.ExitStack() as stack:
             stack.callback(stream.cancel)
             stack.callback(timer.cancel)
+            stack.enter_context(watch)
             async for tokens in stream:
+                watch.tokens(len(tokens))
                 usage.completion_tokens += len(tokens)
                 ids += tokens
                 text = stopping.push(decoder.push(tokens))
                 if stopping.found:
+                    watch.reason = "stop"
                     yield Piece(index, text, "stop", tuple(ids))
                     return
                 if text:
                     yield Piece(index, text)
+            watch.reason = stream.finish_reason
             text = stopping.push(decoder.finish())
             if stopping.found:
                 yield Piece(index, text, "stop", tuple(ids))
                 return
             yield Piece(index, text + stopping.finish(), stream.finish_reason, tuple(ids))
+
+
+class _Watch:
+    """Times one text, and counts it when its block ends, however it ends.
+
+    Attributes:
+        reason: why it ended, once that is known; a block that ends before was left by its client.
+    """
+
+    def __init__(self, service: ModelService) -> None:
+        self.reason: FinishReason | None = None
+        self._service = service
+        self._began, self._tokens = time.monotonic(), 0
+        self._first: float | None = None
+
+    def tokens(self, count: int) -> None:
+        """Note that ``count`` tokens came."""
+        if self._first is None:
+            self._first = time.monotonic() - self._began
+            request_log.note(first_token_milliseconds=round(self._first * 1e3, 1))
+        self._tokens += count
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None and issubclass(kind, EngineFailure)
+        reason = self.reason or ("error" if failed else "abort")
+        request_log.note(finish_reason=reason)
+        request_log.count(completion_tokens=self._tokens)
+        if self._service.metrics is not None:
+            timing = TextTiming(reason, self._first, time.monotonic() - self._began, self._tokens)
+            self._service.metrics.text(self._service.name, timing)
 
 
 class Models:

@@ -112,4 +112,10 @@ def server(
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(running_server(validate(ServeConfig, values, "test")))
         client = stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=60))
-        yield SimpleNamespace(url=url, engine=request.param, model=exported_model, client=client)
+        yield SimpleNamespace(
+            url=url,
+            engine=request.param,
+            model=exported_model,
+            client=client,
+            run=Path(values["run"]["storage"]) / "tiny",
+        )

@@ -131,6 +131,13 @@ class Close:
 
 
 @dataclass(frozen=True)
+class Load:
+    """Message: the share of the key-value cache in use, 0 to 1."""
+
+    cache_usage: float
+
+
+@dataclass(frozen=True)
 class Ready:
     """First message of a backend that could load its model."""
 
@@ -169,6 +176,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def read(self, ids: list[int]) -> Reading:
         """Read a whole text at once, for its logits and hidden states."""
+
+    def cache_usage(self) -> float | None:
+        """Share of the key-value cache in use, 0 to 1; None where the cache has no size of its own."""
+        return None
 
 
 class Reading(abc.ABC):

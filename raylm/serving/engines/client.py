@@ -33,6 +33,7 @@ from raylm.serving.engines.base import (
     Event,
     FinishReason,
     Generate,
+    Load,
     Pooling,
     Ready,
     SamplingParameters,
@@ -57,6 +58,8 @@ class EngineStats:
     failed: int
     prompt_tokens: int
     generated_tokens: int
+    cache_usage: float | None
+    """Share of the key-value cache in use, 0 to 1; None where the engine does not say."""
 
 
 class TokenStream:
@@ -169,6 +172,7 @@ class Engine:
         self._waiting: dict[int, TokenStream | _Answer] = {}
         self._submitted = self._finished = self._cancelled = self._failed = 0
         self._prompt_tokens = self._generated_tokens = 0
+        self._cache_usage: float | None = None
         self._failure: str | None = None
         self._reader = threading.Thread(target=self._read, name=f"{name}-engine", daemon=True)
         self._reader.start()
@@ -216,6 +220,7 @@ class Engine:
             failed=self._failed,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            cache_usage=self._cache_usage,
         )
 
     @property
@@ -277,6 +282,8 @@ class Engine:
                 message = self._connection.recv()
                 if isinstance(message, EngineFailure):
                     reason = f"the engine failed: {message}"
+                elif isinstance(message, Load):
+                    self._cache_usage = message.cache_usage
                 else:
                     self._deliver(message)
         except (EOFError, OSError):

@@ -93,6 +93,10 @@ class OpenVinoBackend(Backend):
             if not self._handles:
                 self._pipeline.step()
 
+    def cache_usage(self) -> float | None:
+        # The pipeline counts in percent.
+        return self._pipeline.get_metrics().cache_usage / 100
+
     def read(self, ids: list[int]) -> Reading:
         """Read a whole text with the plain graph."""
         if self._reader is None:

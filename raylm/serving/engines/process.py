@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections import deque
 from multiprocessing.connection import Connection
 
@@ -24,11 +25,15 @@ from raylm.serving.engines.base import (
     EngineFailure,
     Event,
     Generate,
+    Load,
     Reading,
     Ready,
     Score,
     TokenScores,
 )  # fmt: skip
+
+# Between two messages about the cache.
+LOAD_SECONDS = 0.5
 
 
 class Decoding:
@@ -43,6 +48,7 @@ class Decoding:
         self._backend, self._connection = backend, connection
         self._generating: set[int] = set()
         self._reading: deque[Score | Embed] = deque()
+        self._load, self._load_due = Load(0.0), 0.0
 
     def run(self) -> None:
         """Work until told to close, or until nobody is at the other end."""
@@ -53,6 +59,7 @@ class Decoding:
                 if self._reading:
                     # One text between two steps: those that generate wait for it no longer than for a prompt.
                     self._deliver([_read(self._backend, self._reading.popleft())])
+                self._tell_load()
         except (EOFError, ConnectionError):
             return
 
@@ -69,6 +76,16 @@ class Decoding:
             else:
                 self._reading.append(command)
         return True
+
+    def _tell_load(self) -> None:
+        """Say how full the cache is: now and then, and when nothing is left to do."""
+        now = time.monotonic()
+        if self._generating and now < self._load_due:
+            return
+        usage = self._backend.cache_usage()
+        if usage is not None and usage != self._load.cache_usage:
+            self._load, self._load_due = Load(usage), now + LOAD_SECONDS
+            self._connection.send(self._load)
 
     def _join(self, request: Generate) -> None:
         try:
