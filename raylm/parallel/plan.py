@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raylm.config.data import BYTE_ALPHABET
 from raylm.config.stages import TrainConfig
@@ -17,9 +19,15 @@ from raylm.errors import UserError
 from raylm.models.families import build_config, check_positions, parameter_count
 from raylm.models.loading import load_config, load_tokenizer
 from raylm.objectives import make_objective
+from raylm.parallel.cut import Cut
 from raylm.parallel.refusals import check_cuts
 
-BYTES = 4
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from raylm.objectives.base import Objective
+    from raylm.parallel.memory import StageMemory
+
 # Tokens of one micro-batch beyond which a bigger one gains nothing on a CPU but takes memory.
 AUTO_MICRO_BATCH_TOKENS = 16384
 
@@ -130,26 +138,50 @@ class Plan:
     config: TrainConfig
     layout: Layout
     parameters: int
-    vocab_size: int
-    width: int
-    layers: int
+    model_config: PretrainedConfig
+    objective: Objective
+
+    @cached_property
+    def stages(self) -> list[StageMemory]:
+        """Parameters and activations of each pipeline stage; takes seconds, as the model's code is run for it."""
+        from raylm.parallel.memory import stage_memories
+
+        length = self.config.training.sequence_length
+        return stage_memories(self.model_config, self.objective, length, self._cut())
+
+    def _cut(self) -> Cut:
+        parallel, layout = self.config.parallel, self.layout
+        return Cut(
+            data=layout.data,
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            zero_stage=parallel.zero_stage,
+            micro_batch_size=layout.micro_batch_size,
+            accumulation=layout.accumulation,
+            activation_checkpointing=bool(parallel.activation_checkpointing),
+            bf16=layout.precision == "bf16",
+            optimizer=self.config.training.optimizer,
+        )
 
     def memory_bytes(self) -> dict[str, float]:
-        """Estimated bytes on one rank: weights, gradients, optimizer, activations, logits."""
-        world, stage = self.layout.workers, self.config.parallel.zero_stage
-        low = 2 if self.layout.precision == "bf16" else BYTES
-        moments = {"adamw": 2, "muon": 2, "sgd": 1}[self.config.training.optimizer]
-        # ZeRO keeps its own fp32 copy of the weights beside the moments.
-        copies = moments + (1 if stage else 0)
-        tokens = self.layout.micro_batch_size * self.config.training.sequence_length
-        per_layer = 2 if self.config.parallel.activation_checkpointing else 24
-        return {
-            "weights": self.parameters * low / (world if stage == 3 else 1),
-            "gradients": self.parameters * low / (world if stage >= 2 else 1),
-            "optimizer": self.parameters * BYTES * copies / (world if stage else 1),
-            "activations": tokens * self.width * self.layers * per_layer * low,
-            "logits": tokens * self.vocab_size * BYTES * 2.0,
-        }
+        """Estimated bytes on the fullest rank, by kind."""
+        from raylm.parallel.memory import rank_bytes
+
+        ranks = [rank_bytes(stage, self._cut(), use_gpu=self.layout.use_gpu) for stage in self.stages]
+        return max(ranks, key=lambda kinds: sum(kinds.values()))
+
+    def traffic_bytes(self) -> dict[str, float]:
+        """Bytes that the busiest rank sends in a step, by the kind of parallelism."""
+        from raylm.parallel.memory import traffic_bytes
+
+        ranks = [traffic_bytes(stage, self._cut()) for stage in self.stages]
+        return max(ranks, key=lambda kinds: sum(kinds.values()))
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which a pipeline stage waits: (p - 1) / (m + p - 1) (Huang et al. 2019, GPipe)."""
+        waits = self.layout.pipeline - 1
+        return waits / (self.layout.accumulation + waits)
 
     def describe(self) -> str:
         """The plan as lines of text."""
@@ -163,12 +195,16 @@ class Plan:
         lines = [
             f"layout          {layout.data} data x {layout.tensor} tensor x {layout.pipeline} pipeline, "
             f"ZeRO {self.config.parallel.zero_stage}, {'GPU' if layout.use_gpu else 'CPU'}, {layout.precision}",
-            f"parameters      {self.parameters:,} (vocabulary {self.vocab_size:,})",
+            f"parameters      {self.parameters:,} (vocabulary {self.model_config.vocab_size:,})",
             f"batch           {training.batch_size} sequences = {layout.data} replicas x {layout.accumulation} "
             f"micro-batches x {layout.micro_batch_size}; {tokens:,} tokens a step",
             f"length          {length}",
             "memory per rank " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in memory.items()),
-            f"                {sum(memory.values()) / 1e6:,.1f} MB in all (an estimate)",
+            f"                {sum(memory.values()) / 1e6:,.1f} MB in all (an estimate, of the fullest rank)",
+            "sent per rank   "
+            + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.traffic_bytes().items())
+            + " a step",
+            f"bubble          {self.bubble:.1%} of a step",
         ]
         return "\n".join(lines)
 
@@ -200,9 +236,8 @@ def make_plan(config: TrainConfig, cpus: float | None = None, gpus: float | None
         config,
         layout,
         parameter_count(model_config, objective.head),
-        model_config.vocab_size,
-        model_config.hidden_size,
-        model_config.num_hidden_layers,
+        model_config,
+        objective,
     )
 
 

@@ -31,6 +31,11 @@ class TensorGroup:
         dist.all_reduce(values, group=self.group)
         return values
 
+    def maximum(self, values: torch.Tensor) -> torch.Tensor:
+        """Largest of the group, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        return values
+
 
 class _CopyToParts(torch.autograd.Function):
     """The same input to all parts: nothing forward, the sum of their gradients backward."""
@@ -148,7 +153,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, group: TensorGroup, first: int) -> torch.Tensor:
         logits = logits.float()
         highest = logits.amax(-1)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group.group)
+        group.maximum(highest)
         shifted = logits - highest.unsqueeze(-1)
         elsewhere = (targets < first) | (targets >= first + logits.size(-1))
         local = (targets - first).masked_fill(elsewhere, 0)

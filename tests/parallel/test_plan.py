@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from raylm.config import load_config
 from raylm.config.stages import PretrainConfig
 from raylm.errors import UserError
+from raylm.models.families import build_model
+from raylm.objectives.base import ObjectiveModule
 from raylm.parallel.plan import apply_layout, make_layout, make_plan
 
 
@@ -70,4 +73,46 @@ def test_plan_counts_parameters(config: PretrainConfig) -> None:
     assert plan.parameters == embeddings + 2 * block + 2 * 32
     assert f"{plan.parameters:,}" in plan.describe()
     sharded = make_plan(changed(config, "parallel", zero_stage=3), cpus=2, gpus=0)
-    assert sharded.memory_bytes()["weights"] == plan.memory_bytes()["weights"] / 2
+    assert sharded.memory_bytes()["optimizer"] == plan.memory_bytes()["optimizer"]
+    assert plan.memory_bytes()["weights"] == 4 * plan.parameters
+    whole = make_plan(changed(config, "parallel", zero_stage=0), cpus=2, gpus=0)
+    assert whole.memory_bytes()["optimizer"] == 8 * plan.parameters
+    # A ring of two sends what it adds up once.
+    assert whole.traffic_bytes() == {"data": 4 * plan.parameters, "tensor": 0, "pipeline": 0}
+
+
+def test_footprint_is_what_a_real_pass_keeps(config: PretrainConfig) -> None:
+    plan = make_plan(config, cpus=2, gpus=0)
+    model = build_model(plan.model_config, 0)
+    tokens = torch.zeros((plan.layout.micro_batch_size, 64), dtype=torch.long)
+    known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ObjectiveModule(model, plan.objective)(input_ids=tokens, targets=tokens)
+    really = sum(storage.nbytes() for storage in saved.values())
+    # Some live a little longer than the graph needs them.
+    assert really <= plan.stages[0].footprint.kept <= 1.1 * really
+    recomputed = make_plan(changed(config, "parallel", activation_checkpointing=True), cpus=2, gpus=0)
+    assert recomputed.memory_bytes()["activations"] < plan.memory_bytes()["activations"] / 2
+
+
+def test_cuts_share_out_memory_and_add_traffic(config: PretrainConfig) -> None:
+    plan = make_plan(config, cpus=2, gpus=0)
+    cut = {"tensor": 2, "pipeline": 1, "micro_batch_size": 3}
+    tensor = make_plan(changed(config, "parallel", **cut), cpus=2, gpus=0)
+    assert tensor.stages[0].parameters < 0.6 * plan.parameters
+    assert tensor.traffic_bytes()["tensor"] > 0
+    cut = {"tensor": 1, "pipeline": 2, "micro_batch_size": 3}
+    pipeline = make_plan(changed(config, "parallel", **cut), cpus=2, gpus=0)
+    assert pipeline.bubble == 1 / 5
+    assert "bubble          20.0%" in pipeline.describe()
+    assert [stage.in_flight for stage in pipeline.stages] == [2, 1]
+    # Hidden states of three sequences to the second stage, their gradients back, four times.
+    assert pipeline.traffic_bytes()["pipeline"] == 2 * 4 * (3 * 64 * 32 * 4)
