@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raylm.config.base import Section
 
@@ -19,6 +19,27 @@ class ServedModel(Section):
     """As ``serving.engine``."""
     pooling: Literal["mean", "first", "last"] = "mean"
     """How the last hidden states become an embedding."""
+
+
+class ReplicaScaling(Section):
+    """``serving.autoscaling``: replicas come and go with the requests that are in work and waiting."""
+
+    least: int = Field(default=1, ge=1)
+    """Fewest replicas."""
+    most: int = Field(ge=1)
+    """Most replicas."""
+    requests_per_replica: float = Field(default=16, gt=0)
+    """Requests in work and waiting that each replica is to have on average; more start another one."""
+    grow_seconds: float = Field(default=30, ge=0)
+    """Seconds that there must be too many requests before a replica is added."""
+    shrink_seconds: float = Field(default=300, ge=0)
+    """Seconds that there must be too few before one is taken away."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ReplicaScaling:
+        if self.most < self.least:
+            raise ValueError(f"most: found {self.most}, allowed: at least {self.least} (least)")
+        return self
 
 
 class ServingSection(Section):
@@ -35,7 +56,15 @@ class ServingSection(Section):
     engine: Literal["auto", "openvino", "transformers"] = "auto"
     """auto takes OpenVINO GenAI on a CPU where the model directory has an openvino/ export, else transformers."""
     replicas: int = Field(default=1, ge=1)
-    """Copies of the model."""
+    """Copies of the model; left out where there is autoscaling."""
+    autoscaling: ReplicaScaling | None = None
+    """Let the number of replicas follow the load."""
+    routing: Literal["balanced", "session"] = "balanced"
+    """session: requests with the same X-Session-Id header go to the same replica, which has their text in its cache."""
+    drain_seconds: float = Field(default=30, ge=0)
+    """Seconds that a replica that is to stop has for the requests that it has in work."""
+    update_first: bool = False
+    """An update starts new replicas before it stops old ones; needs room for both. Else requests wait meanwhile."""
     cpus_per_replica: float | Literal["auto"] = "auto"
     """CPUs that a replica reserves and computes with; auto shares the largest host's CPUs among the replicas."""
     gpus_per_replica: float = Field(default=0, ge=0)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from typing import Any
 
@@ -12,14 +13,16 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.context import _get_global_client
 
 from raylm.config.loading import validate
-from raylm.config.serving import ServedModel
+from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.errors import UserError
 from raylm.models.loading import load_tokenizer, resolve_model
 from raylm.serving import request_log
-from raylm.serving.access import load_key_hashes
+from raylm.serving.access import ENVIRONMENT_VARIABLE, load_key_hashes
 from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.opening import context_length
 from raylm.serving.gate import Gate, Limits
@@ -30,6 +33,10 @@ from raylm.serving.service import Models, ModelService
 
 # Requests beyond the model's own limits that a replica takes, to refuse them itself and to answer /health.
 SPARE_REQUESTS = 64
+ROUTERS = {
+    "balanced": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
+    "session": "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter",
+}
 
 
 class ModelReplica:
@@ -44,6 +51,7 @@ class ModelReplica:
     def __init__(self, config: dict[str, Any], threads: int, key_hashes: dict[str, str]) -> None:
         settings = ServeConfig.model_validate(config)
         serving = settings.serving
+        refuse_strangers(key_hashes)
         self._serving, self._key_hashes = serving, key_hashes
         self._collection = Collection.open(serving.collection) if serving.collection else None
         self._metrics = ServerMetrics(export=True)
@@ -105,16 +113,21 @@ def build_application(config: ServeConfig) -> Application:
     cpus = serving.cpus_per_replica
     if cpus == "auto":
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-        cpus = max(1.0, largest // serving.replicas)
+        cpus = max(1.0, largest // (serving.autoscaling.most if serving.autoscaling else serving.replicas))
     deployment = serve.deployment(serve.ingress()(ModelReplica)).options(
         name="model",
-        num_replicas=serving.replicas,
+        **_scaling(serving),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTERS[serving.routing]),
+        # A replica refuses what goes beyond its own queue; these wait while replicas are being replaced.
+        max_queued_requests=serving.max_queued_requests,
+        backpressure_config={"status_code": 503, "retry_after_s": 1},
+        max_surge_percent=100 if serving.update_first else 0,
         max_ongoing_requests=serving.max_concurrent_requests + serving.max_queued_requests + SPARE_REQUESTS,
         ray_actor_options={"num_cpus": cpus, "num_gpus": serving.gpus_per_replica},
         health_check_period_s=5,
         # A step of a large model may take long, and the replica answers nothing meanwhile.
         health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=serving.drain_seconds,
         graceful_shutdown_wait_loop_s=0.2,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
@@ -124,8 +137,42 @@ def build_application(config: ServeConfig) -> Application:
     return deployment.bind(values, max(1, math.floor(cpus)), load_key_hashes(serving))
 
 
+def _scaling(serving: ServingSection) -> dict[str, Any]:
+    """How many replicas, as Serve takes it."""
+    scaling = serving.autoscaling
+    if scaling is None:
+        return {"num_replicas": serving.replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": scaling.least,
+            "max_replicas": scaling.most,
+            "target_ongoing_requests": scaling.requests_per_replica,
+            "upscale_delay_s": scaling.grow_seconds,
+            "downscale_delay_s": scaling.shrink_seconds,
+            # Look back no longer than the shorter of the two waits.
+            "look_back_period_s": max(1.0, min(30.0, scaling.grow_seconds, scaling.shrink_seconds)),
+            "metrics_interval_s": 1.0,
+        }
+    }
+
+
+def refuse_strangers(key_hashes: dict[str, str]) -> None:
+    """Refuse to answer other machines without API keys, whatever file the address came from; call in a replica.
+
+    Raises:
+        UserError: Serve's proxies listen on another address than a loopback one, and there are no keys.
+    """
+    # Serve has no public way to ask for the address.
+    host = _get_global_client().http_config.host or "0.0.0.0"
+    if not key_hashes and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
+        raise UserError(
+            f"http_options.host: found {host}, allowed: a loopback address (127.0.0.1), as there are no API keys "
+            f"(serving.api_keys_file or {ENVIRONMENT_VARIABLE})"
+        )
+
+
 def build_app(args: dict[str, Any]) -> Application:
-    """Builder for Serve config files: ``args`` are the sections of a ``raylm serve`` file.
+    """Builder for `serve deploy` and `serve run`: ``args`` are the sections of a ``raylm serve`` file.
 
     The address to listen on is the config file's own ``http_options``; ``serving.host`` and ``serving.port`` do not
     count here.
@@ -136,4 +183,7 @@ def build_app(args: dict[str, Any]) -> Application:
     config = validate(ServeConfig, args, "args")
     if config.model.path is None:
         raise UserError("args: model.path is needed")
+    if not ray.is_initialized():
+        # `serve run` builds first and connects then, to this very instance.
+        ray.init(logging_level="WARNING")
     return build_application(config)
