@@ -116,10 +116,12 @@ BYTE_ALPHABET = 256
 class TokenizerSection(Section):
     """``tokenizer``: train one of a ``type``, or take the one at ``path``."""
 
-    type: Literal["bpe", "byte", "character"] | None = None
-    """Kind of tokenizer to train: byte-level BPE, single bytes, or single characters."""
+    type: Literal["bpe", "wordpiece", "unigram", "byte", "character", "word"] | None = None
+    """Kind of tokenizer to train: byte-level BPE, WordPiece, Unigram, single bytes, single characters, or words."""
+    segmenter: Literal["whitespace", "jieba"] | None = None
+    """What a word is, for type word: what stands between white space and signs (default), or what jieba finds."""
     vocab_size: int | None = Field(default=None, ge=1)
-    """Entries of a BPE vocabulary, special tokens included; default 8192. The other types find theirs."""
+    """Most entries of a vocabulary, special tokens included; default 8192. Types byte and character find theirs."""
     path: str | None = None
     """Hugging Face directory or hub name of a tokenizer to reuse."""
     mask_token: bool | None = None
@@ -139,12 +141,21 @@ class TokenizerSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> TokenizerSection:
         if self.path is not None:
-            for name in ("type", "vocab_size", "mask_token", "sentinels"):
+            for name in ("type", "segmenter", "vocab_size", "mask_token", "sentinels"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"path stands alone: leave out {name}")
             return self
         self.type = self.type or "bpe"
-        if self.type == "bpe":
+        if self.segmenter is not None and self.type != "word":
+            raise ValueError(f"segmenter is for type word; found type {self.type}")
+        if self.type == "word":
+            self.segmenter = self.segmenter or "whitespace"
+        if self.type in ("wordpiece", "unigram", "word"):
+            self.vocab_size = self.vocab_size or 8192
+            least = len(self.special_tokens) + 2
+            if self.vocab_size < least:
+                raise ValueError(f"vocab_size: found {self.vocab_size}, allowed: {least} or more")
+        elif self.type == "bpe":
             self.vocab_size = self.vocab_size or 8192
             least = BYTE_ALPHABET + len(self.special_tokens)
             if self.vocab_size < least:
@@ -153,5 +164,5 @@ class TokenizerSection(Section):
                     f"({BYTE_ALPHABET} bytes and {len(self.special_tokens)} special tokens)"
                 )
         elif self.vocab_size is not None:
-            raise ValueError(f"vocab_size is for type bpe; a {self.type} tokenizer finds its own")
+            raise ValueError(f"vocab_size is not for type {self.type}: it finds its own")
         return self

@@ -80,6 +80,8 @@ def split_of(document: Document, validation_fraction: float) -> Split:
     """
     if document.split is not None:
         return document.split
+    if not validation_fraction:
+        return "train"
     share = hash_share(document.split_key or document.text, b"raylm-split")
     return "validation" if share < validation_fraction else "train"
 
@@ -109,7 +111,7 @@ class DocumentFile:
     Args:
         path: the file.
         kind: decides the columns.
-        with_split: keep each document's side as a column.
+        with_split: write a part of an unfinished set, with each document's side as a column.
 
     Attributes:
         documents: documents written so far.
@@ -117,8 +119,10 @@ class DocumentFile:
     """
 
     def __init__(self, path: Path, kind: Kind, with_split: bool = False) -> None:
-        names = ["id", "title", "text"] + (["prompt", "answer", "context"] if kind == "pairs" else ["aliases"])
-        names += ["augmentation", *(["split"] if with_split else [])]
+        names = ["title", "text"] + (["prompt", "answer", "context"] if kind == "pairs" else ["aliases"])
+        # A part is read again by its next task only, which needs the side and no id.
+        names = [*names, "split"] if with_split else ["id", *names, "augmentation"]
+        self._compression = "lz4" if with_split else "zstd"
         self._schema = pa.schema([(name, pa.string()) for name in names])
         # A task must not write into the file of one that it took for dead.
         self.path, self._partial = path, path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -142,7 +146,7 @@ class DocumentFile:
 
     def _flush(self) -> None:
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._partial, self._schema, compression=self._compression)
         if not self._rows:
             return
         columns = [[getattr(row, name) for row in self._rows] for name in self._schema.names]

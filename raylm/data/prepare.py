@@ -148,6 +148,7 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
     from raylm.data.pipeline import Pipeline
     from raylm.data.tokenization import Layout
     from raylm.data.tokenizers import reuse_tokenizer, tokenizer_hash
+    from raylm.data.vocabulary import describe_vocabulary
 
     began = time.monotonic()
     seconds: dict[str, float] = {}
@@ -206,6 +207,7 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         "bytes_per_token": round(size / tokens, 4),
         "vocab_size": vocab_size,
         "unknown_tokens": sum(entry["unknown_tokens"] for entry in entries),
+        "vocabulary": describe_vocabulary(directory / "tokenizer", _measured(directory), layout.unknown_id),
         "compressed": baselines,
         "sources": survey.sources,
         **pipeline.account(sum(result["duplicates"] for result in results)),
@@ -214,6 +216,13 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
     pipeline.close_work()
     write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return report
+
+
+def _measured(directory: Path) -> Iterator[str]:
+    """Texts to measure a tokenizer on: those that it was not trained on, and then the others."""
+    for split in ("validation", "train"):
+        for document in read_documents(directory, split):
+            yield document.text
 
 
 @contextmanager

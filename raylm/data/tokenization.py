@@ -7,6 +7,7 @@ manifest; ``work/files/N.json`` says that it is done.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -100,6 +101,12 @@ def is_taken(document: Document, weight: float, copy: int) -> bool:
     return copy + 1 <= weight or (copy < weight and hash_share(document.text, WEIGHT_PURPOSE) < weight - copy)
 
 
+@functools.lru_cache(maxsize=1)
+def open_encoder(tokenizer: Path, is_pairs: bool, eos_id: int, _: os.stat_result) -> DocumentEncoder | PairEncoder:
+    """The encoder of a tokenizer directory, kept by its process: a tokenizer remembers the words that it has seen."""
+    return PairEncoder(tokenizer) if is_pairs else DocumentEncoder(tokenizer, eos_id)
+
+
 class TokenWriter:
     """Writes one split's files of a part: documents, tokens, index. Nothing is written where no document comes.
 
@@ -127,9 +134,9 @@ class TokenWriter:
         # A task must not write into the file of one that it took for dead.
         self._partial = folder / f".{self._path.name}.{os.getpid()}.partial"
         self._stream = self._partial.open("wb")
-        tokenizer = self._root / "tokenizer"
         is_pairs = self._layout.kind == "pairs"
-        self._encoder = PairEncoder(tokenizer) if is_pairs else DocumentEncoder(tokenizer, self._layout.eos_id)
+        tokenizer = self._root / "tokenizer"
+        self._encoder = open_encoder(tokenizer, is_pairs, self._layout.eos_id, (tokenizer / "tokenizer.json").stat())
         self._documents = DocumentFile(
             self._root / "documents" / f"{self._split}-{self._number:05d}.parquet", self._layout.kind
         )

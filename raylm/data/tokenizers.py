@@ -1,8 +1,8 @@
-"""Tokenizers: byte-level BPE, single bytes, single characters, or one that exists; kept as a Hugging Face directory.
+"""Tokenizers: byte-level BPE, WordPiece, Unigram, bytes, characters, words, or one that exists.
 
-In: the training documents' texts. Out: a directory that ``AutoTokenizer`` loads with identical ids and that decodes
-without loss, with special tokens and a chat template. ``<|endoftext|>`` begins and ends every document, so it is both
-BOS and EOS.
+In: the training documents' texts. Out: a Hugging Face directory that ``AutoTokenizer`` loads with identical ids, with
+special tokens and a chat template; BPE, bytes and known characters decode without loss. ``<|endoftext|>`` begins and
+ends every document, so it is both BOS and EOS.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from raylm.config.data import MASK_TOKEN, SPECIAL_TOKENS, TokenizerSection
 from raylm.data.chat import CHAT_TEMPLATE, PLAIN_TEMPLATE
+from raylm.data.vocabularies import UNKNOWN, train_jieba_words, train_unigram, train_wordpiece, train_words
 from raylm.errors import UserError
 from raylm.models.loading import load_tokenizer
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, PAD, USER, ASSISTANT = SPECIAL_TOKENS
-UNKNOWN = "<|unk|>"
 
 
 def make_tokenizer(section: TokenizerSection, texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -40,6 +40,10 @@ def make_tokenizer(section: TokenizerSection, texts: Iterator[str]) -> PreTraine
         return _wrap(_character_tokenizer(texts, [*special, UNKNOWN]), special, unk_token=UNKNOWN)
     if section.type == "byte":
         return _wrap(_byte_tokenizer(special), special)
+    if section.type in ("wordpiece", "unigram", "word"):
+        train = {"wordpiece": train_wordpiece, "unigram": train_unigram, "word": train_words}[section.type]
+        train = train_jieba_words if section.segmenter == "jieba" else train
+        return _wrap(train(texts, section.vocab_size, special), special, unk_token=UNKNOWN)
     return _wrap(_train_bpe(texts, section.vocab_size, special), special)
 
 

@@ -1,0 +1,51 @@
+"""What a tokenizer makes of a text: how many tokens a word and a byte take, what is unknown, how even its use is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raylm.data.encoding import load_backend
+from raylm.data.words import words_of
+
+MOST_BYTES = 2 << 20
+
+
+def describe_vocabulary(directory: Path, texts: Iterable[str], unknown_id: int | None) -> dict[str, Any]:
+    """Measure the tokenizer of ``directory`` on the first two megabytes of ``texts``.
+
+    Returns:
+        ``bytes_per_token``; ``characters_per_token``; ``fertility``, tokens a word (a Chinese character is one);
+        ``unknown_rate``, share of unknown tokens; ``unigram_entropy_bits``, of the distribution of tokens, and
+        ``used``, share of the vocabulary that occurs at all. Empty where there is no text.
+    """
+    backend = load_backend(directory)
+    backend.encode_special_tokens = True
+    size = backend.get_vocab_size()
+    counts = np.zeros(size, dtype=np.int64)
+    text_bytes = characters = words = 0
+    for text in texts:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        counts += np.bincount(np.array(ids, dtype=np.int64), minlength=size)
+        text_bytes += len(text.encode())
+        characters += len(text)
+        words += len(words_of(text))
+        if text_bytes >= MOST_BYTES:
+            break
+    tokens = int(counts.sum())
+    if not tokens:
+        return {}
+    shares = counts[counts > 0] / tokens
+    return {
+        "text_bytes": text_bytes,
+        "tokens": tokens,
+        "bytes_per_token": round(text_bytes / tokens, 4),
+        "characters_per_token": round(characters / tokens, 4),
+        "fertility": round(tokens / max(1, words), 4),
+        "unknown_rate": round(float(counts[unknown_id] / tokens) if unknown_id is not None else 0.0, 6),
+        "unigram_entropy_bits": round(float(-(shares * np.log2(shares)).sum()), 4),
+        "used": round(len(shares) / size, 4),
+    }
