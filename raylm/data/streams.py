@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+
 from raylm.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
@@ -72,7 +74,8 @@ def open_bytes(path: str) -> BinaryIO:
     """
     if is_remote(path):
         files, inner = file_system(path)
-        stream = files.open(inner, "rb")
+        # fsspec's own readline knows no limit.
+        stream = io.BufferedReader(files.open(inner, "rb"), 1 << 20)
     else:
         stream = open(path, "rb")  # noqa: SIM115, PTH123 - the caller closes it
     suffix = PurePosixPath(path.partition("?")[0]).suffix.lower()
@@ -83,19 +86,14 @@ def open_bytes(path: str) -> BinaryIO:
     if suffix == ".bz2":
         return bz2.BZ2File(stream)
     if suffix == ".zst":
-        import zstandard
-
-        # A buffer around it, as zstandard's reader has no readline of its own.
-        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader, 1 << 20)
+        # pyarrow's reader says so where a file was cut off.
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd"), 1 << 20)
     return stream
 
 
 def damaged() -> tuple[type[BaseException], ...]:
     """What reading a damaged or unreachable file raises."""
-    import zstandard
-
-    return OSError, EOFError, lzma.LZMAError, zstandard.ZstdError
+    return OSError, EOFError, lzma.LZMAError, pa.ArrowException
 
 
 @dataclass

@@ -1,0 +1,167 @@
+"""Compressed and remote files, mixtures, conversations, SQuAD and parallel text, and what is done with bad input."""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import gzip
+import http.server
+import json
+import lzma
+import threading
+
+import pyarrow as pa
+import pytest
+
+from raylm.config.data import DataSection
+from raylm.data.blocks import Block
+from raylm.data.corpus import Corpus
+from raylm.data.documents import Document
+from raylm.data.readers import read_block
+from raylm.data.streams import InputErrors
+from raylm.errors import UserError
+
+LINES = "one\ntwo 猫\nthree\n"
+
+
+def documents(train, **options) -> list[Document]:
+    return [document for _, document in Corpus(DataSection(train=train, **options)).documents()]
+
+
+def texts(train, **options) -> list[str]:
+    return [document.text for document in documents(train, text_unit="line", **options)]
+
+
+def refusal(train, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        Corpus(DataSection(train=str(train), **options)).survey()
+    return str(caught.value)
+
+
+def account(path, **options) -> tuple[list[str], InputErrors]:
+    """Texts, and the count of what was wrong."""
+    data = DataSection(train=str(path), **options)
+    errors, corpus = InputErrors(data.errors), Corpus(data)
+    found = [d.text for block in corpus.blocks for d in read_block(Block.from_json(block.to_json()), data, errors)]
+    return found, errors
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", lambda raw: b"".join(bytes(pa.Codec("zstd").compress(part)) for part in (raw[:5], raw[5:]))),
+    ],
+)
+def test_compressed_files(tmp_path, suffix, compress):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(compress(LINES.encode()))
+    assert texts(str(path)) == ["one", "two 猫", "three"]
+    rows = tmp_path / f"b.jsonl{suffix}"
+    rows.write_bytes(compress(b'{"text": "x"}\n{"text": \n'))
+    assert refusal(rows).startswith(f"{rows}:2: malformed JSON")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - 6])
+    assert f"{path}: cannot be read: " in refusal(path, text_unit="line")
+
+
+def test_remote_files(tmp_path):
+    (tmp_path / "a.txt").write_text(LINES)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert texts(f"{address}/a.txt") == ["one", "two 猫", "three"]
+        assert "/none.txt" in refusal(f"{address}/none.txt")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert refusal(f"{address}/a.txt").startswith(f"data.train: {address}/a.txt")
+    assert refusal("nowhere://x/a.txt").startswith("nowhere://x/a.txt: ")
+
+
+def test_conversations(tmp_path):
+    path = tmp_path / "a.jsonl"
+    talk = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "So long")]
+    rows = [
+        {"messages": [{"role": role, "content": content} for role, content in talk]},
+        {"messages": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"messages": []},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(d.prompt, d.answer, d.context) for d in documents(str(path))] == [
+        ("Hi", "Hello", "Be kind."),
+        ("Bye", "So long", "Be kind.\nuser: Hi\nassistant: Hello"),
+        ("Q", "A", ""),
+    ]
+    path.write_text('{"messages": [{"role": "user"}]}\n')
+    assert refusal(path).startswith(f"{path}:1: column 'messages': a message without role and content")
+
+
+def test_squad_and_parallel_text(tmp_path):
+    squad = tmp_path / "a.json"
+    questions = [
+        {"question": "Who?", "answers": [{"text": "Ann", "answer_start": 0}]},
+        {"question": "What?", "answers": []},
+    ]
+    squad.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann came.", "qas": questions}]}]}))
+    assert [(d.prompt, d.answer, d.context) for d in documents(str(squad))] == [("Who?", "Ann", "")]
+    fields = {"context": "context"}
+    assert [d.context for d in documents(str(squad), fields=fields)] == ["Ann came."]
+    flat = [{"context_text": "甲来了。", "qas": [{"query_text": "谁？", "answers": ["甲"]}]}]
+    squad.write_text(json.dumps(flat, ensure_ascii=False))
+    assert [(d.prompt, d.answer) for d in documents(str(squad))] == [("谁？", "甲")]
+    (tmp_path / "a.en").write_text("one\ntwo\n")
+    (tmp_path / "a.zh").write_text("一\n二\n")
+    source = {"path": str(tmp_path / "a.en"), "target": str(tmp_path / "a.zh"), "format": "text"}
+    assert [(d.prompt, d.answer) for d in documents([source])] == [("one", "一"), ("two", "二")]
+    (tmp_path / "a.zh").write_text("一\n")
+    with pytest.raises(UserError, match=r"a\.zh: ends after line 1"):
+        documents([source])
+
+
+def test_mixed_encodings_are_refused_replaced_or_skipped(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\ncaf\xe9 noir\nfine\n\x00\x00\x00\n")
+    assert refusal(path, text_unit="line") == f"{path}: not UTF-8 at byte 8: found 0xe9, allowed: UTF-8 text"
+    found, errors = account(path, text_unit="line", errors="replace")
+    assert found == ["good", "caf\ufffd noir", "fine", "\ufffd\ufffd\ufffd"] and errors.counts == {"undecodable": 2}
+    found, errors = account(path, text_unit="line", errors="skip")
+    assert found == ["good", "fine"] and errors.counts == {"undecodable": 2}
+    assert errors.samples[0].endswith("at byte 8: found 0xe9, allowed: UTF-8 text")
+    path.write_bytes(bytes(5000))
+    assert refusal(path) == f"{path}: not UTF-8 at byte 0: found 0x00, allowed: UTF-8 text"
+
+
+def test_bad_rows_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n{"text": \n[1]\n{"text": 3}\n{"text": "fine"}\n')
+    found, errors = account(path, errors="skip")
+    assert found == ["good", "fine"] and errors.counts == {"malformed": 3}
+    assert [sample.split(": ")[0] for sample in errors.samples] == [f"{path}:{line}" for line in (2, 3, 4)]
+    assert refusal(path, errors="replace").startswith(f"{path}:2: malformed JSON")
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n1,a\n2,b,c\n3,d\n")
+    found, errors = account(path, errors="skip")
+    assert found == ["a", "d"] and errors.counts == {"malformed": 1}
+    # A column that is not there at all is a mistake of the configuration.
+    path.write_text("id,body\n1,a\n")
+    assert "no column 'text'" in refusal(path, errors="skip")
+
+
+def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n{"text": "' + "x" * 5_000_000 + '"}\n{"text": "fine"}\n')
+    options = {"max_document_bytes": 1_000_000}
+    assert refusal(path, **options) == (
+        f"{path}:2: a line of 5000013 bytes at byte 17; allowed: at most data.max_document_bytes (1000000)"
+    )
+    found, errors = account(path, errors="skip", **options)
+    assert found == ["good", "fine"] and errors.counts == {"too long": 1}
+    text = tmp_path / "a.txt"
+    text.write_text("x" * 2_000_000)
+    assert "one document of more than data.max_document_bytes (1000000)" in refusal(text, **options)
