@@ -206,6 +206,11 @@ class Plan:
             + " a step",
             f"bubble          {self.bubble:.1%} of a step",
         ]
+        if layout.accumulation < layout.pipeline:
+            lines.append(
+                f"warning         {layout.accumulation} micro-batches for {layout.pipeline} pipeline stages: some are "
+                "never at work together; a smaller parallel.micro_batch_size, or a larger training.batch_size, helps"
+            )
         return "\n".join(lines)
 
 

@@ -113,6 +113,9 @@ def test_cuts_share_out_memory_and_add_traffic(config: PretrainConfig) -> None:
     pipeline = make_plan(changed(config, "parallel", **cut), cpus=2, gpus=0)
     assert pipeline.bubble == 1 / 5
     assert "bubble          20.0%" in pipeline.describe()
+    assert "warning" not in pipeline.describe()
+    few = make_plan(changed(config, "parallel", tensor=1, pipeline=2, micro_batch_size=12), cpus=2, gpus=0)
+    assert "warning         1 micro-batches for 2 pipeline stages" in few.describe()
     assert [stage.in_flight for stage in pipeline.stages] == [2, 1]
     # Hidden states of three sequences to the second stage, their gradients back, four times.
     assert pipeline.traffic_bytes()["pipeline"] == 2 * 4 * (3 * 64 * 32 * 4)
