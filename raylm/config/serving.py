@@ -91,6 +91,8 @@ class ServingSection(Section):
     """OpenVINO: memory of the key-value cache."""
     collection: str | None = None
     """Directory made by ``raylm prepare`` whose documents /v1/qa searches."""
+    collections: str | None = None
+    """Directory of the collections that clients upload, shared by all replicas; by default in the run's directory."""
     passages: int = Field(default=3, ge=1, le=20)
     """Passages that a question's answer is generated from."""
 

@@ -8,10 +8,11 @@ from typing import Any
 from fastapi.responses import Response
 
 from raylm.data.chat import question_messages
-from raylm.serving.errors import RequestError
+from raylm.serving.collections import describe_matches, refusals
 from raylm.serving.replies import Reply, send_reply
 from raylm.serving.requests import QuestionRequest
-from raylm.serving.retrieval import Collection, Match
+from raylm.serving.retrieval.library import Library
+from raylm.serving.retrieval.store import Match
 from raylm.serving.service import ModelService, Piece, Usage
 
 # Share of the context that is kept for the answer where the request does not say how long it may be.
@@ -26,14 +27,7 @@ class QuestionReply(Reply):
     def __init__(self, service: ModelService, matches: Sequence[Match], used: int) -> None:
         super().__init__(service)
         self._sources = [
-            {
-                "id": match.passage.id,
-                "title": match.passage.title,
-                "score": round(match.score, 4),
-                "text": match.passage.text,
-                "in_context": place < used,
-            }
-            for place, match in enumerate(matches)
+            source | {"in_context": place < used} for place, source in enumerate(describe_matches(matches))
         ]
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
@@ -64,20 +58,14 @@ class QuestionReply(Reply):
     _delta = _choice
 
 
-async def answer_question(
-    service: ModelService, collection: Collection | None, request: QuestionRequest, count: int
-) -> Response:
+async def answer_question(service: ModelService, library: Library, request: QuestionRequest, count: int) -> Response:
     """Find ``count`` passages, put them before the question, and answer.
 
     Raises:
-        RequestError: there is no collection, or the question alone fills the context.
+        RequestError: there is no such collection, or the question alone fills the context.
     """
-    service.check_model(request.model)
-    if collection is None:
-        raise RequestError(
-            "This server has no collection to answer from; set serving.collection", status=404, code="no_collection"
-        )
-    matches = collection.search(request.question, count)
+    with refusals():
+        matches = await library.search(request.collection, request.question, count)
     wanted = request.max_tokens
     if wanted is None and service.context_length is not None:
         wanted = max(1, min(service.max_new_tokens, int(service.context_length * ANSWER_SHARE)))

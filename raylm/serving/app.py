@@ -27,7 +27,7 @@ from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.opening import context_length
 from raylm.serving.gate import Gate, Limits
 from raylm.serving.metrics import ServerMetrics
-from raylm.serving.retrieval import Collection
+from raylm.serving.retrieval.opening import open_library
 from raylm.serving.routes import create_app
 from raylm.serving.service import Models, ModelService
 
@@ -53,7 +53,7 @@ class ModelReplica:
         serving = settings.serving
         refuse_strangers(key_hashes)
         self._serving, self._key_hashes = serving, key_hashes
-        self._collection = Collection.open(serving.collection) if serving.collection else None
+        self._library = open_library(settings)
         self._metrics = ServerMetrics(export=True)
         self._models = Models(
             [open_service(settings, name, threads, self._metrics) for name in model_sources(settings)]
@@ -64,7 +64,7 @@ class ModelReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the application of this replica."""
-        app = create_app(self._models, self._metrics, self._collection, self._serving.passages)
+        app = create_app(self._models, self._metrics, self._library, self._serving.passages)
         limits = Limits.of(self._serving)
         app.add_middleware(Gate, limits=limits, key_hashes=self._key_hashes, metrics=self._metrics)
         return app

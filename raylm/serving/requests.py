@@ -219,5 +219,7 @@ class QuestionRequest(GenerationRequest):
 
     question: str = Field(min_length=1)
     """The question."""
+    collection: str | None = None
+    """Where to look; by default in the collection that the server was started with."""
     passages: int | None = Field(default=None, ge=1, le=20)
     """Passages to answer from; by default what the server is set to."""

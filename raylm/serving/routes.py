@@ -10,24 +10,23 @@ from fastapi.responses import Response
 
 import raylm
 from raylm.serving.answering import answer_question
+from raylm.serving.collections import collection_routes
 from raylm.serving.completions import chat, complete
 from raylm.serving.embeddings import embed
 from raylm.serving.errors import ERROR_RESPONSES, install_error_handlers
 from raylm.serving.metrics import CONTENT_TYPE, ServerMetrics
 from raylm.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
-from raylm.serving.retrieval import Collection
+from raylm.serving.retrieval.library import Library
 from raylm.serving.service import Models, ModelService
 
 
-def create_app(
-    models: Models, metrics: ServerMetrics, collection: Collection | None = None, passages: int = 3
-) -> FastAPI:
+def create_app(models: Models, metrics: ServerMetrics, library: Library, passages: int = 3) -> FastAPI:
     """The HTTP application of the served models.
 
     Args:
         models: who answers.
         metrics: what /metrics shows.
-        collection: what /v1/qa searches; without one it refuses.
+        library: the collections that /v1/qa searches.
         passages: passages of a question that does not say how many it wants.
     """
     app = FastAPI(title="raylm", version=raylm.__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
@@ -78,8 +77,9 @@ def create_app(
     @app.post("/v1/qa")
     async def question_answering(request: QuestionRequest) -> Response:
         """An answer generated from the collection's passages, with its sources."""
-        return await answer_question(models.find(request.model), collection, request, request.passages or passages)
+        return await answer_question(models.find(request.model), library, request, request.passages or passages)
 
+    app.include_router(collection_routes(library))
     return app
 
 

@@ -136,7 +136,7 @@ def check(config: ServeConfig) -> RunDirectory:
     run.check()
     check_model(config)
     if config.serving.collection is not None:
-        from raylm.serving.retrieval import collection_files
+        from raylm.serving.retrieval.prepared import collection_files
 
         collection_files(config.serving.collection)
     check_access(config.serving)

@@ -20,7 +20,9 @@ from pathlib import Path
 from raylm.config.data import DataSection
 from raylm.data.corpus import Corpus
 from raylm.data.documents import Document, DocumentFile
-from raylm.serving.retrieval import Collection, split_passages
+from raylm.serving.retrieval.prepared import open_prepared
+from raylm.serving.retrieval.store import StoredCollection
+from raylm.serving.retrieval.text import passage_spans
 
 
 def public_functions(documents: list[Document]) -> list[tuple[str, Document]]:
@@ -49,15 +51,22 @@ def main() -> None:
             for document in documents:
                 writer.write(document)
         began = time.perf_counter()
-        collection = Collection.open(directory)
+        collection = open_prepared(directory, Path(directory) / "index")
         opened = time.perf_counter() - began
+        measure(arguments, documents, collection, opened)
+
+
+def measure(
+    arguments: argparse.Namespace, documents: list[Document], collection: StoredCollection, opened: float
+) -> None:
+    """Ask, and print what was found."""
     asked = random.Random(arguments.seed).sample(public_functions(documents), arguments.functions)
     places, seconds, misses = [], [], []
     for name, document in asked:
         began = time.perf_counter()
         matches = collection.search(f"What does {name} do?", 3)
         seconds.append(time.perf_counter() - began)
-        right = (document.id, next(split_passages(document.text)))
+        right = (document.id, document.text[slice(*next(passage_spans(document.text)))])
         found = [(match.passage.id, match.passage.text) for match in matches]
         places.append(found.index(right) if right in found else None)
         if right not in found:
@@ -67,7 +76,7 @@ def main() -> None:
             {
                 "python": platform.python_version(),
                 "documents": len(documents),
-                "passages": len(collection.passages),
+                "passages": collection.facts().passages,
                 "functions": len(asked),
                 "top_1": sum(place == 0 for place in places) / len(asked),
                 "top_3": sum(place is not None for place in places) / len(asked),

@@ -1,0 +1,89 @@
+"""Texts to vectors by an encoder such as MiniLM, which runs in an engine process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylm.serving.engines.base import Pooling
+from raylm.serving.engines.client import Engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Texts in the engine's queue for one caller: a question waits for no more than these.
+IN_WORK = 2
+# Of each end of a weights file that goes into the fingerprint.
+FINGERPRINT_BYTES = 1 << 20
+
+
+class Encoder:
+    """Makes vectors of length 1 whose dot product says how close two texts are in meaning.
+
+    Args:
+        engine: reads token ids.
+        tokenizer: of the encoder's directory.
+        pooling: how hidden states become a vector.
+        longest: tokens of a text that are read; the rest of it is left out.
+        fingerprint: of the encoder; vectors of different ones cannot be compared.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, pooling: Pooling, longest: int, fingerprint: str
+    ) -> None:
+        self.engine, self.fingerprint = engine, fingerprint
+        self._tokenizer, self._pooling, self._longest = tokenizer, pooling, longest
+
+    async def vectors(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One vector a text, fp32 [width].
+
+        Raises:
+            EngineFailure: the engine has stopped.
+        """
+        turns = asyncio.Semaphore(IN_WORK)
+
+        async def embed(ids: list[int]) -> np.ndarray:
+            async with turns:
+                return await self.engine.embed(ids, self._pooling)
+
+        return await asyncio.gather(*map(embed, await asyncio.to_thread(self._ids, texts)))
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._tokenizer(list(texts), truncation=True, max_length=self._longest, verbose=False)["input_ids"]
+
+
+def encoder_pooling(directory: Path) -> Pooling:
+    """What the directory of a sentence encoder says; the mean where it says nothing."""
+    return "first" if _settings(directory / "1_Pooling" / "config.json").get("pooling_mode_cls_token") else "mean"
+
+
+def encoder_length(directory: Path, positions: int | None) -> int:
+    """Most tokens of a text: what a sentence encoder was trained for, and no more than its ``positions``."""
+    trained = _settings(directory / "sentence_bert_config.json").get("max_seq_length") or 512
+    return min(int(trained), positions or 512)
+
+
+def fingerprint(directory: Path) -> str:
+    """Tells encoders apart by their configuration, tokenizer, and both ends of their weights."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        path = directory / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            digest.update(str(size).encode() + stream.read(FINGERPRINT_BYTES))
+            stream.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values if isinstance(values, dict) else {}

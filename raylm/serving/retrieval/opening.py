@@ -1,0 +1,23 @@
+"""From the configuration to a replica's collections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raylm.config.stages import ServeConfig
+from raylm.serving.retrieval.library import DEFAULT, Library
+from raylm.serving.retrieval.prepared import open_prepared
+from raylm.serving.retrieval.store import CollectionStore
+
+# In the run's directory: the index of serving.collection, and what clients upload.
+PREPARED, UPLOADED = "prepared", "collections"
+
+
+def open_library(config: ServeConfig) -> Library:
+    """The collections of a replica; indexes the prepared one where it is new or has changed."""
+    serving, run = config.serving, config.run.directory
+    uploaded = run / UPLOADED if serving.collections is None else Path(serving.collections).expanduser()
+    prepared = None
+    if serving.collection is not None:
+        prepared = open_prepared(serving.collection, run / PREPARED / DEFAULT)
+    return Library(CollectionStore(uploaded), prepared)
