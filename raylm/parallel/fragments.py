@@ -148,14 +148,18 @@ def pieces(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> It
             )
         return
     # Stages 1 and 2: each group's parameters lie end to end in a flat buffer that is cut evenly over the ranks.
-    groups = {id(p): index for index, members in enumerate(zero_optimizer.bit16_groups) for p in members}
+    if hasattr(zero_optimizer, "bit16_groups"):
+        members_of, flats = zero_optimizer.bit16_groups, zero_optimizer.single_partition_of_fp32_groups
+    else:  # DeepSpeed's BF16_Optimizer, which stands for stage 1 where bf16 gradients are accumulated in fp32.
+        members_of, flats = zero_optimizer.bf16_groups, zero_optimizer.fp32_groups_flat_partition
+    groups = {id(p): index for index, members in enumerate(members_of) for p in members}
     for name, parameter in parameters.items():
         group, mapping = groups[id(parameter)], parameter._hp_mapping
         yield Piece(
             name=name,
             shape=tuple(parameter.shape),
             group=group,
-            flat=zero_optimizer.single_partition_of_fp32_groups[group],
+            flat=flats[group],
             offset=mapping.hp_fragment_address.start if mapping else 0,
             start=mapping.lp_fragment_address.start if mapping else 0,
             length=mapping.hp_fragment_address.numel if mapping else 0,

@@ -154,7 +154,7 @@ class PipelineTensorEngine:
                 "zero_force_ds_cpu_optimizer": False,
                 "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
                 "steps_per_print": 10**12,
-                **({"bf16": {"enabled": True}} if bf16 else {}),
+                **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
             },
         )
         self._norm = torch.zeros((), device=device)

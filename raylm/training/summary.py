@@ -33,6 +33,7 @@ def summarize(stage: str, name: str, lines: list[dict[str, Any]], final: dict[st
         ("gradient", f"norm {statistics.median(line['gradient_norm'] for line in lines):.3g} (median), "
                      f"{max(line['gradient_norm'] for line in lines):.3g} (largest)"),
         ("memory", _memory(lines)),
+        *([("idle", _idle(lines))] if "stage_idle" in lines[-1] else []),
         ("restarts", "; ".join(final["restarts"]) or "none"),
         ("left out", ", ".join(f"batches {a} to {b - 1}" for a, b in final["skipped"]) or "no batch"),
         ("end", "stopped early" if final["stopped_early"] else "all steps made"),
@@ -62,6 +63,13 @@ def _validation(lines: list[dict[str, Any]]) -> str:
     found = [line for line in lines if "validation_loss" in line]
     best = min(found, key=lambda line: line["validation_loss"])
     return f"{found[-1]['validation_loss']:.4f} at the end, {best['validation_loss']:.4f} at best (step {best['step']})"
+
+
+def _idle(lines: list[dict[str, Any]]) -> str:
+    """Share of the steps' time in which each stage of the last layout waited for others (median)."""
+    stages = len(lines[-1]["stage_idle"])
+    logged = [line["stage_idle"] for line in lines if len(line.get("stage_idle", [])) == stages]
+    return ", ".join(f"stage {i} {statistics.median(found[i] for found in logged):.0%}" for i in range(stages))
 
 
 def _memory(lines: list[dict[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parallel"))
 
 from families import BATCH, FAMILIES, STEPS, plain_loop
+from layout_process import start
 from layouts import case, largest_difference, run_cases
 
 TOLERANCE = 1e-5
@@ -44,7 +45,7 @@ def main() -> None:
 
         def run(given: dict, label: str) -> dict:
             """Run the cases, those of one number of processes together."""
-            keys = sorted(given, key=lambda key: given[key]["data"] * given[key]["tensor"] * given[key]["pipeline"])
+            keys = sorted(given, key=lambda key: start(given[key]))
             results = run_cases([given[key] for key in keys], root, timeout=3600)
             print(f"{label}: {len(keys)} runs", file=sys.stderr, flush=True)
             return dict(zip(keys, results, strict=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from raylm.config import STAGES, load_config
+from raylm.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "jobs" / "recipes").rglob("*.yaml"))
@@ -60,10 +61,16 @@ def test_prepare_and_pretrain_as_jobs(tmp_path: Path) -> None:
         submit(address, environment, "prepare", f"{recipes}/prepare.yaml", *overrides, "data.text_unit=line",
                f"data.train={tmp_path}/text.txt", "tokenizer={type: byte}")  # fmt: skip
         assert (tmp_path / "data" / "manifest.json").is_file()
-        submit(address, environment, "pretrain", f"{recipes}/pretrain.yaml", *overrides, f"data.train={tmp_path}/data",
-               "training.steps=3", "training.warmup_steps=0", "training.sequence_length=32",
-               "training.evaluate_every_steps=3")  # fmt: skip
+        pretrain = [f"{recipes}/pretrain.yaml", *overrides, f"data.train={tmp_path}/data", "training.steps=3",
+                    "training.warmup_steps=0", "training.sequence_length=32", "training.evaluate_every_steps=3",
+                    "training.optimizer=adamw"]  # fmt: skip
+        submit(address, environment, "pretrain", *pretrain)
         assert (tmp_path / "pretrain" / "model" / "model.safetensors").is_file()
+        submit(address, environment, "pretrain", *pretrain, "run.name=cut", "parallel.tensor=2", "parallel.pipeline=2",
+               "resources.workers=4", "resources.cpus_per_worker=0.25")  # fmt: skip
+        whole, cut = (read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in ("pretrain", "cut"))
+        assert cut["validation_loss"] == pytest.approx(whole["validation_loss"], abs=1e-5)
+        assert (tmp_path / "cut" / "model" / "model.safetensors").is_file()
     finally:
         head.terminate()
         head.wait(60)

@@ -3,7 +3,7 @@
 A case is an object: ``family``, ``data``, ``tensor``, ``pipeline``, ``zero``, ``optimizer``, and optionally ``steps``
 ([first, stop]), ``save`` (directory: a checkpoint is written at the end) and ``load`` (directory: goes on from its
 newest checkpoint). For each case OUTPUT gets the losses, the gradient norms, and the samples that were taken.
-Processes are forked from one that has imported everything, once for each number of processes.
+Processes are forked from one that has imported everything, anew where the number of processes or the engine changes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def world_size(case: dict[str, Any]) -> int:
     return case["data"] * case["tensor"] * case["pipeline"]
 
 
+def start(case: dict[str, Any]) -> tuple[int, bool]:
+    """The same for cases that may share processes: DeepSpeed keeps a pipeline's topology for later engines."""
+    return world_size(case), case["tensor"] * case["pipeline"] > 1
+
+
 def make_engine(case: dict[str, Any]):
     from raylm.objectives import make_objective
     from raylm.objectives.base import ObjectiveModule
@@ -47,7 +52,7 @@ def make_engine(case: dict[str, Any]):
     accumulation = min(share, max(2, 2 * case["pipeline"]))
     common = {
         "zero_stage": case["zero"], "micro_batch_size": share // accumulation, "accumulation": accumulation,
-        "clipping": section.gradient_clipping, "bf16": False, "device": torch.device("cpu"),
+        "clipping": section.gradient_clipping, "bf16": case.get("bf16", False), "device": torch.device("cpu"),
     }  # fmt: skip
 
     def optimizer(named):
@@ -132,7 +137,7 @@ def main() -> None:
     import raylm.training.optimizers  # noqa: F401
 
     results: list[dict[str, Any]] = []
-    for size, group in groupby(cases, world_size):
+    for (size, _), group in groupby(cases, start):
         with tempfile.TemporaryDirectory() as directory:
             part = f"{directory}/results.json"
             arguments = (size, f"{directory}/store", list(group), part)

@@ -42,6 +42,19 @@ def test_parity_with_plain_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bf16_follows_fp32_and_its_checkpoints_move(tmp_path: Path) -> None:
+    place = {"zero": 1, "optimizer": "adamw", "bf16": True}
+    cases = [
+        case("llama-tied", "pp2", **place, steps=[0, 7], save=str(tmp_path / "checkpoint")),
+        case("llama-tied", "tp2", **place, steps=[7, STEPS], load=str(tmp_path / "checkpoint")),
+    ]
+    found = run_cases(cases, tmp_path)
+    expected = plain_loop("llama-tied", "adamw")["loss"]
+    # bf16 keeps eight bits of a number.
+    assert largest_difference([loss for part in found for loss in part["loss"]], expected) < 2e-3
+
+
+@pytest.mark.slow
 def test_checkpoints_fit_any_layout(tmp_path: Path) -> None:
     first, second = [0, 7], [7, 13]
     ways = [("2 x 2 x 2", 1, "dp2", 3, "dp2 x tp2", 0), ("dp2", 3, "pp2 x tp2", 1, "2 x 2 x 2", 1)]
