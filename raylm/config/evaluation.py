@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from raylm.config.base import Section
+from raylm.config.reading import ReadingSection
 
 
 class EvaluationSection(Section):
-    """``evaluation``: cross-entropy over a sliding window."""
+    """``evaluation``: cross-entropy over a sliding window; of a reader, exact match and F1."""
 
     sequence_length: int | None = Field(default=None, ge=2)
     """Tokens a window; by default the model's positions, at most 1024."""
@@ -20,6 +21,8 @@ class EvaluationSection(Section):
     """Windows evaluated together."""
     split: Literal["train", "validation"] = "validation"
     """Which part of the data to read."""
+    reading: ReadingSection = ReadingSection()
+    """Of an extractive reader: how it looks for answers; sequence_length and stride above are not for it."""
 
     @model_validator(mode="after")
     def _stride_fits(self) -> EvaluationSection:

@@ -11,6 +11,9 @@ from raylm.config.base import Section
 # Family -> the objectives that it can be trained on from nothing; the first is its default.
 FAMILY_OBJECTIVES = {"gpt2": ("causal",), "llama": ("causal",), "bert": ("masked",), "t5": ("span",)}
 FAMILIES = tuple(FAMILY_OBJECTIVES)
+# Encoders that exist -> what they can be fine-tuned for, beside what their family is trained on from nothing.
+ENCODER_OBJECTIVES = ("extractive_qa",)
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "camembert", "mpnet", "deberta-v2")
 
 
 class ModelSection(Section):
@@ -39,12 +42,15 @@ class ModelSection(Section):
 class ObjectiveSection(Section):
     """``objective``: what the loss is."""
 
-    type: Literal["auto", "causal", "masked", "span"] = "auto"
+    type: Literal["auto", "causal", "masked", "span", "extractive_qa"] = "auto"
     """causal: predict each next token. masked: predict tokens that were hidden (BERT). span: write what stood in the
-    gaps of a text (T5). auto: the family's own."""
+    gaps of a text (T5). extractive_qa: point at the answer in a context (encoders; SQuAD files). auto: the family's
+    own."""
     answer_only: bool = True
     """On prompt and answer pairs: count the loss on the answer's tokens alone."""
     noise_fraction: float = Field(default=0.15, gt=0, lt=1)
     """masked and span: share of the tokens that are hidden."""
     span_length: float = Field(default=3.0, ge=1)
     """span: mean number of tokens in a gap."""
+    overlap: int = Field(default=64, ge=0)
+    """extractive_qa: tokens that two windows of a long context share."""

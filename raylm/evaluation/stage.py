@@ -1,4 +1,5 @@
-"""The stage ``evaluate``: a model directory and text to cross-entropy, perplexity and bits per byte."""
+"""The stage ``evaluate``: a model directory and text to cross-entropy, perplexity and bits per byte; a reader and
+questions to exact match and F1."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from raylm.evaluation.perplexity import (
     window_batches,
 )
 from raylm.models.loading import first_line
+from raylm.models.reader import is_reader
 from raylm.progress import ProgressBar
 
 LONGEST_DEFAULT_WINDOW = 1024
@@ -91,6 +93,16 @@ def evaluate(config: EvaluateConfig) -> None:
             raise UserError("model.path: missing; evaluate needs an existing model")
         source = resolve_model(config.model.path)
         model_config = load_config(source)
+        if is_reader(model_config):
+            from raylm.evaluation.reading import describe, evaluate_reader, open_questions
+
+            questions = open_questions(config, source)
+            with ray_session():
+                run.create()
+                report = {"model": config.model.path, **evaluate_reader(source, questions, config, run.path)}
+            run.write_report(report)
+            print(f"{describe(report)}; report in {run.path / 'report.json'}")
+            return
         check_head(model_config, "causal", config.model.path)
         tokenizer = load_tokenizer(source)
         window = window_of(config.evaluation, model_config)
@@ -99,6 +111,11 @@ def evaluate(config: EvaluateConfig) -> None:
             run.create()
             report = {"model": config.model.path, **evaluate_stream(source, stream, window, config)}
         run.write_report(report)
+    if "exact_match" in report:
+        from raylm.evaluation.reading import describe
+
+        print(f"{describe(report)}; report in {run.path / 'report.json'}")
+        return
     print(
         f"evaluate: {report['model']} on {report['documents']:,} documents, {report['bytes']:,} bytes: cross-entropy "
         f"{report['cross_entropy']:.4f} nats a token, perplexity {report['perplexity']:.2f}, "
@@ -116,17 +133,10 @@ def evaluate_stream(
 
     length, stride, batch_size = window
     batches = window_batches(len(stream.tokens), length, stride, batch_size)
-    cpus = config.resources.cpus_per_worker
-    fitting = max(1, int(cluster_resources()["CPU"] / cpus + 1e-9))
-    workers = config.resources.workers if config.resources.workers != "auto" else min(fitting, len(batches))
-    if workers > fitting:
-        raise UserError(f"resources.workers: found {workers}, allowed: at most {fitting} with {cpus:g} CPUs each")
-    actor = ray.remote(BatchScorer).options(num_cpus=cpus, runtime_env={"env_vars": worker_environment(cpus)})
     shared = ray.put(stream.tokens)
     began = time.perf_counter()
-    scorers = [actor.remote() for _ in range(workers)]
-    with _worker_errors():
-        ray.get([scorer.load.remote(source, shared) for scorer in scorers])
+    scorers = start_scorers(BatchScorer, (source, shared), len(batches), config)
+    workers = len(scorers)
     nats = score_batches(scorers, batches)
     seconds = time.perf_counter() - began
     return {
@@ -156,8 +166,29 @@ def _worker_errors() -> Iterator[None]:
         raise RunFailure(f"evaluate: a worker was lost: {first_line(error)}") from error
 
 
-def score_batches(scorers: list[Any], batches: list) -> dict[int, float]:
-    """Nats of each of ``batches`` by its number; a :class:`BatchScorer` that is done with one gets the next.
+def start_scorers(scorer: type, arguments: tuple[Any, ...], batches: int, config: EvaluateConfig) -> list[Any]:
+    """Ray workers, each a ``scorer`` whose ``load`` was called with ``arguments``; no more than ``batches``.
+
+    Raises:
+        UserError: more are asked for than there are CPUs, or what ``load`` raised.
+        RunFailure: a worker failed.
+    """
+    import ray
+
+    cpus = config.resources.cpus_per_worker
+    fitting = max(1, int(cluster_resources()["CPU"] / cpus + 1e-9))
+    workers = config.resources.workers if config.resources.workers != "auto" else min(fitting, batches)
+    if workers > fitting:
+        raise UserError(f"resources.workers: found {workers}, allowed: at most {fitting} with {cpus:g} CPUs each")
+    actor = ray.remote(scorer).options(num_cpus=cpus, runtime_env={"env_vars": worker_environment(cpus)})
+    scorers = [actor.remote() for _ in range(workers)]
+    with _worker_errors():
+        ray.get([scorer.load.remote(*arguments) for scorer in scorers])
+    return scorers
+
+
+def score_batches(scorers: list[Any], batches: list) -> dict[int, Any]:
+    """Nats (of a reader, scores) of each of ``batches`` by its number; a scorer that is done with one gets the next.
 
     Raises:
         RunFailure: a worker failed or was lost.
@@ -166,7 +197,7 @@ def score_batches(scorers: list[Any], batches: list) -> dict[int, float]:
 
     numbers = iter(range(len(batches)))
     waiting = {}
-    nats: dict[int, float] = {}
+    nats: dict[int, Any] = {}
     with _worker_errors(), ProgressBar("evaluate", len(batches), "batches") as bar:
         # Two batches at each worker, so that none waits for the driver.
         for scorer, number in zip(scorers * 2, numbers, strict=False):

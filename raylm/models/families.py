@@ -48,6 +48,7 @@ HEADS = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "sequence_to_sequence": "AutoModelForSeq2SeqLM",
+    "extractive_qa": "AutoModelForQuestionAnswering",
 }
 
 FAMILIES = {
@@ -81,7 +82,7 @@ FAMILIES = {
         width_key="hidden_size",
         defaults={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         fused_matrices={},
-        heads=("masked",),
+        heads=("masked", "extractive_qa"),
     ),
     "t5": Family(
         model_type="t5",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from raylm.config.model import FAMILY_OBJECTIVES, ObjectiveSection
+from raylm.config.model import ENCODER_OBJECTIVES, ENCODERS, FAMILY_OBJECTIVES, ObjectiveSection
 from raylm.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ OBJECTIVES = {
     "causal": ("raylm.objectives.causal", "CausalObjective"),
     "masked": ("raylm.objectives.masked", "MaskedObjective"),
     "span": ("raylm.objectives.span", "SpanObjective"),
+    "extractive_qa": ("raylm.objectives.extractive_qa", "ExtractiveQaObjective"),
 }
 
 
@@ -25,7 +26,9 @@ def make_objective(section: ObjectiveSection, model_type: str) -> Objective:
     Raises:
         UserError: a model of that type cannot be trained so.
     """
-    allowed = FAMILY_OBJECTIVES.get(model_type, ("causal",))
+    encoder = model_type in ENCODERS
+    allowed = FAMILY_OBJECTIVES.get(model_type, ("masked",) if encoder else ("causal",))
+    allowed += ENCODER_OBJECTIVES if encoder else ()
     name = allowed[0] if section.type == "auto" else section.type
     if name not in allowed:
         raise UserError(f"objective.type: found '{name}', allowed for a {model_type} model: {', '.join(allowed)}")

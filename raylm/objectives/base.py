@@ -35,11 +35,15 @@ class Objective(ABC):
         name: value of ``objective.type``.
         head: which head the model needs; a key of :data:`raylm.models.families.HEADS`.
         forward_options: further arguments of the model's forward pass.
+        reads: tokens (what ``raylm prepare`` makes) or questions (:mod:`raylm.data.question_sets`).
+        measures: names of what :meth:`measure` gives.
     """
 
     name: ClassVar[str]
     head: ClassVar[str]
     forward_options: ClassVar[dict[str, Any]] = {}
+    reads: ClassVar[str] = "tokens"
+    measures: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, section: ObjectiveSection | None = None) -> None:
         self.section = section or ObjectiveSection()
@@ -81,6 +85,10 @@ class Objective(ABC):
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
+    def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Sums over the rows of ``batch`` in which a target counts, [measures]; validation divides by these rows."""
+        return logits.new_zeros(len(self.measures), dtype=torch.float64)
+
     def tokens(self, batch: Batch) -> torch.Tensor:
         """How many tokens of ``batch`` count as trained on; by default its counted targets."""
         return (batch["targets"] != IGNORED).sum()
@@ -93,10 +101,18 @@ class ObjectiveModule(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.measured: torch.Tensor | None = None
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """A batch to the sum of its loss over all counted targets, a scalar."""
-        return self.objective.loss(self.logits(batch), batch["targets"])
+        """A batch to the sum of its loss over all counted targets, a scalar.
+
+        In evaluation what the objective measures is left in ``measured``, its rows behind it.
+        """
+        logits = self.logits(batch)
+        if not self.training and self.objective.measures:
+            rows = (batch["targets"] != IGNORED).any(dim=1).sum().double()
+            self.measured = torch.cat([self.objective.measure(logits, batch), rows[None]])
+        return self.objective.loss(logits, batch["targets"])
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """A batch to the model's logits."""

@@ -53,6 +53,7 @@ class DataParallelEngine:
     Attributes:
         data_rank, data_size: which replica this is, of how many; they take different samples.
         leads: whether this rank answers for its replica.
+        measures: what the objective measured in the last :meth:`evaluate`, by name.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class DataParallelEngine:
         )
         self.parameters = {name.removeprefix("model."): p for name, p in self.engine.module.named_parameters()}
         self.optimizer = optimizer
+        self.measures: dict[str, float] = {}
         # Muon works on whole matrices, of which ZeRO leaves it flat ranges.
         if zero_stage and hasattr(optimizer, "bind"):
             optimizer.bind(list(pieces(self.parameters, self.engine.optimizer, self.rank)))
@@ -146,12 +148,17 @@ class DataParallelEngine:
     def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
         """Summed loss (nats) and targets over all ranks' ``batches``, of which every rank has equally many."""
         self.engine.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        names = self.objective.objective.measures
+        total = torch.zeros(len(names) + 3, dtype=torch.float64, device=self.device)
         for batch in batches:
             total[0] += self.engine(**batch).double()
             total[1] += (batch["targets"] != IGNORED).sum()
+            if names:
+                total[2:] += self.objective.measured
         dist.all_reduce(total)
-        return float(total[0]), int(total[1])
+        loss, targets, *sums, rows = total.tolist()
+        self.measures = {name: value / max(1.0, rows) for name, value in zip(names, sums, strict=True)}
+        return loss, int(targets)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:

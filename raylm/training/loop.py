@@ -106,6 +106,8 @@ class TrainingLoop:
 
     def _model(self):
         if self.job.model_source is not None:
+            # A head that the model does not have yet is drawn now, the same on every process.
+            torch.manual_seed(self.config.run.seed)
             model = load_model(self.job.model_source, head=self.objective.head)
         else:
             model = build_model(self.model_config, self.config.run.seed, self.objective.head)
@@ -303,7 +305,8 @@ class TrainingLoop:
             self.state |= {"best": loss, "without_improvement": 0}
         else:
             self.state["without_improvement"] += 1
-        return {"validation_loss": loss}
+        measures = getattr(self.engine, "measures", {})
+        return {"validation_loss": loss, **{f"validation_{name}": value for name, value in measures.items()}}
 
     def _should_stop(self) -> bool:
         stopping = self.config.training.early_stopping

@@ -17,6 +17,8 @@ from raylm.config.run_directory import write_atomically
 CURVES = (
     "loss",
     "validation_loss",
+    "validation_span_exact",
+    "validation_span_f1",
     "learning_rate",
     "gradient_norm",
     "tokens_per_second",

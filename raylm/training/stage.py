@@ -15,6 +15,7 @@ from raylm.errors import UserError
 
 if TYPE_CHECKING:
     from raylm.data.prepare import Input
+    from raylm.data.question_sets import QuestionInput
     from raylm.objectives.base import Objective
 
 
@@ -28,7 +29,7 @@ def finetune(config: FinetuneConfig) -> None:
     run_training("finetune", config)
 
 
-def validate(config: TrainConfig) -> Input | None:
+def validate(config: TrainConfig) -> Input | QuestionInput | None:
     """Refuse what can be seen to be wrong before Ray starts; call once a run, on the driver.
 
     Returns:
@@ -46,7 +47,9 @@ def validate(config: TrainConfig) -> Input | None:
     objective = training_objective(config)
     source = prepared_directory(config.data)
     checked = None
-    if source is not None:
+    if objective.reads == "questions":
+        checked = check_questions(config, objective)
+    elif source is not None:
         if config.tokenizer is not None:
             raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
         check_tokenizer(config, verify_prepared(source))
@@ -69,6 +72,22 @@ def validate(config: TrainConfig) -> Input | None:
         # CPUs and GPUs of the cluster are checked once it is joined.
         make_plan(config, cpus=1e6, gpus=0.0 if config.resources.gpus_per_worker != 1 else 1e6)
     return checked
+
+
+def check_questions(config: TrainConfig, objective: Objective) -> QuestionInput | None:
+    """The questions of the sources; None where an interrupted start of the same run has prepared them.
+
+    Raises:
+        UserError: one line.
+    """
+    from raylm.data.question_sets import QuestionInput, verify_questions
+
+    if config.model.path is None:
+        raise UserError(f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from")
+    if (config.run.directory / "data" / MANIFEST).is_file():
+        verify_questions(config.run.directory / "data")
+        return None
+    return QuestionInput(config.data)
 
 
 def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
@@ -122,7 +141,7 @@ def check_samples(config: TrainConfig, directory: Path, objective: Objective) ->
         objective.samples(directory, split, config.training.sequence_length, config.run.seed)
 
 
-def ensure_data(config: TrainConfig, directory: Path, checked: Input | None) -> tuple[Path, Path]:
+def ensure_data(config: TrainConfig, directory: Path, checked: Input | QuestionInput | None) -> tuple[Path, Path]:
     """Prepare raw sources into ``<run>/data``; returns the data's and the tokenizer's directories.
 
     Args:
@@ -131,6 +150,14 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Input | None) -> 
     """
     from raylm.data.prepare import prepare_directory, prepared_directory
 
+    if training_objective(config).reads == "questions":
+        from raylm.models.loading import load_tokenizer
+
+        source = directory / "data"
+        if checked is not None:
+            tokenizer = load_tokenizer(config.model.path)
+            checked.write(source, tokenizer, config.training.sequence_length, config.objective.overlap)
+        return source, source / "tokenizer"
     source = prepared_directory(config.data)
     if source is None:
         source = directory / "data"
@@ -147,9 +174,10 @@ def bits_per_byte(config: TrainConfig, directory: Path, final: dict[str, Any]) -
     """
     from raylm.data.shards import TokenShards
 
+    if training_objective(config).name != "causal":
+        return {}
     shards = TokenShards(directory, "validation")
-    of_text = training_objective(config).name == "causal" and shards.kind == "documents"
-    if not of_text or config.training.evaluation_batches is not None:
+    if shards.kind != "documents" or config.training.evaluation_batches is not None:
         return {}
     whole = final["exported_step"] == final["step"]
     loss = final["validation_loss"] if whole else final["best_validation_loss"]

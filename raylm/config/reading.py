@@ -1,0 +1,30 @@
+"""Section about reading an answer out of a context: ``evaluation.reading`` and ``serving.reading``."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from raylm.config.base import Section
+
+
+class ReadingSection(Section):
+    """How an extractive reader looks for the answer."""
+
+    sequence_length: int = Field(default=384, ge=16)
+    """Most tokens of a window: the question, a part of the context, and what the tokenizer puts around them."""
+    overlap: int = Field(default=128, ge=0)
+    """Tokens that two windows of a long context share."""
+    max_answer_tokens: int = Field(default=30, ge=1)
+    """Longest answer."""
+    null_threshold: float | None = None
+    """Say that there is no answer where the score of none (a logit) is above the best answer's by more than this; for
+    readers trained on questions without answers (SQuAD 2), where 0 is a good start. By default there is always one."""
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> ReadingSection:
+        if self.overlap > self.sequence_length // 3:
+            raise ValueError(
+                f"overlap: found {self.overlap}, allowed: at most a third of sequence_length "
+                f"({self.sequence_length // 3}), as the question takes up to a half"
+            )
+        return self

@@ -1,0 +1,151 @@
+"""Questions as training samples: windows of tokens with the places of the answer, on disk and memory-mapped.
+
+In: the ``data`` section and a model's tokenizer. Out: a directory with ``tokenizer/``, flat arrays of each split, and
+``manifest.json``, which is written last. A sample is a window; a question with a long context has several, of which
+those without the answer say so. The order is a function of (seed, number of the sample).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylm.config.data import DataSection
+from raylm.config.run_directory import write_atomically
+from raylm.data.documents import Split
+from raylm.data.permutation import permute
+from raylm.data.questions import Question, read_questions
+from raylm.data.shards import FORMAT_VERSION, file_hash, read_manifest
+from raylm.data.sources import MANIFEST
+from raylm.data.windows import Window, Windows, pad
+from raylm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS: tuple[Split, ...] = ("train", "validation")
+ARRAYS = ("tokens", "types", "windows")
+
+
+class QuestionInput:
+    """All questions of the ``data`` section, read and checked; make one before anything is written.
+
+    Raises:
+        UserError: bad input, or a side without a question.
+    """
+
+    def __init__(self, data: DataSection) -> None:
+        self.questions: dict[Split, list[Question]] = {"train": [], "validation": []}
+        for side, question in read_questions(data):
+            self.questions[side].append(question)
+        for side in SPLITS:
+            if not self.questions[side]:
+                raise UserError(
+                    f"data: no question is left for {side}; allowed: more paragraphs, another "
+                    "data.validation_fraction (contexts are held out whole), or a data.validation source"
+                )
+
+    def write(
+        self, directory: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, overlap: int
+    ) -> dict[str, Any]:
+        """Write the directory; returns the manifest."""
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        tokenizer.save_pretrained(directory / "tokenizer")
+        cutter = Windows(tokenizer, sequence_length, overlap)
+        splits = {side: _write_split(directory, side, self.questions[side], cutter) for side in SPLITS}
+        manifest = {
+            "version": FORMAT_VERSION,
+            "kind": "questions",
+            "sequence_length": sequence_length,
+            "overlap": overlap,
+            "pad_id": tokenizer.pad_token_id,
+            "splits": splits,
+        }
+        write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        return manifest
+
+
+def _write_split(directory: Path, split: Split, questions: list[Question], cutter: Windows) -> dict[str, Any]:
+    tokens, types, rows, place = [], [], [], 0
+    for question in questions:
+        for window in cutter.cut(question.question, question.context):
+            targets = (window.null, window.null)
+            if question.answers:
+                targets = window.find(question.starts[0], question.starts[0] + len(question.answers[0]))
+            tokens.append(window.input_ids)
+            types.append(window.token_types)
+            rows.append((place, len(window.input_ids), window.first, window.last, window.null, *targets))
+            place += len(window.input_ids)
+    if not rows:
+        raise UserError(f"data: no {split} question has a context with a token")
+    arrays = {
+        "tokens": np.concatenate(tokens).astype(np.int32),
+        "types": np.concatenate(types).astype(np.uint8),
+        "windows": np.array(rows, dtype=np.int64),
+    }
+    files = []
+    for name in ARRAYS:
+        path = directory / f"{split}-{name}.npy"
+        np.save(path, arrays[name])
+        files.append({"path": path.name, "sha256": file_hash(path)})
+    return {
+        "questions": len(questions),
+        "without_answer": sum(not question.answers for question in questions),
+        "windows": len(rows),
+        "tokens": place,
+        "files": files,
+    }
+
+
+def verify_questions(directory: Path) -> dict[str, Any]:
+    """Compare every file with its checksum; returns the manifest.
+
+    Raises:
+        UserError: the directory holds something else, or a file is missing or differs.
+    """
+    manifest = read_manifest(directory)
+    if manifest["kind"] != "questions":
+        raise UserError(f"{directory}: found {manifest['kind']}, allowed with objective extractive_qa: questions")
+    for split in manifest["splits"].values():
+        for entry in split["files"]:
+            path = directory / entry["path"]
+            if not path.is_file() or file_hash(path) != entry["sha256"]:
+                raise UserError(f"{path}: missing or damaged; remove {directory}, and it is prepared again")
+    return manifest
+
+
+class QuestionSamples:
+    """Windows of questions; see :class:`raylm.data.samples.Samples`.
+
+    Args:
+        directory: what :meth:`QuestionInput.write` wrote.
+        split: train (shuffled) or validation (in order).
+        seed: decides the order.
+    """
+
+    def __init__(self, directory: Path | str, split: Split, seed: int) -> None:
+        directory = Path(directory)
+        manifest = read_manifest(directory)
+        self._tokens, self._types, self._windows = (
+            np.load(directory / f"{split}-{name}.npy", mmap_mode="r") for name in ARRAYS
+        )
+        self._seed, self._shuffle = seed, split == "train"
+        self._pad_id, self._length = manifest["pad_id"], manifest["sequence_length"]
+        self.count = len(self._windows)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """What :func:`raylm.data.windows.pad` returns, and ``targets`` int64 [n, 2]: the first and last token."""
+        epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), self.count)
+        if self._shuffle:
+            places = permute(places, epochs, self.count, self._seed)
+        rows = np.asarray(self._windows[places])
+        windows = []
+        for start, length, first, last, null in rows[:, :5].tolist():
+            ids, types = (np.asarray(a[start : start + length], dtype=np.int64) for a in (self._tokens, self._types))
+            windows.append(Window(ids, types, first, last, np.zeros((0, 2), dtype=np.int64), null))
+        return {**pad(windows, self._pad_id, self._length), "targets": rows[:, 5:]}
