@@ -93,6 +93,10 @@ class ServingSection(Section):
     """Directory made by ``raylm prepare`` whose documents /v1/qa searches."""
     collections: str | None = None
     """Directory of the collections that clients upload, shared by all replicas; by default in the run's directory."""
+    encoder: str | None = None
+    """Directory of a sentence encoder such as all-MiniLM-L6-v2: passages are ranked by meaning too, not words alone."""
+    dense_weight: float = Field(default=0.5, ge=0, le=1)
+    """With an encoder: share of its vectors in the rank, beside that of the words (BM25)."""
     passages: int = Field(default=3, ge=1, le=20)
     """Passages that a question's answer is generated from."""
 

@@ -53,7 +53,7 @@ class ModelReplica:
         serving = settings.serving
         refuse_strangers(key_hashes)
         self._serving, self._key_hashes = serving, key_hashes
-        self._library = open_library(settings)
+        self._library = open_library(settings, threads)
         self._metrics = ServerMetrics(export=True)
         self._models = Models(
             [open_service(settings, name, threads, self._metrics) for name in model_sources(settings)]
@@ -69,8 +69,10 @@ class ModelReplica:
         app.add_middleware(Gate, limits=limits, key_hashes=self._key_hashes, metrics=self._metrics)
         return app
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """What Ray Serve calls regularly: a replica whose engine has died is replaced."""
+        self._library.check()
+        self._library.tend()
         for service in self._models.services:
             service.engine.check()
         self._metrics.publish(self._models.services)

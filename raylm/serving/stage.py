@@ -139,6 +139,8 @@ def check(config: ServeConfig) -> RunDirectory:
         from raylm.serving.retrieval.prepared import collection_files
 
         collection_files(config.serving.collection)
+    if config.serving.encoder is not None:
+        _check_encoder(config.serving.encoder)
     check_access(config.serving)
     _check_address(config.serving.host, config.serving.port)
     return run
@@ -175,6 +177,16 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
             check_export(source, key)
         else:
             _check_weights(directory, key)
+    load_tokenizer(source, key)
+
+
+def _check_encoder(path: str, key: str = "serving.encoder") -> None:
+    source = resolve_model(path, key)
+    if not Path(source).is_dir():
+        raise UserError(f"{key}: {path} does not exist; allowed: the directory of a sentence encoder")
+    for name in ("config.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        _check_json(Path(source) / name, key)
+    _check_weights(Path(source), key)
     load_tokenizer(source, key)
 
 

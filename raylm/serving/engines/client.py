@@ -311,13 +311,14 @@ class Engine:
                 loop.call_soon_threadsafe(_receive_all, deliveries)
 
 
-def start_engine(source: str, serving: ServingSection, *, threads: int) -> Engine:
+def start_engine(source: str, serving: ServingSection, *, threads: int, encoder: bool = False) -> Engine:
     """Start a process that loads the model, and wait until it can be asked.
 
     Args:
         source: Hugging Face directory or hub name.
         serving: limits and the choice of engine.
         threads: threads that the model computes with.
+        encoder: the model reads texts for their hidden states alone.
 
     Raises:
         EngineFailure: the model could not be loaded; says why.
@@ -330,7 +331,7 @@ def start_engine(source: str, serving: ServingSection, *, threads: int) -> Engin
             env={**os.environ, **worker_environment(threads), "PYTHONPATH": _module_path()},
         )
     try:
-        ours.send((source, serving, threads))
+        ours.send((source, serving, threads, encoder))
         message = ours.recv()
     except (EOFError, OSError):
         raise EngineFailure(f"the engine's process ended with status {process.wait()} while loading {source}") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raylm.config.serving import ServingSection
 from raylm.errors import UserError
-from raylm.models.loading import load_model
+from raylm.models.loading import first_line, load_model
 from raylm.models.openvino import find_export
 from raylm.serving.engines.base import Backend
 
@@ -58,6 +58,35 @@ def load_backend(source: str, serving: ServingSection, *, threads: int) -> Backe
     torch.set_num_threads(threads)
     model = load_model(source).to("cuda" if serving.gpus_per_replica else "cpu")
     return TransformersBackend(model, end_ids, sequences=serving.max_concurrent_requests)
+
+
+def load_encoder(source: str, serving: ServingSection, *, threads: int) -> Backend:
+    """Load a model without a head, to make vectors of texts; arguments as in :func:`load_backend`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    from raylm.serving.engines.encoder import EncoderBackend
+
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    # Checkpoints of encoders carry buffers of old versions, which transformers reports at length.
+    logging.set_verbosity_error()
+    try:
+        model = AutoModel.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, add_pooling_layer=False
+        )
+    except TypeError:
+        # Only BERT's relatives have a pooling layer to leave out.
+        model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"serving.encoder: {source} cannot be loaded: {first_line(error)}") from None
+    return EncoderBackend(model.to("cuda" if serving.gpus_per_replica else "cpu"))
 
 
 def end_token_ids(source: str) -> frozenset[int]:

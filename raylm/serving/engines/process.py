@@ -152,11 +152,12 @@ def main(descriptor: int) -> None:
     # Ctrl-C in a terminal reaches every process; the replica decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(descriptor) as connection:
-        from raylm.serving.engines.opening import load_backend
+        from raylm.serving.engines.opening import load_backend, load_encoder
 
-        source, serving, threads = connection.recv()
+        source, serving, threads, encoder = connection.recv()
         try:
-            backend = load_backend(source, serving, threads=threads)
+            load = load_encoder if encoder else load_backend
+            backend = load(source, serving, threads=threads)
         except (UserError, RuntimeError, ValueError, OSError) as error:
             connection.send(EngineFailure(str(error)))
             return

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raylm.config.serving import ServingSection
+from raylm.models.loading import load_tokenizer, resolve_model
 from raylm.serving.engines.base import Pooling
-from raylm.serving.engines.client import Engine
+from raylm.serving.engines.client import Engine, start_engine
+from raylm.serving.engines.opening import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +24,19 @@ if TYPE_CHECKING:
 IN_WORK = 2
 # Of each end of a weights file that goes into the fingerprint.
 FINGERPRINT_BYTES = 1 << 20
+
+
+def open_encoder(path: str, serving: ServingSection, threads: int) -> Encoder:
+    """Start the encoder of a directory.
+
+    Raises:
+        EngineFailure: it could not be loaded.
+    """
+    source = Path(resolve_model(path, "serving.encoder"))
+    tokenizer = load_tokenizer(source, "serving.encoder")
+    longest = encoder_length(source, context_length(str(source)))
+    engine = start_engine(str(source), serving, threads=threads, encoder=True)
+    return Encoder(engine, tokenizer, encoder_pooling(source), longest, fingerprint(source))
 
 
 class Encoder:

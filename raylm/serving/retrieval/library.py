@@ -45,14 +45,12 @@ class Library:
         prepared: the one of ``serving.collection``, which clients cannot change.
         encoder: makes vectors; without it words alone decide.
         dense_weight: share of the vectors in the rank.
-        least_relevance: a question whose best passage has less is not answered.
     """
 
     store: CollectionStore
     prepared: StoredCollection | None = None
     encoder: Encoder | None = None
     dense_weight: float = DENSE_WEIGHT
-    least_relevance: float = 0.0
     _tending: asyncio.Task[None] | None = None
 
     async def search(self, name: str | None, question: str, count: int) -> list[Match]:
@@ -133,6 +131,11 @@ class Library:
         removed = await asyncio.to_thread(collection.remove, document_id)
         await asyncio.to_thread(collection.build)
         return removed
+
+    def check(self) -> None:
+        """Raise :class:`EngineFailure` if the encoder has died."""
+        if self.encoder is not None:
+            self.encoder.engine.check()
 
     def tend(self) -> None:
         """Compute vectors that are missing, in the background and once: call from the event loop, as often as you like.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from raylm.config.stages import ServeConfig
+from raylm.serving.retrieval.encoder import open_encoder
 from raylm.serving.retrieval.library import DEFAULT, Library
 from raylm.serving.retrieval.prepared import open_prepared
 from raylm.serving.retrieval.store import CollectionStore
@@ -13,11 +14,12 @@ from raylm.serving.retrieval.store import CollectionStore
 PREPARED, UPLOADED = "prepared", "collections"
 
 
-def open_library(config: ServeConfig) -> Library:
+def open_library(config: ServeConfig, threads: int) -> Library:
     """The collections of a replica; indexes the prepared one where it is new or has changed."""
     serving, run = config.serving, config.run.directory
     uploaded = run / UPLOADED if serving.collections is None else Path(serving.collections).expanduser()
     prepared = None
     if serving.collection is not None:
         prepared = open_prepared(serving.collection, run / PREPARED / DEFAULT)
-    return Library(CollectionStore(uploaded), prepared)
+    encoder = open_encoder(serving.encoder, serving, threads) if serving.encoder is not None else None
+    return Library(CollectionStore(uploaded), prepared, encoder, serving.dense_weight)
