@@ -97,6 +97,8 @@ class ServingSection(Section):
     """Directory of a sentence encoder such as all-MiniLM-L6-v2: passages are ranked by meaning too, not words alone."""
     dense_weight: float = Field(default=0.5, ge=0, le=1)
     """With an encoder: share of its vectors in the rank, beside that of the words (BM25)."""
+    least_relevance: float = Field(default=0.35, ge=0, le=1)
+    """A question without a passage of this relevance (0 to 1) is not answered; 0 answers all."""
     passages: int = Field(default=3, ge=1, le=20)
     """Passages that a question's answer is generated from."""
 

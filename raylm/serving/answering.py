@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
 from raylm.data.chat import question_messages
+from raylm.serving.citations import Citer
 from raylm.serving.collections import describe_matches, refusals
-from raylm.serving.replies import Reply, send_reply
+from raylm.serving.replies import Reply, send_reply, stream_reply
 from raylm.serving.requests import QuestionRequest
 from raylm.serving.retrieval.library import Library
 from raylm.serving.retrieval.store import Match
@@ -17,6 +18,7 @@ from raylm.serving.service import ModelService, Piece, Usage
 
 # Share of the context that is kept for the answer where the request does not say how long it may be.
 ANSWER_SHARE = 0.25
+NOTHING_FOUND = "The collection has nothing about this."
 
 
 class QuestionReply(Reply):
@@ -30,11 +32,15 @@ class QuestionReply(Reply):
             source | {"in_context": place < used} for place, source in enumerate(describe_matches(matches))
         ]
 
+        self._passages = [f"{match.passage.title}\n{match.passage.text}" for match in matches[:used]]
+        self._citer = Citer(self._passages)
+
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """The answer in one object."""
         return self._head | {
             "object": self.kind,
-            "answer": pieces[0].text,
+            "answer": _cited(Citer(self._passages), pieces[0]),
+            "answered": True,
             "finish_reason": pieces[0].finish_reason,
             "sources": self._sources,
             "usage": usage.as_dict(),
@@ -53,19 +59,23 @@ class QuestionReply(Reply):
         return self._head | {"object": self.chunk_kind, "usage": usage.as_dict()}
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        return {"answer": piece.text, "finish_reason": piece.finish_reason}
+        return {"answer": _cited(self._citer, piece), "finish_reason": piece.finish_reason}
 
     _delta = _choice
 
 
-async def answer_question(service: ModelService, library: Library, request: QuestionRequest, count: int) -> Response:
-    """Find ``count`` passages, put them before the question, and answer.
+async def answer_question(
+    service: ModelService, library: Library, request: QuestionRequest, count: int, least_relevance: float
+) -> Response:
+    """Find ``count`` passages, put them before the question, and answer; or say that none has to do with it.
 
     Raises:
         RequestError: there is no such collection, or the question alone fills the context.
     """
     with refusals():
         matches = await library.search(request.collection, request.question, count)
+    if max((match.relevance for match in matches), default=0.0) < least_relevance:
+        return refuse(request, QuestionReply(service, matches, 0))
     wanted = request.max_tokens
     if wanted is None and service.context_length is not None:
         wanted = max(1, min(service.max_new_tokens, int(service.context_length * ANSWER_SHARE)))
@@ -73,6 +83,23 @@ async def answer_question(service: ModelService, library: Library, request: Ques
     # The likeliest answer, unless the request asks for chance: sampling invents what the passages do not say.
     parameters = service.parameters(request, wanted, len(prompt), temperature=0.0)
     return await send_reply(service, request, QuestionReply(service, matches, used), [prompt], [parameters])
+
+
+def refuse(request: QuestionRequest, reply: QuestionReply) -> Response:
+    """Say that nothing was found, without asking the model."""
+    piece, usage = Piece(0, NOTHING_FOUND, "stop"), Usage()
+    if not request.stream:
+        return JSONResponse(reply.whole([piece], usage) | {"answered": False})
+
+    async def pieces() -> AsyncIterator[Piece]:
+        yield piece
+
+    return stream_reply(request, reply, pieces(), usage)
+
+
+def _cited(citer: Citer, piece: Piece) -> str:
+    """The text of ``piece`` with its citations."""
+    return citer.push(piece.text) + (citer.finish() if piece.finish_reason else "")
 
 
 def fit_prompt(

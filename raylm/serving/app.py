@@ -64,7 +64,9 @@ class ModelReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the application of this replica."""
-        app = create_app(self._models, self._metrics, self._library, self._serving.passages)
+        app = create_app(
+            self._models, self._metrics, self._library, self._serving.passages, self._serving.least_relevance
+        )
         limits = Limits.of(self._serving)
         app.add_middleware(Gate, limits=limits, key_hashes=self._key_hashes, metrics=self._metrics)
         return app

@@ -141,12 +141,7 @@ async def send_reply(
     ]
     pieces = service.generate([job[0] for job in jobs], [job[1] for job in jobs], request.stops, usage)
     if request.stream:
-        with_usage = request.stream_options is not None and request.stream_options.include_usage
-        return StreamingResponse(
-            _events(reply, pieces, len(jobs), usage, with_usage),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+        return stream_reply(request, reply, pieces, usage, len(jobs))
     texts = [""] * len(jobs)
     ends: list[Any] = [None] * len(jobs)
     async with contextlib.aclosing(pieces):
@@ -160,6 +155,18 @@ async def send_reply(
             for piece, job in zip(whole, jobs, strict=True)
         ]
     return JSONResponse(reply.whole(whole, usage))
+
+
+def stream_reply(
+    request: GenerationRequest, reply: Reply, pieces: AsyncIterator[Piece], usage: Usage, texts: int = 1
+) -> Response:
+    """Server-sent events of ``pieces``; ``usage`` comes last where the request asks for it."""
+    with_usage = request.stream_options is not None and request.stream_options.include_usage
+    return StreamingResponse(
+        _events(reply, pieces, texts, usage, with_usage),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
 
 
 async def _events(

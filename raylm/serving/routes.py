@@ -20,7 +20,9 @@ from raylm.serving.retrieval.library import Library
 from raylm.serving.service import Models, ModelService
 
 
-def create_app(models: Models, metrics: ServerMetrics, library: Library, passages: int = 3) -> FastAPI:
+def create_app(
+    models: Models, metrics: ServerMetrics, library: Library, passages: int = 3, least_relevance: float = 0.0
+) -> FastAPI:
     """The HTTP application of the served models.
 
     Args:
@@ -28,6 +30,7 @@ def create_app(models: Models, metrics: ServerMetrics, library: Library, passage
         metrics: what /metrics shows.
         library: the collections that /v1/qa searches.
         passages: passages of a question that does not say how many it wants.
+        least_relevance: a question without a passage of this relevance is not answered.
     """
     app = FastAPI(title="raylm", version=raylm.__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     install_error_handlers(app)
@@ -77,7 +80,9 @@ def create_app(models: Models, metrics: ServerMetrics, library: Library, passage
     @app.post("/v1/qa")
     async def question_answering(request: QuestionRequest) -> Response:
         """An answer generated from the collection's passages, with its sources."""
-        return await answer_question(models.find(request.model), library, request, request.passages or passages)
+        return await answer_question(
+            models.find(request.model), library, request, request.passages or passages, least_relevance
+        )
 
     app.include_router(collection_routes(library))
     return app
