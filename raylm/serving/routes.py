@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import HTMLResponse, Response
 
 import raylm
 from raylm.serving.answering import answer_question
@@ -18,6 +19,13 @@ from raylm.serving.metrics import CONTENT_TYPE, ServerMetrics
 from raylm.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
 from raylm.serving.retrieval.library import Library
 from raylm.serving.service import Models, ModelService
+
+PLAYGROUND = Path(__file__).with_name("playground.html")
+# The page loads nothing from elsewhere, talks to this server only, and no other page may frame it.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+}
 
 
 def create_app(
@@ -45,6 +53,11 @@ def create_app(
         counters = [key for key, value in next(iter(loads.values())).items() if isinstance(value, int)]
         totals = {key: sum(load[key] for load in loads.values()) for key in counters}
         return {"status": "ok", **totals, "models": loads}
+
+    @app.get("/", response_class=HTMLResponse)
+    async def playground() -> Response:
+        """A page to try the server with."""
+        return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

@@ -265,6 +265,15 @@ def test_a_full_queue_says_when_to_come_back(server: SimpleNamespace) -> None:
     assert int(headers["retry-after"]) >= 1
 
 
+def test_the_page_is_open_and_needs_nothing_from_elsewhere(server: SimpleNamespace) -> None:
+    with urllib.request.urlopen(f"{server.url}/", timeout=30) as response:
+        page = response.read().decode()
+        assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert response.headers["content-type"].startswith("text/html")
+    assert "v1/chat/completions" in page
+    assert "://" not in page
+
+
 def test_the_openapi_document_names_the_routes_and_errors(server: SimpleNamespace) -> None:
     request = urllib.request.Request(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {API_KEY}"})
     with urllib.request.urlopen(request, timeout=30) as response:
