@@ -1,13 +1,13 @@
-"""`raylm serve` under load from another process, beside the bare engine and other servers on the same model and cores.
+"""`raylm serve` under load from another process, beside the bare engine on the same model and cores.
 
 Closed loop: each client sends its next request when its last one has ended. Arms take turns; figures are medians over
 rounds, and ratios are of medians. Time to first token is from sending the request to the first token's arrival.
 
     python tests/benchmarks/serving_load.py MODEL_DIRECTORY --output load.json
-    python tests/benchmarks/serving_load.py MODEL_DIRECTORY --arms raylm,naive,static,continuous --clients 1,8
+    python tests/benchmarks/serving_load.py MODEL_DIRECTORY --arms raylm --clients 1,8
 
 MODEL_DIRECTORY is a Hugging Face directory with an ``openvino/`` export (`raylm compress`). Arms: ``engine`` (OpenVINO
-GenAI's pipeline in one process, no HTTP), ``raylm``, and those of serving_peers.py.
+GenAI's pipeline in one process, no HTTP) and ``raylm``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from pathlib import Path
 
 import aiohttp
 
-HERE = Path(__file__).resolve().parent
 # Requests of each client, by the number of clients: a cell takes some ten seconds on two cores.
 REQUESTS = {1: 8, 8: 4, 32: 2}
 START_SECONDS = 240
@@ -204,15 +203,12 @@ def open_arm(name: str, model: str, threads: int, directory: Path) -> HttpArm | 
     if name == "engine":
         return EngineArm(model, threads)
     port = free_port()
-    if name == "raylm":
-        recipe = directory / "serve.yaml"
-        recipe.write_text(
-            f"run: {{name: load, storage: {directory}}}\nmodel: {{path: {model}}}\n"
-            f"serving: {{port: {port}, name: model, cpus_per_replica: {float(threads)}}}\n"
-        )
-        return HttpArm(name, [sys.executable, "-m", "raylm.cli", "serve", str(recipe)], port, "/health", "model")
-    peers = [sys.executable, str(HERE / "serving_peers.py"), name, model, str(port), str(threads)]
-    return HttpArm(name, peers, port, "/health", "model")
+    recipe = directory / "serve.yaml"
+    recipe.write_text(
+        f"run: {{name: load, storage: {directory}}}\nmodel: {{path: {model}}}\n"
+        f"serving: {{port: {port}, name: model, cpus_per_replica: {float(threads)}}}\n"
+    )
+    return HttpArm(name, [sys.executable, "-m", "raylm.cli", "serve", str(recipe)], port, "/health", "model")
 
 
 @contextlib.contextmanager
@@ -247,6 +243,8 @@ def main() -> None:
         return
     counts = [int(count) for count in arguments.clients.split(",")]
     names = arguments.arms.split(",")
+    if unknown := set(names) - {"engine", "raylm"}:
+        parser.error(f"--arms: found {', '.join(sorted(unknown))}, allowed: engine, raylm")
     needed = {count: count * REQUESTS.get(count, 2) for count in counts}
     # Fresh texts for every cell: no arm finds a prompt in its prefix cache.
     texts = iter(prompts(arguments.model, arguments.rounds * sum(needed.values()), arguments.prompt_tokens))
