@@ -7,7 +7,6 @@ paragraphs (Cui et al. 2019), which gives no places, is read as well.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 from raylm.config.data import DataSection
 from raylm.data.documents import Split, hash_share
 from raylm.data.sources import open_sources
-from raylm.data.streams import BYTE_ORDER_MARK, InputErrors, damaged, first_line, open_bytes
+from raylm.data.squad import read_articles
+from raylm.data.streams import InputErrors, damaged, first_line
 from raylm.errors import UserError
 
 
@@ -99,18 +99,7 @@ def read_file(path: str, errors: InputErrors) -> Iterator[Question]:
         UserError: it is not in the SQuAD format, or an answer does not stand where it says (``data.errors``: skip
             leaves such questions out).
     """
-    with open_bytes(path) as stream:
-        text = errors.decode(stream.read().removeprefix(BYTE_ORDER_MARK), path, 0)
-    if text is None:
-        return
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(f"{path}:{line}: malformed JSON: {getattr(error, 'msg', error)}") from None
-    articles = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(articles, list):
-        raise UserError(f"{path}: no SQuAD file: found no list 'data'; allowed: articles with paragraphs")
+    articles = read_articles(path, errors, "articles with paragraphs")
     for number, article in enumerate(articles):
         paragraphs = article.get("paragraphs", [article]) if isinstance(article, dict) else [article]
         for paragraph in paragraphs:

@@ -21,6 +21,7 @@ from raylm.config.data import DataSection
 from raylm.data.blocks import Block, Segment
 from raylm.data.documents import Document, read_row_groups
 from raylm.data.rows import Rows, is_wanted, rows_to_documents
+from raylm.data.squad import read_articles
 from raylm.data.streams import (
     BYTE_ORDER_MARK,
     InputErrors,
@@ -194,18 +195,7 @@ def read_squad(segment: Segment, data: DataSection, errors: InputErrors) -> Iter
     """Pairs of a file in the SQuAD format (Rajpurkar et al. 2016), nested or a flat list: question, first answer, and
     the paragraph as context where ``fields.context`` is given. Questions without an answer are empty documents."""
     path = segment.path
-    with open_bytes(path) as stream:
-        text = errors.decode(stream.read().removeprefix(BYTE_ORDER_MARK), path, 0)
-    if text is None:
-        return
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(f"{path}:{line}: malformed JSON: {getattr(error, 'msg', error)}") from None
-    articles = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(articles, list):
-        raise UserError(f"{path}: no SQuAD file: found no list 'data'; allowed: SQuAD, or one object a line in .jsonl")
+    articles = read_articles(path, errors, "SQuAD, or one object a line in .jsonl")
 
     def rows() -> Rows:
         for number, article in enumerate(articles):
