@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -35,6 +36,31 @@ class StepResult:
     targets: int
     tokens: int
     gradient_norm: float
+
+
+def deepspeed_config(
+    zero_stage: int, micro_batch_size: int, accumulation: int, clipping: float, *, bf16: bool
+) -> dict[str, Any]:
+    """What DeepSpeed is told alike on both paths.
+
+    It clips stage 0 by a norm that cannot be read, and in a pipeline by that of one stage alone: there the engines clip.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clipping if zero_stage else 0.0,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        **({"bf16": {"enabled": True}} if bf16 else {}),
+    }
+
+
+def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to ``factor`` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_learning_rate"] * factor
 
 
 class DataParallelEngine:
@@ -79,17 +105,7 @@ class DataParallelEngine:
             optimizer=optimizer,
             model_parameters=objective.parameters(),
             dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": micro_batch_size,
-                "gradient_accumulation_steps": accumulation,
-                # Stage 0 is clipped here (train_step), where its norm can be read as well.
-                "gradient_clipping": clipping if zero_stage else 0.0,
-                "zero_optimization": {"stage": zero_stage},
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "steps_per_print": 10**12,
-                **({"bf16": {"enabled": True}} if bf16 else {}),
-            },
+            config=deepspeed_config(zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16),
         )
         self.parameters = {name.removeprefix("model."): p for name, p in self.engine.module.named_parameters()}
         self.optimizer = optimizer
@@ -105,8 +121,7 @@ class DataParallelEngine:
 
     def set_learning_rate(self, factor: float) -> None:
         """Set every group's learning rate to ``factor`` times its peak."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_learning_rate"] * factor
+        scale_learning_rates(self.optimizer, factor)
 
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """One optimizer step over this rank's ``micro_batches`` of the objective."""

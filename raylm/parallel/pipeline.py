@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylm.objectives.base import IGNORED, Batch, Objective
-from raylm.parallel.engine import StepResult
+from raylm.parallel.engine import StepResult, deepspeed_config, scale_learning_rates
 from raylm.parallel.families import PLANS
 from raylm.parallel.fragments import Fragment, partition_fragments, replicated_fragments
 from raylm.parallel.slicing import Slicing
@@ -145,16 +145,9 @@ class PipelineTensorEngine:
             model_parameters=list(self.parameters.values()),
             dist_init_required=False,
             config={
-                "train_micro_batch_size_per_gpu": micro_batch_size,
-                "gradient_accumulation_steps": accumulation,
-                # DeepSpeed clips stage 0 by a norm of one stage alone: it is clipped here (_clip).
-                "gradient_clipping": clipping if zero_stage else 0.0,
-                "zero_optimization": {"stage": zero_stage},
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
+                **deepspeed_config(zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16),
                 "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
-                "steps_per_print": 10**12,
-                **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
+                **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
             },
         )
         self._norm = torch.zeros((), device=device)
@@ -198,8 +191,7 @@ class PipelineTensorEngine:
 
     def set_learning_rate(self, factor: float) -> None:
         """Set every group's learning rate to ``factor`` times its peak."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_learning_rate"] * factor
+        scale_learning_rates(self.optimizer, factor)
 
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """One optimizer step over this replica's ``micro_batches``, the same on all ranks of the replica."""
