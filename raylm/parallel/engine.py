@@ -43,7 +43,7 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """What DeepSpeed is told alike on both paths.
 
-    It clips stage 0 by a norm that cannot be read, and in a pipeline by that of one stage alone: there the engines clip.
+    It clips stage 0 by a norm that cannot be read, and in a pipeline by one stage alone: there the engines clip.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
