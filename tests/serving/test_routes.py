@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
+import os
 import socket
 import struct
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +20,8 @@ import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.serving import browser
 
 pytestmark = pytest.mark.slow
 
@@ -280,3 +285,57 @@ def test_the_openapi_document_names_the_routes_and_errors(server: SimpleNamespac
         document = json.load(response)
     assert {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/qa"} <= set(document["paths"])
     assert {"400", "401", "413", "429", "503"} <= set(document["paths"]["/v1/completions"]["post"]["responses"])
+
+
+async def fill_in(page: browser.Page, kind: str, text: str, tokens: int) -> str:
+    """Fill in the form, send it, and give the figures that stand there at the end."""
+    await page.run(f"document.querySelector('[value={kind}]').click()")
+    await page.run(f"get('text').value = {json.dumps(text)}; get('tokens').value = {tokens}; get('send').click()")
+    await page.until("!get('send').disabled")
+    return await page.run("get('figures').textContent")
+
+
+async def use_the_page(server: SimpleNamespace, directory: Path) -> None:
+    async with browser.opened(server.url, directory / "profile") as page:
+        # Without a key the page says what is missing.
+        await page.until("get('figures').textContent.includes('API key')")
+        await page.run(f"get('key').value = {json.dumps(API_KEY)}; get('key').dispatchEvent(new Event('change'))")
+        await page.until("get('model').length === 2 && get('collection').length > 0")
+        page.exceptions.clear()  # the browser logs the 401
+
+        figures = await fill_in(page, "completions", "the quick brown fox", 24)
+        assert "first token" in figures and "ms" in figures and "tokens 24" in figures, figures
+        shown = await page.run("document.querySelector('.answer').textContent")
+        expected = server.client.completions.create(
+            model="tiny", prompt="the quick brown fox", max_tokens=24, temperature=0
+        )
+        assert shown == "the quick brown fox" + expected.choices[0].text
+
+        for turn in (1, 2):
+            assert "tokens" in await next_turn(page, f"fox {turn}", turn)
+        assert await page.run("messages.length") == 4
+
+        await fill_in(page, "qa", "What does the fox jump over?", 16)
+        assert await page.run("document.querySelectorAll('#sources li').length") > 0
+        if os.environ.get("RAYLM_SCREENSHOT"):
+            await page.photograph(Path(os.environ["RAYLM_SCREENSHOT"]))
+
+        # What a mistake brings is shown, and the form works again.
+        assert "max_tokens" in await fill_in(page, "completions", "a", 100_000)
+        assert not [entry for entry in page.exceptions if "400" not in entry], page.exceptions
+
+
+async def next_turn(page: browser.Page, text: str, turn: int) -> str:
+    """A turn of one chat: choosing the kind anew would begin another one."""
+    if turn == 1:
+        return await fill_in(page, "chat", text, 8)
+    await page.run(f"get('text').value = {json.dumps(text)}; get('send').click()")
+    await page.until("!get('send').disabled")
+    return await page.run("get('figures').textContent")
+
+
+@pytest.mark.skipif(browser.BROWSER is None, reason="no Chromium on this machine")
+def test_the_page_in_a_browser(server: SimpleNamespace, tmp_path: Path) -> None:
+    if server.engine != "openvino":
+        pytest.skip("the page is the same for every engine")
+    asyncio.run(asyncio.wait_for(use_the_page(server, tmp_path), 3 * browser.SECONDS))
