@@ -73,6 +73,8 @@ class ServingSection(Section):
     """Texts that a replica generates together."""
     max_queued_requests: int = Field(default=256, ge=1)
     """Texts that wait at a replica for their turn; further ones get status 503."""
+    max_queue_seconds: float = Field(default=15.0, gt=0)
+    """A text that would wait longer for its turn, as the last ones went, gets status 503 and when to come back."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Most tokens that a request may ask for, and what it gets if it does not say."""
     pooling: Literal["mean", "first", "last"] = "mean"

@@ -105,6 +105,7 @@ def open_service(config: ServeConfig, name: str, threads: int, metrics: ServerMe
         context_length=context_length(source),
         max_new_tokens=serving.max_new_tokens,
         capacity=serving.max_concurrent_requests + serving.max_queued_requests,
+        queue_seconds=serving.max_queue_seconds,
         request_seconds=serving.request_seconds,
         pooling=model.pooling,
         metrics=metrics,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -68,6 +69,7 @@ class ModelService:
         context_length: prompt and answer tokens together; None without a limit.
         max_new_tokens: most tokens of one text.
         capacity: texts in work and waiting together; more are refused with 503.
+        queue_seconds: longest that a text may be expected to wait for its turn.
         request_seconds: a text that takes longer is ended.
         pooling: how hidden states become an embedding.
         metrics: counts the texts.
@@ -79,6 +81,7 @@ class ModelService:
     context_length: int | None
     max_new_tokens: int
     capacity: int
+    queue_seconds: float = math.inf
     request_seconds: float = 600.0
     pooling: Pooling = "mean"
     metrics: ServerMetrics | None = None
@@ -187,15 +190,18 @@ class ModelService:
         return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def admit(self, texts: int) -> None:
-        """Refuse ``texts`` more where the queue is full."""
+        """Refuse ``texts`` more where the queue is full, or where they would wait too long."""
         stats = self.engine.stats()
-        if stats.running + stats.waiting + texts > self.capacity:
+        full = stats.running + stats.waiting + texts > self.capacity
+        if full or stats.wait_seconds > self.queue_seconds:
+            # By then the queue is short enough again, if nobody else comes.
+            wait = max(1, math.ceil(stats.wait_seconds - (0 if full else self.queue_seconds)))
             raise RequestError(
                 f"The server is busy: {stats.running} texts in work, {stats.waiting} waiting; try again later",
                 status=503,
                 code="server_busy",
                 kind="server_error",
-                headers={"Retry-After": "1"},
+                headers={"Retry-After": str(wait)},
             )
 
     async def generate(

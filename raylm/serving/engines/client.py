@@ -40,6 +40,7 @@ from raylm.serving.engines.base import (
     Score,
     TokenScores,
 )  # fmt: skip
+from raylm.serving.engines.pace import Pace
 
 # Seconds between two hand-overs to the same reader, for each request in work: what one costs the HTTP side.
 HAND_OVER_SECONDS = 0.003
@@ -60,6 +61,8 @@ class EngineStats:
     generated_tokens: int
     cache_usage: float | None
     """Share of the key-value cache in use, 0 to 1; None where the engine does not say."""
+    wait_seconds: float
+    """How long a text that comes now will wait for its turn, as the last ones went; 0 while that is unknown."""
 
 
 class TokenStream:
@@ -67,10 +70,12 @@ class TokenStream:
 
     Attributes:
         finish_reason: ``stop`` (end token) or ``length``, once the stream has ended.
+        generated: tokens that the engine gave, read or not.
     """
 
     def __init__(self, engine: Engine, number: int) -> None:
         self.finish_reason: FinishReason | None = None
+        self.generated = 0
         self._engine, self._number = engine, number
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
@@ -140,6 +145,7 @@ class _Answer:
     """The one result of a request that generates nothing."""
 
     def __init__(self) -> None:
+        self.generated = 0
         self._loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Any] = self._loop.create_future()
 
@@ -173,6 +179,7 @@ class Engine:
         self._submitted = self._finished = self._cancelled = self._failed = 0
         self._prompt_tokens = self._generated_tokens = 0
         self._cache_usage: float | None = None
+        self._pace = Pace()
         self._failure: str | None = None
         self._reader = threading.Thread(target=self._read, name=f"{name}-engine", daemon=True)
         self._reader.start()
@@ -211,9 +218,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and current load."""
         in_work = len(self._waiting)
+        waiting = max(0, in_work - self.sequences)
         return EngineStats(
             running=min(in_work, self.sequences),
-            waiting=max(0, in_work - self.sequences),
+            waiting=waiting,
             requests=self._submitted,
             finished=self._finished,
             cancelled=self._cancelled,
@@ -221,6 +229,8 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             cache_usage=self._cache_usage,
+            # It is its turn when those before it wait no more and one of those in work has ended.
+            wait_seconds=self._pace.wait(waiting + 1) if in_work >= self.sequences else 0.0,
         )
 
     @property
@@ -257,6 +267,8 @@ class Engine:
 
     def _enter(self, number: int, asker: TokenStream | _Answer, command: Command, prompt_tokens: int) -> None:
         self.check()
+        if not self._waiting:
+            self._pace.begin()
         self._waiting[number] = asker
         self._submitted += 1
         self._prompt_tokens += prompt_tokens
@@ -302,6 +314,10 @@ class Engine:
                 continue
             loops.setdefault(asker._loop, []).append((asker, event))
             self._generated_tokens += len(event.tokens)
+            asker.generated += len(event.tokens)
+            self._pace.tokens(len(event.tokens))
+            if event.finish_reason is not None:
+                self._pace.finished(asker.generated)
             if event.last and self._waiting.pop(event.number, None) is not None:
                 self._finished += event.error is None
                 self._failed += event.error is not None
