@@ -315,7 +315,7 @@ async def use_the_page(server: SimpleNamespace, directory: Path) -> None:
             assert "tokens" in await next_turn(page, f"fox {turn}", turn)
         assert await page.run("messages.length") == 4
 
-        await fill_in(page, "qa", "What does the fox jump over?", 16)
+        await fill_in(page, "qa", "What does json.dumps do?", 16)
         assert await page.run("document.querySelectorAll('#sources li').length") > 0
         if os.environ.get("RAYLM_SCREENSHOT"):
             await page.photograph(Path(os.environ["RAYLM_SCREENSHOT"]))
