@@ -1,25 +1,52 @@
 """``data.cleaning`` applied to documents: what is changed, what is dropped, and the account of both.
 
-In: documents. Out: cleaned documents. The account of a block is a plain dictionary, so that the driver can add up all
-blocks in their order.
+In: documents, many at a time. Out: cleaned documents. The account of a block is a plain dictionary, so that the driver
+can add up all blocks in their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from raylm.config.cleaning import CleaningSection
 from raylm.data.changes import changes_of
 from raylm.data.documents import Document, make_pair
-from raylm.data.quality import c4_lines, gopher_quality, gopher_repetition
-from raylm.data.words import words_of
+from raylm.data.quality import c4_lines, gopher_quality
+from raylm.data.repetition import gopher_repetition
+from raylm.data.words import WordTable, words_of
 
 MOST_EXAMPLES = 3
 EXAMPLE_CHARACTERS = 240
 
-Filter = Callable[[str, list[str]], str | None]
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A document that cleaning has kept.
+
+    Attributes:
+        document: cleaned.
+        hashes: of its words, letter case apart, uint64; None where no filter has looked at words.
+    """
+
+    document: Document
+    hashes: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What filters judge: texts, and the words of each, as they stand and as numbers."""
+
+    texts: list[str]
+    words: list[list[str]]
+    numbers: list[np.ndarray]
+    table: WordTable
+
+
+Filter = Callable[[Texts], list[str | None]]
 
 
 class Account:
@@ -62,27 +89,41 @@ class Cleaner:
         self._section, self._account = section, account
         self._changes = changes_of(section)
         self._filters = _filters(section)
+        self._table = WordTable()
 
-    def clean(self, document: Document) -> Document | None:
-        """The cleaned document; None where it is dropped."""
-        if self._changes:
-            document = self._change(document)
-        if self._section.c4 and not document.prompt:
-            text, reason = c4_lines(document.text)
-            if reason is not None:
-                self._account.drop("c4", reason, document.text)
-                return None
-            if text != document.text:
-                self._account.change("c4")
-                document = replace(document, text=text)
+    def clean(self, documents: Sequence[Document]) -> list[Cleaned | None]:
+        """Each document cleaned; None where it is dropped."""
+        kept: dict[int, Document] = {}
+        for place, document in enumerate(documents):
+            changed = self._change(document) if self._changes else document
+            if self._section.c4 and not document.prompt:
+                changed = self._keep_sentences(changed)
+            if changed is not None:
+                kept[place] = changed
+        hashes: dict[int, np.ndarray] = {}
         if self._filters:
-            words = words_of(document.text)
+            self._table.trim()
+            words = {place: words_of(document.text) for place, document in kept.items()}
+            numbers = {place: self._table.numbers(each) for place, each in words.items()}
             for name, judge in self._filters.items():
-                reason = judge(document.text, words)
-                if reason is not None:
-                    self._account.drop(name, reason, document.text)
-                    return None
-        return document
+                places = list(kept)
+                columns = ([kept[place].text for place in places], [words[place] for place in places])
+                reasons = judge(Texts(*columns, [numbers[place] for place in places], self._table))
+                for place, reason in zip(places, reasons, strict=True):
+                    if reason is not None:
+                        self._account.drop(name, reason, kept.pop(place).text)
+            hashes = {place: self._table.hashes(numbers[place]) for place in kept}
+        return [Cleaned(kept[place], hashes.get(place)) if place in kept else None for place in range(len(documents))]
+
+    def _keep_sentences(self, document: Document) -> Document | None:
+        text, reason = c4_lines(document.text)
+        if reason is not None:
+            self._account.drop("c4", reason, document.text)
+            return None
+        if text == document.text:
+            return document
+        self._account.change("c4")
+        return replace(document, text=text)
 
     def _change(self, document: Document) -> Document:
         parts = [document.prompt, document.answer, document.context] if document.prompt else [document.text]
@@ -107,10 +148,16 @@ def _filters(section: CleaningSection) -> dict[str, Filter]:
     if section.language is not None:
         found["language"] = _language_filter(section)
     if section.repetition:
-        found["repetition"] = gopher_repetition
+        found["repetition"] = _judge_repetition
     if section.gopher:
-        found["gopher"] = gopher_quality
+        found["gopher"] = lambda batch: list(map(gopher_quality, batch.texts, batch.words))
     return found
+
+
+def _judge_repetition(batch: Texts) -> list[str | None]:
+    if not batch.texts:
+        return []
+    return gopher_repetition(batch.texts, batch.numbers, batch.table.lengths(np.concatenate(batch.numbers)))
 
 
 def _length_filter(section: CleaningSection) -> Filter:
@@ -127,7 +174,7 @@ def _length_filter(section: CleaningSection) -> Filter:
                 return f"more than {most} {unit}"
         return None
 
-    return judge
+    return lambda batch: list(map(judge, batch.texts, batch.words))
 
 
 def _language_filter(section: CleaningSection) -> Filter:
@@ -135,8 +182,8 @@ def _language_filter(section: CleaningSection) -> Filter:
 
     keep, characters = set(section.language.keep), section.language.characters
 
-    def judge(text: str, _: list[str]) -> str | None:
+    def judge(text: str) -> str | None:
         found = py3langid.classify(text[:characters])[0]
         return None if found in keep else found
 
-    return judge
+    return lambda batch: list(map(judge, batch.texts))

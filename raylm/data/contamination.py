@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from raylm.config.cleaning import DecontaminationSection
-from raylm.data.signatures import save, shingle_hashes
-from raylm.data.words import normalized
+from raylm.data.signatures import save, shingle_hashes, shingle_sets, word_hashes
+from raylm.data.words import WordTable
 
 FILE = "contamination.npy"
 
@@ -28,6 +28,7 @@ class Contamination:
 
     def __init__(self, grams: np.ndarray, section: DecontaminationSection) -> None:
         self._grams, self._section = grams, section
+        self._table = WordTable()
 
     @classmethod
     def load(cls, work: Path, section: DecontaminationSection | None) -> Contamination | None:
@@ -36,7 +37,8 @@ class Contamination:
 
     def found_in(self, text: str) -> bool:
         """Whether more of the n-grams of ``text`` than ``max_overlap`` are among them."""
-        (found,) = shingle_hashes([normalized(text)], self._section.ngram_words)
+        self._table.trim()
+        found, _ = shingle_sets([word_hashes(text, self._table)], self._section.ngram_words)
         if not len(self._grams):
             return False
         places = np.minimum(np.searchsorted(self._grams, found), len(self._grams) - 1)
@@ -53,7 +55,7 @@ def collect(work: Path, texts: Iterable[str], section: DecontaminationSection) -
     rows = [np.empty(0, dtype=np.uint64)]
     batch: list[str] = []
     for text in texts:
-        batch.append(normalized(text))
+        batch.append(text)
         if len(batch) == 1024:
             rows.append(np.unique(np.concatenate(shingle_hashes(batch, section.ngram_words))))
             batch = []

@@ -15,6 +15,7 @@ from tokenizers import Encoding, Tokenizer
 
 from raylm.data.chat import neutralize, pair_messages, question_messages
 from raylm.data.documents import Document
+from raylm.data.word_encoding import WordEncoder, applies_to
 from raylm.errors import UserError
 
 
@@ -30,9 +31,13 @@ class DocumentEncoder:
         self._tokenizer = load_backend(directory)
         self._tokenizer.encode_special_tokens = True
         self._eos_id = eos_id
+        self._by_words = WordEncoder(self._tokenizer, eos_id) if applies_to(self._tokenizer) else None
 
     def encode(self, documents: Sequence[Document]) -> tuple[list[np.ndarray], np.ndarray]:
         """Tokens of each document, its end-of-text token last, and an empty array [n, 0] of further columns."""
+        if self._by_words is not None:
+            tokens = self._by_words.encode([document.text for document in documents])
+            return tokens, np.empty((len(tokens), 0), dtype=np.int64)
         encodings = self._tokenizer.encode_batch_fast(
             [document.text for document in documents], add_special_tokens=False
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ WORK = "work"
 SAMPLE_PURPOSE = b"raylm-sample"
 # Documents by the power of two of their length in bytes.
 LENGTH_BINS = 40
+# What is cleaned in one go: bounds the memory that its words take.
+BATCH_CHARACTERS = 1 << 19
+BATCH_DOCUMENTS = 1024
 
 
 class PartWriter:
@@ -48,14 +52,15 @@ class PartWriter:
         self._file: DocumentFile | None = None
         self.parts: list[dict[str, Any]] = []
 
-    def write(self, document: Document, split: Split, kind: Kind) -> None:
-        """Append one document, its side decided."""
+    def write(self, document: Document, split: Split, kind: Kind, hashes: np.ndarray | None = None) -> None:
+        """Append one document, its side decided; ``hashes`` are those of its words where they are known."""
         if self._file is None:
             name = f"{self._block:06d}-{len(self.parts):03d}"
             self._file = DocumentFile(self._folder / f"{name}.parquet", kind, with_split=True)
             self._sample = DocumentFile(self._folder / f"{name}.sample.parquet", "documents")
             self._signatures = Signatures(self._deduplication) if self._deduplication else None
             self._texts: list[str] = []
+            self._hashes: list[np.ndarray | None] = []
             self._text_bytes = 0
             self._part = {"name": name, "train": 0, "validation": 0, "bytes": 0}
         self._file.write(document.on_side(split))
@@ -65,6 +70,7 @@ class PartWriter:
             self._sample.write(Document(text=document.text, title=str(self._file.documents - 1)))
         if self._signatures is not None:
             self._texts.append(document.text)
+            self._hashes.append(hashes)
             self._text_bytes += len(document.text)
             if self._text_bytes >= 1 << 20:
                 self._sign()
@@ -73,8 +79,8 @@ class PartWriter:
 
     def _sign(self) -> None:
         if self._signatures is not None and self._texts:
-            self._signatures.add(self._texts)
-        self._texts, self._text_bytes = [], 0
+            self._signatures.add(self._texts, self._hashes)
+        self._texts, self._hashes, self._text_bytes = [], [], 0
 
     def finish(self) -> None:
         """Close the part that is open."""
@@ -89,6 +95,20 @@ class PartWriter:
         self._file.__exit__(None, None, None)
         self.parts.append(self._part)
         self._file = None
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in their order, as many as are cleaned in one go."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def make_parts(
@@ -116,30 +136,32 @@ def make_parts(
     digest = hashlib.sha256()
     writer = PartWriter(work, block.number, part_bytes, section, rate)
     read = 0
-    for document in read_block(block, section, errors):
-        if block.sole_split is not None and document.split not in (None, block.sole_split):
-            continue
-        read += 1
-        if not document.text.strip():
-            count.empty += 1
-            continue
-        cleaned = cleaner.clean(document)
-        if cleaned is None:
-            count.dropped += 1
-            continue
-        if not cleaned.text.strip():
-            account.drop("empty", "nothing left", document.text)
-            count.dropped += 1
-            continue
-        if contamination is not None and contamination.found_in(cleaned.text):
-            account.drop("decontamination", "text of an evaluation set", cleaned.text)
-            count.dropped += 1
-            continue
-        split = side_of(cleaned, block.sole_split, section.validation_fraction)
-        count.add(cleaned, split, source)
-        lengths[min(cleaned.byte_count.bit_length(), LENGTH_BINS - 1)] += 1
-        digest.update(f"{cleaned.title}\0{cleaned.text}\0".encode())
-        writer.write(cleaned, split, count.kind)
+
+    def drop(name: str, reason: str, document: Document) -> None:
+        account.drop(name, reason, document.text)
+        count.dropped += 1
+
+    for documents in _batches(read_block(block, section, errors)):
+        documents = [each for each in documents if block.sole_split is None or each.split in (None, block.sole_split)]
+        read += len(documents)
+        filled = [each for each in documents if each.text.strip()]
+        count.empty += len(documents) - len(filled)
+        for cleaned in cleaner.clean(filled):
+            if cleaned is None:
+                count.dropped += 1
+                continue
+            document = cleaned.document
+            if not document.text.strip():
+                drop("empty", "nothing left", document)
+                continue
+            if contamination is not None and contamination.found_in(document.text):
+                drop("decontamination", "text of an evaluation set", document)
+                continue
+            split = side_of(document, block.sole_split, section.validation_fraction)
+            count.add(document, split, source)
+            lengths[min(document.byte_count.bit_length(), LENGTH_BINS - 1)] += 1
+            digest.update(f"{document.title}\0{document.text}\0".encode())
+            writer.write(document, split, count.kind, cleaned.hashes)
     writer.finish()
     count.sha256 = digest.hexdigest()
     record = {

@@ -32,7 +32,7 @@ from raylm.data.tokenization import is_taken, make_files, surviving
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 # More is sampled than a tokenizer needs, as cleaning and deduplication take some away.
 SAMPLE_MARGIN = 1.5
 

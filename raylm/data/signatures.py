@@ -7,6 +7,7 @@ shingles, by which a candidate pair's Jaccard similarity is counted exactly.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import xxhash
 
 from raylm.config.cleaning import DeduplicationSection
-from raylm.data.words import normalized, rolling, words_of
+from raylm.data.words import WordTable, compatible, normalized, rolling, runs, words_of
 
 # Texts of one call: bounds the memory that their words take.
 BATCH_BYTES = 1 << 20
@@ -29,32 +30,37 @@ class Signatures:
 
     def __init__(self, section: DeduplicationSection) -> None:
         self._section = section
+        self._table = WordTable()
         self._keys: list[np.ndarray] = []
         self._shingles: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []
 
-    def add(self, texts: Sequence[str]) -> None:
-        """Append documents in their order."""
-        batch: list[str] = []
-        size = 0
-        for text in texts:
-            batch.append(text)
-            size += len(text)
-            if size >= BATCH_BYTES:
-                self._add(batch)
-                batch, size = [], 0
-        if batch:
-            self._add(batch)
+    def add(self, texts: Sequence[str], hashes: Sequence[np.ndarray | None] | None = None) -> None:
+        """Append documents in their order.
 
-    def _add(self, texts: list[str]) -> None:
-        plain = [normalized(text) for text in texts]
-        exact = np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in plain], dtype=np.uint64)
+        Args:
+            texts: of the documents.
+            hashes: of their words where they are known, see :class:`~raylm.data.words.WordTable`.
+        """
+        begin = size = 0
+        for place, text in enumerate(texts, start=1):
+            size += len(text)
+            if size >= BATCH_BYTES or place == len(texts):
+                self._add(texts[begin:place], hashes[begin:place] if hashes else [None] * (place - begin))
+                begin, size = place, 0
+
+    def _add(self, texts: Sequence[str], hashes: Sequence[np.ndarray | None]) -> None:
+        exact = np.array([xxhash.xxh3_64_intdigest(normalized(text).encode()) for text in texts], dtype=np.uint64)
         if not self._section.near:
             self._keys.append(exact[None])
             return
-        shingles = shingle_hashes(plain, self._section.shingle_words)
-        counts = np.array([len(row) for row in shingles], dtype=np.int64)
-        flat = np.concatenate(shingles)
+        self._table.trim()
+        words = [
+            # The words are those of the compatibility form, which most texts are in.
+            known if known is not None and compatible(text) == text else word_hashes(text, self._table)
+            for text, known in zip(texts, hashes, strict=True)
+        ]
+        flat, counts = shingle_sets(words, self._section.shingle_words)
         self._keys.append(np.concatenate([exact[None], band_keys(flat, counts, self._section)]))
         self._shingles.append(flat)
         self._counts.append(counts)
@@ -67,22 +73,39 @@ class Signatures:
             save(base.with_suffix(".ends.npy"), np.cumsum(np.concatenate(self._counts)))
 
 
-def shingle_hashes(texts: Sequence[str], words: int) -> list[np.ndarray]:
-    """Of each text the sorted hashes of its shingles, uint64, each once.
+def word_hashes(text: str, table: WordTable) -> np.ndarray:
+    """Hashes of the words of a text in Unicode's compatibility form, letter case apart; uint64 [words]."""
+    return table.hashes(table.numbers(words_of(compatible(text))))
+
+
+def shingle_sets(hashes: Sequence[np.ndarray], words: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each text the sorted hashes of its shingles, each once: (uint64, text after text; how many each has, int64).
 
     A text of fewer than ``words`` words is one shingle; it is near only to what has the same words.
     """
-    import rensa
+    sizes = np.array([len(each) for each in hashes], dtype=np.int64)
+    flat = np.concatenate(hashes)
+    ends = np.cumsum(sizes)
+    starts = np.arange(len(flat))
+    starts = starts[starts + words <= np.repeat(ends, sizes)]
+    counts = np.maximum(1, sizes - words + 1)
+    found = np.empty(int(counts.sum()), dtype=np.uint64)
+    is_short = np.repeat(sizes < words, counts)
+    found[~is_short] = runs(flat, starts, words)
+    found[is_short] = [rolling(each, len(each))[0] if len(each) else 0 for each in hashes if len(each) < words]
+    edges = np.concatenate([[0], np.cumsum(counts)])
+    for begin, end in itertools.pairwise(edges.tolist()):
+        found[begin:end].sort()
+    fresh = np.concatenate([[True], found[1:] != found[:-1]])
+    fresh[edges[:-1]] = True
+    return found[fresh], np.add.reduceat(fresh, edges[:-1], dtype=np.int64)
 
-    rows = []
-    for hashed in rensa.RMinHash.hash_token_sets([words_of(text) for text in texts]):
-        hashes = np.array(hashed, dtype=np.uint64)
-        if len(hashes) < words:
-            hashes = rolling(hashes, len(hashes)) if len(hashes) else np.zeros(1, dtype=np.uint64)
-        else:
-            hashes = rolling(hashes, words)
-        rows.append(np.unique(hashes))
-    return rows
+
+def shingle_hashes(texts: Sequence[str], words: int) -> list[np.ndarray]:
+    """:func:`shingle_sets` of texts, an array a text."""
+    table = WordTable()
+    flat, counts = shingle_sets([word_hashes(text, table) for text in texts], words)
+    return np.split(flat, np.cumsum(counts)[:-1])
 
 
 def band_keys(flat: np.ndarray, counts: np.ndarray, section: DeduplicationSection) -> np.ndarray:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from raylm.data.encoding import load_backend
+from raylm.data.documents import Document
+from raylm.data.encoding import DocumentEncoder, load_backend
 from raylm.data.words import words_of
 
 MOST_BYTES = 2 << 20
@@ -22,14 +23,12 @@ def describe_vocabulary(directory: Path, texts: Iterable[str], unknown_id: int |
         ``unknown_rate``, share of unknown tokens; ``unigram_entropy_bits``, of the distribution of tokens, and
         ``used``, share of the vocabulary that occurs at all. Empty where there is no text.
     """
-    backend = load_backend(directory)
-    backend.encode_special_tokens = True
-    size = backend.get_vocab_size()
+    encoder, size = DocumentEncoder(directory, 0), load_backend(directory).get_vocab_size()
     counts = np.zeros(size, dtype=np.int64)
     text_bytes = characters = words = 0
     for text in texts:
-        ids = backend.encode(text, add_special_tokens=False).ids
-        counts += np.bincount(np.array(ids, dtype=np.int64), minlength=size)
+        (ids,), _ = encoder.encode([Document(text=text)])
+        counts += np.bincount(ids[:-1], minlength=size)
         text_bytes += len(text.encode())
         characters += len(text)
         words += len(words_of(text))

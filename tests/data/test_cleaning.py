@@ -7,7 +7,7 @@ from raylm.data.changes import chinese_converter, html_to_text, mask_addresses, 
 from raylm.data.cleaning import Account, Cleaner
 from raylm.data.contamination import Contamination, collect
 from raylm.data.documents import Document, make_pair
-from raylm.data.quality import c4_lines, gopher_quality, gopher_repetition
+from raylm.data.quality import c4_lines, gopher_quality
 from raylm.data.words import words_of
 
 PROSE = (
@@ -19,8 +19,8 @@ PROSE = (
 
 
 def cleaned(text: str, **options) -> str | None:
-    document = Cleaner(CleaningSection(**options), Account()).clean(Document(text=text))
-    return None if document is None else document.text
+    (found,) = Cleaner(CleaningSection(**options), Account()).clean([Document(text=text)])
+    return None if found is None else found.document.text
 
 
 def test_html_to_text():
@@ -73,16 +73,23 @@ def test_gopher_quality():
 
 
 def test_gopher_repetition():
-    assert gopher_repetition(PROSE, words_of(PROSE)) is None
     lines = "\n".join(["A line that is there again and again."] * 5 + [PROSE])
     repeated = " ".join(PROSE.split()[10:28])
-    for text, reason in [
+    cases = [
+        (PROSE, None),
         (lines, "repeated lines"),
         ("buy now " * 30, "most frequent 2-gram"),
         (f"{PROSE} {repeated}", "repeated 5-grams"),
-    ]:
-        assert gopher_repetition(text, words_of(text)) == reason
-    assert gopher_repetition("word", ["word"]) is None
+        ("word", None),
+        (f"{lines}\n\n{lines}", "repeated lines"),
+    ]
+    account = Account()
+    found = Cleaner(CleaningSection(repetition=True), account).clean([Document(text=text) for text, _ in cases])
+    assert [each is None for each in found] == [reason is not None for _, reason in cases]
+    assert account.dropped["repetition"] == {"repeated lines": 2, "most frequent 2-gram": 1, "repeated 5-grams": 1}
+    # What a document repeats does not hang on those that are judged with it.
+    for text, reason in cases:
+        assert (cleaned(text, repetition=True) is None) == (reason is not None)
 
 
 def test_c4():
@@ -105,7 +112,7 @@ def test_the_account_counts_changes_and_shows_what_was_dropped():
     section = CleaningSection(unicode="NFC", pii=["email"], length={"min_words": 3, "max_characters": 60})
     cleaner = Cleaner(section, account)
     texts = ["write to me@example.org now", "two words", "e\u0301 is one letter", "x " * 40]
-    kept = [document.text for text in texts if (document := cleaner.clean(Document(text=text))) is not None]
+    kept = [each.document.text for each in cleaner.clean([Document(text=text) for text in texts]) if each is not None]
     assert kept == ["write to <email> now", "é is one letter"]
     assert account.changed == {"unicode": 1, "pii email": 1}
     assert account.dropped == {"length": {"fewer than 3 words": 1, "more than 60 characters": 1}}
@@ -114,7 +121,7 @@ def test_the_account_counts_changes_and_shows_what_was_dropped():
 
 def test_pairs_are_cleaned_part_by_part():
     cleaner = Cleaner(CleaningSection(full_width=True, pii=["email"]), Account())
-    pair = cleaner.clean(make_pair("Ｑ?", "a@b.org", "Ｃ"))
+    pair = cleaner.clean([make_pair("Ｑ?", "a@b.org", "Ｃ")])[0].document
     assert (pair.prompt, pair.answer, pair.context, pair.text) == ("Q?", "<email>", "C", "C\n\nQ?\n<email>")
 
 
