@@ -7,9 +7,10 @@ import zlib
 from collections.abc import Iterable
 from typing import Any
 
-# xz takes about a second for two megabytes, and eleven bytes of memory for each byte that it looks back at: of a larger
-# set its beginning is measured.
+# xz takes about a second for two megabytes: of a larger set its beginning is measured.
 MOST_BYTES = 4 << 20
+# It takes eleven bytes of memory for each byte that it may look back at; -9 allows for 64 MB, which are never there.
+XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 2 * MOST_BYTES}]
 
 
 def compressed_sizes(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -22,7 +23,7 @@ def compressed_sizes(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
         by compressor: text_bytes, compressed_bytes, bits_per_byte.
     """
     # 16 + 15: gzip's own header and checksum around the largest window.
-    compressors = {"gzip -9": zlib.compressobj(9, zlib.DEFLATED, 31), "xz -9": lzma.LZMACompressor(preset=9)}
+    compressors = {"gzip -9": zlib.compressobj(9, zlib.DEFLATED, 31), "xz -9": lzma.LZMACompressor(filters=XZ)}
     sizes = dict.fromkeys(compressors, 0)
     text_bytes = 0
     for text in texts:

@@ -24,7 +24,7 @@ Split = Literal["train", "validation"]
 
 # A row group is what a tokenizing task holds in memory at a time.
 ROW_GROUP_DOCUMENTS = 4096
-ROW_GROUP_BYTES = 8 << 20
+ROW_GROUP_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ parts and rows says, so the result depends on no worker count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from raylm.config.cleaning import DeduplicationSection
 from raylm.data.signatures import save
 
 # Documents whose keys one task sorts: about 100 bytes each.
-TASK_DOCUMENTS = 4 << 20
+TASK_DOCUMENTS = 1 << 19
+# Shingles that are compared in one go.
+CHUNK_SHINGLES = 1 << 20
 SMALL_TASK_DOCUMENTS = 1 << 20
 # Earlier documents of the same band that a document is compared with.
 MOST_COMPARISONS = 8
@@ -26,7 +28,9 @@ FOLDER = "duplicates"
 
 
 class Keys:
-    """The key files of all parts as one matrix [rows, documents], mapped into memory.
+    """The key files of all parts as one matrix [rows, documents].
+
+    Files are mapped into memory for a look-up at a time: what stays mapped would count as memory of the task.
 
     Args:
         parts: their names without suffix, in order.
@@ -36,14 +40,11 @@ class Keys:
     def __init__(self, parts: Sequence[Path], counts: Sequence[int]) -> None:
         self._parts = list(parts)
         self._first = np.cumsum([0, *counts])
-        self._maps: dict[tuple[int, str], np.ndarray] = {}
 
     def _map(self, part: int, name: str) -> np.ndarray:
-        if (part, name) not in self._maps:
-            path = self._parts[part].with_suffix(f".{name}.npy")
-            # An empty array cannot be mapped.
-            self._maps[part, name] = np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None)
-        return self._maps[part, name]
+        path = self._parts[part].with_suffix(f".{name}.npy")
+        # An empty array cannot be mapped.
+        return np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None)
 
     def row(self, row: int, share: int, shares: int) -> tuple[np.ndarray, np.ndarray]:
         """(keys, numbers of their documents) of one row whose key falls into ``share`` of ``shares``."""
@@ -55,23 +56,55 @@ class Keys:
             numbers.append(chosen + self._first[part])
         return np.concatenate(keys), np.concatenate(numbers)
 
+    def _by_part(self, documents: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(part, which of ``documents`` are in it, their places in it)."""
+        parts = np.searchsorted(self._first, documents, side="right") - 1
+        order = np.argsort(parts, kind="stable")
+        found, begins = np.unique(parts[order], return_index=True)
+        for part, here in zip(found.tolist(), np.split(order, begins[1:]), strict=True):
+            yield part, here, documents[here] - self._first[part]
+
     def columns(self, documents: np.ndarray, rows: slice) -> np.ndarray:
         """Keys of some documents, uint64 [rows, documents]."""
-        parts = np.searchsorted(self._first, documents, side="right") - 1
         found: np.ndarray | None = None
-        for part in np.unique(parts):
-            here = parts == part
-            values = self._map(int(part), "keys")[rows][:, documents[here] - self._first[part]]
+        for part, here, places in self._by_part(documents):
+            values = self._map(part, "keys")[rows][:, places]
             if found is None:
                 found = np.empty((len(values), len(documents)), dtype=np.uint64)
             found[:, here] = values
         return found if found is not None else np.empty((0, 0), dtype=np.uint64)
 
-    def shingles(self, document: int) -> np.ndarray:
-        """The sorted shingle hashes of one document."""
-        part = int(np.searchsorted(self._first, document, side="right")) - 1
-        ends, place = self._map(part, "ends"), document - int(self._first[part])
-        return self._map(part, "shingles")[ends[place - 1] if place else 0 : ends[place]]
+    def sizes(self, documents: np.ndarray) -> np.ndarray:
+        """How many shingles some documents have, int64 [documents]."""
+        found = np.empty(len(documents), dtype=np.int64)
+        for part, here, places in self._by_part(documents):
+            ends = self._map(part, "ends")
+            found[here] = ends[places] - np.where(places > 0, ends[places - 1], 0)
+        return found
+
+    def shingles(self, documents: np.ndarray) -> list[np.ndarray]:
+        """The sorted shingle hashes of some documents."""
+        found: dict[int, np.ndarray] = {}
+        for part, here, places in self._by_part(documents):
+            ends, values = self._map(part, "ends"), self._map(part, "shingles")
+            for which, place in zip(here.tolist(), places.tolist(), strict=True):
+                found[which] = np.array(values[ends[place - 1] if place else 0 : ends[place]])
+        return [found[which] for which in range(len(documents))]
+
+    def similarities(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Jaccard similarity of each pair of documents, float64 [pairs]; of a bounded number of shingles at a time."""
+        if not len(left):
+            return np.empty(0)
+        documents, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+        sizes = self.sizes(documents)[places]
+        chunks = np.cumsum(sizes[: len(left)] + sizes[len(left) :]) // CHUNK_SHINGLES
+        found = []
+        for pairs in np.split(np.arange(len(left)), np.flatnonzero(np.diff(chunks)) + 1):
+            chosen, places = np.unique(np.concatenate([left[pairs], right[pairs]]), return_inverse=True)
+            shingles = self.shingles(chosen)
+            sides = zip(places[: len(pairs)].tolist(), places[len(pairs) :].tolist(), strict=True)
+            found += [jaccard(shingles[one], shingles[other]) for one, other in sides]
+        return np.array(found)
 
 
 def jaccard(left: np.ndarray, right: np.ndarray) -> float:
@@ -159,9 +192,7 @@ def _near(
         bands = slice(1, row)
         fresh = ~(keys.columns(later, bands) == keys.columns(earlier, bands)).any(axis=0)
         later, earlier = later[fresh], earlier[fresh]
-    similarities = np.array(
-        [jaccard(keys.shingles(a), keys.shingles(b)) for a, b in zip(later, earlier, strict=True)], dtype=np.float64
-    )
+    similarities = keys.similarities(later, earlier)
     near = similarities >= section.threshold
     found = np.stack([later[near], earlier[near], np.round(similarities[near] * 1e6)]).astype(np.int64)
     return found, len(later)

@@ -13,6 +13,8 @@ from raylm.data.encoding import DocumentEncoder, load_backend
 from raylm.data.words import words_of
 
 MOST_BYTES = 2 << 20
+# Texts that are encoded in one go.
+BATCH = 256
 
 
 def describe_vocabulary(directory: Path, texts: Iterable[str], unknown_id: int | None) -> dict[str, Any]:
@@ -26,14 +28,17 @@ def describe_vocabulary(directory: Path, texts: Iterable[str], unknown_id: int |
     encoder, size = DocumentEncoder(directory, 0), load_backend(directory).get_vocab_size()
     counts = np.zeros(size, dtype=np.int64)
     text_bytes = characters = words = 0
+    batch: list[Document] = []
     for text in texts:
-        (ids,), _ = encoder.encode([Document(text=text)])
-        counts += np.bincount(ids[:-1], minlength=size)
+        batch.append(Document(text=text))
         text_bytes += len(text.encode())
         characters += len(text)
         words += len(words_of(text))
         if text_bytes >= MOST_BYTES:
             break
+    for start in range(0, len(batch), BATCH):
+        encoded, _ = encoder.encode(batch[start : start + BATCH])
+        counts += np.bincount(np.concatenate([ids[:-1] for ids in encoded]), minlength=size)
     tokens = int(counts.sum())
     if not tokens:
         return {}

@@ -42,7 +42,7 @@ _CUT = (
 _SAFE = re.compile(r"[A-Za-z](?= [A-Za-z])")
 # Bounds what the words of one call and the table take in memory.
 BATCH_CHARACTERS = 1 << 19
-MOST_WORDS = 1 << 18
+MOST_WORDS = 1 << 17
 
 
 def _class(categories: str) -> str:

@@ -16,7 +16,7 @@ _WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
 _CJK = re.compile(rf"[{CJK}]")
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 # Bounds what a table takes in memory.
-MOST_WORDS = 1 << 18
+MOST_WORDS = 1 << 17
 
 
 def words_of(text: str) -> list[str]:

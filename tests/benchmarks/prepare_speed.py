@@ -4,14 +4,18 @@
 
 Both are whole commands, starting of processes included: clean (Unicode, control characters, length, Gopher's
 repetition rules), drop exact and near duplicates, tokenize with the same BPE tokenizer, pack into one stream of tokens.
-``raylm`` runs with one and with two workers, the other with ``num_proc=2``. Megabytes are those of the input.
+``raylm`` runs with one worker, all of its processes on one core, and with two on two; the other with ``num_proc=2`` on
+two. Cleaning and shingles are the same functions in both, many documents in one call; the other encodes with the
+``tokenizers`` library. Megabytes are those of the input.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,47 +23,75 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import yaml
 from edited_corpus import write_corpus
+from tokenizers import Tokenizer
+
+from raylm.config.cleaning import CleaningSection, DeduplicationSection
+from raylm.data.cleaning import Account, Cleaner
+from raylm.data.documents import Document
+from raylm.data.signatures import band_keys, shingle_sets, word_hashes
+from raylm.data.words import WordTable, normalized
 
 CLEANING = {"unicode": "NFC", "control_characters": True, "length": {"min_words": 5}, "repetition": True}
 DEDUPLICATION = {"threshold": 0.8, "shingle_words": 5, "permutations": 128}
 
 
-def raylm(arguments: list[str], environment: dict[str, str]) -> float:
-    """Run the command; seconds."""
+def run(command: list[str], environment: dict[str, str], cores: int = 2) -> tuple[float, str]:
+    """Run a command and all of its processes on the first ``cores`` cores; (seconds, its output)."""
+    chosen = sorted(os.sched_getaffinity(0))[:cores]
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "raylm.cli", *arguments], env=environment, check=True, capture_output=True)
-    return time.perf_counter() - began
+    done = subprocess.run(
+        command,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, chosen),
+    )
+    return time.perf_counter() - began, done.stdout
+
+
+def raylm(arguments: list[str], environment: dict[str, str], cores: int = 2) -> float:
+    """Run the command; seconds."""
+    return run([sys.executable, "-m", "raylm.cli", *arguments], environment, cores)[0]
+
+
+@functools.cache
+def cleaner() -> Cleaner:
+    """One a process."""
+    return Cleaner(CleaningSection(**CLEANING), Account())
+
+
+@functools.cache
+def words() -> WordTable:
+    """One a process."""
+    return WordTable()
+
+
+@functools.cache
+def opened(tokenizer: Path) -> Tokenizer:
+    """One a process."""
+    return Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
 
 
 def baseline(corpus: Path, tokenizer: Path, directory: Path) -> None:
     """The same steps with ``datasets``; runs in a process of its own."""
     import datasets
-    import numpy as np
-    from tokenizers import Tokenizer
-
-    from raylm.config.cleaning import CleaningSection, DeduplicationSection
-    from raylm.data.cleaning import Account, Cleaner
-    from raylm.data.documents import Document
-    from raylm.data.signatures import band_keys, shingle_hashes
-    from raylm.data.words import normalized
 
     section = DeduplicationSection(**DEDUPLICATION)
 
     def clean(batch: dict) -> dict:
-        cleaner = Cleaner(CleaningSection(**CLEANING), Account())
-        cleaned = [cleaner.clean(Document(text=text)) for text in batch["text"]]
-        return {"text": [document.text for document in cleaned if document is not None]}
+        cleaned = cleaner().clean([Document(text=text) for text in batch["text"]])
+        return {"text": [found.document.text for found in cleaned if found is not None]}
 
     def sign(batch: dict) -> dict:
-        plain = [normalized(text) for text in batch["text"]]
-        shingles = shingle_hashes(plain, section.shingle_words)
-        counts = np.array([len(row) for row in shingles], dtype=np.int64)
-        return {"keys": band_keys(np.concatenate(shingles), counts, section).T}
+        shingles = shingle_sets([word_hashes(text, words()) for text in batch["text"]], section.shingle_words)
+        return {"keys": band_keys(*shingles, section).T}
 
     def tokenize(batch: dict) -> dict:
-        encodings = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode_batch_fast(batch["text"])
+        encodings = opened(tokenizer).encode_batch_fast(batch["text"])
         return {"ids": [[*encoding.ids, 0] for encoding in encodings]}
 
     datasets.disable_progress_bars()
@@ -120,15 +152,15 @@ def main() -> None:
                 run_name = f"set-{number}-{workers}"
                 overrides = [f"run.name={run_name}", f"resources.workers={workers}", f"tokenizer={{path: {tokenizer}}}"]
                 key = f"raylm, {workers} worker{'s' if workers > 1 else ''}"
-                seconds[key].append(raylm(["prepare", str(config), *overrides], environment))
+                seconds[key].append(raylm(["prepare", str(config), *overrides], environment, cores=workers))
                 report = json.loads((root / "runs" / run_name / "report.json").read_text())
                 inner.append(report["seconds"])
             directory = root / f"baseline-{number}"
             directory.mkdir()
-            began = time.perf_counter()
             command = [sys.executable, __file__, "--baseline", str(corpus), str(tokenizer), str(directory)]
-            found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-            seconds["datasets, num_proc=2"].append(time.perf_counter() - began)
+            took, found = run(command, environment)
+            seconds["datasets, num_proc=2"].append(took)
+            shutil.rmtree(directory)
     speeds = {name: size / statistics.median(values) for name, values in seconds.items()}
     passes = {
         workers: statistics.median(
@@ -139,7 +171,7 @@ def main() -> None:
     result = {
         "megabytes": size,
         "documents": documents,
-        "kept": {"raylm": report["documents"]["train"], "datasets": json.loads(found.stdout)["documents"]},
+        "kept": {"raylm": report["documents"]["train"], "datasets": json.loads(found)["documents"]},
         "seconds": seconds,
         "megabytes_per_second": speeds,
         "over datasets": speeds["raylm, 2 workers"] / speeds["datasets, num_proc=2"],
