@@ -10,11 +10,11 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raylm.config.data import STDLIB_DOCS, STDLIB_PAIRS, DataSection
-from raylm.data.blocks import Block, block_bytes, cut
+from raylm.data.blocks import Block, Segment, block_bytes, cut
 from raylm.data.documents import Document, Kind, Split, side_of
 from raylm.data.readers import read_block
 from raylm.data.sources import Source, open_sources
@@ -110,8 +110,13 @@ class Corpus:
         self.blocks: list[Block] = []
         for number, source in enumerate(self.sources):
             sole: Split | None = "validation" if number >= len(train) else "train" if validation else None
-            for segments in cut(source.segments, self.block_bytes):
+            for segments in cut(map(self._uncut, source.segments), self.block_bytes):
                 self.blocks.append(Block(len(self.blocks), number, sole, segments))
+
+    def _uncut(self, segment: Segment) -> Segment:
+        """A file that is one document is read in one piece."""
+        is_document = segment.format == "text" and self._data.text_unit == "file"
+        return replace(segment, stop=None) if is_document else segment
 
     def key(self, source: int) -> str:
         """The key that names a source: data.train or data.validation."""

@@ -32,6 +32,7 @@ from raylm.data.streams import (
     is_remote,
     line_number,
     open_bytes,
+    open_remote,
     plain_suffix,
 )
 from raylm.errors import UserError
@@ -120,14 +121,15 @@ def read_jsonl(segment: Segment, data: DataSection, errors: InputErrors) -> Iter
                 continue
             yield offset, row
 
-    first = None
-    if segment.start > 0:
+    def head() -> list[str] | None:
         # What a row is, the file's first one says.
-        quiet = InputErrors("skip")
-        head = next(rows_of_head(path, data, quiet, rows), None)
-        first = None if head is None else list(head[1])
+        if segment.start == 0:
+            return None
+        first = next(rows_of_head(path, data, InputErrors("skip"), rows), None)
+        return None if first is None else list(first[1])
+
     place = lambda offset: f"{path}:{line_number(path, offset)}"  # noqa: E731
-    yield from rows_to_documents(rows(_lines(segment, data, errors)), data.fields, path, errors, place, first)
+    yield from rows_to_documents(rows(_lines(segment, data, errors)), data.fields, path, errors, place, head)
 
 
 def rows_of_head(path: str, data: DataSection, errors: InputErrors, rows: Callable[..., Rows]) -> Rows:
@@ -176,7 +178,7 @@ def read_parquet(segment: Segment, data: DataSection, errors: InputErrors) -> It
     def rows() -> Rows:
         try:
             files, inner = file_system(path) if is_remote(path) else (None, path)
-            with pq.ParquetFile(files.open(inner, "rb") if files else inner) as file:
+            with pq.ParquetFile(open_remote(files, inner) if files else inner) as file:
                 names = list(file.schema_arrow.names)
                 columns = [name for name in names if is_wanted(name, data.fields)] or None
                 groups = range(segment.start, segment.stop or file.num_row_groups)

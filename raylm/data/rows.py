@@ -27,7 +27,7 @@ def rows_to_documents(
     origin: str,
     errors: InputErrors,
     place: Callable[[int], str],
-    first_columns: list[str] | None = None,
+    first_columns: Callable[[], list[str] | None] | None = None,
 ) -> Iterator[Document]:
     """Documents of (place, row). The first row's columns decide: prompt and answer are a pair, messages a conversation,
     otherwise the text column is a document.
@@ -38,7 +38,7 @@ def rows_to_documents(
         origin: the file, for messages.
         errors: what to do with a bad row.
         place: writes out a row's place.
-        first_columns: columns of the file's first row where ``rows`` begin later.
+        first_columns: gives the columns of the file's first row where ``rows`` begin later; called if there are any.
 
     Raises:
         UserError: a column is missing, or a value is no text; names the place, the column and the columns found.
@@ -46,7 +46,7 @@ def rows_to_documents(
     first = next(rows, None)
     if first is None:
         return
-    columns = first_columns or list(first[1])
+    columns = (first_columns and first_columns()) or list(first[1])
     kind = _kind(columns, fields)
     if kind is None:
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,15 @@ import pyarrow.parquet as pq
 from raylm.config.data import STDLIB_DOCS, STDLIB_PAIRS, DataSection, SourceSection
 from raylm.data.blocks import SMALLEST_BLOCK, Segment
 from raylm.data.documents import document_files
-from raylm.data.streams import COMPRESSED, file_system, first_line, is_compressed, is_remote, plain_suffix
+from raylm.data.streams import (
+    COMPRESSED,
+    file_system,
+    first_line,
+    is_compressed,
+    is_remote,
+    open_remote,
+    plain_suffix,
+)
 from raylm.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -106,17 +115,28 @@ def _local_segment(file: Path, file_format: str) -> Segment:
     return Segment(str(file), file_format, 0, whole, found.st_size, str(found.st_mtime_ns))
 
 
+def _cut(whole: Segment, source: Any) -> list[Segment]:
+    """One segment a file; of a large Parquet file, one a row group.
+
+    Args:
+        whole: the file.
+        source: what pyarrow reads it from.
+    """
+    if whole.format in ("text", "jsonl"):
+        return [whole]
+    if whole.format == "parquet" and whole.size >= SMALLEST_BLOCK:
+        try:
+            count = pq.read_metadata(source).num_row_groups
+        except (pa.ArrowException, OSError):
+            # Its reader will say what is wrong.
+            count = 0
+        if count:
+            return [replace(whole, start=group, stop=group + 1, size=whole.size // count) for group in range(count)]
+    return [replace(whole, stop=None)]
+
+
 def _local_segments(file: Path, file_format: str) -> list[Segment]:
-    """One segment a file; of a large Parquet file, one a row group."""
-    whole = _local_segment(file, file_format)
-    if file_format != "parquet" or whole.size < SMALLEST_BLOCK:
-        return [replace(whole, stop=None)] if file_format not in ("text", "jsonl") else [whole]
-    try:
-        count = pq.read_metadata(file).num_row_groups
-    except (pa.ArrowException, OSError):
-        # Its reader will say what is wrong.
-        return [replace(whole, stop=None)]
-    return [replace(whole, start=group, stop=group + 1, size=whole.size // count) for group in range(count)]
+    return _cut(_local_segment(file, file_format), file)
 
 
 def _known() -> str:
@@ -169,6 +189,9 @@ def _remote_files(name: str, file_format: str, key: str) -> list[Segment]:
     prefix = name[: len(name.partition("?")[0]) - len(inner)] if name.partition("?")[0].endswith(inner) else ""
     query = name[len(name.partition("?")[0]) :] if name.startswith(("s3://", "gs://", "gcs://")) else ""
     try:
+        if hasattr(files, "fs"):
+            # fsspec's wrapper takes a server that does not answer for one without the file.
+            files.fs.get_file_info(inner)
         if glob.has_magic(inner):
             found = [path for path in sorted(files.glob(inner)) if files.isfile(path)]
         elif files.isfile(inner):
@@ -188,7 +211,9 @@ def _remote_files(name: str, file_format: str, key: str) -> list[Segment]:
         size = int(info.get("size") or 0)
         whole = None if is_compressed(address) or not size else size
         stamp = str(info.get("etag") or info.get("ETag") or info.get("mtime") or info.get("sha") or "")
-        segments.append(Segment(address, _format_of(address, file_format, key), 0, whole, size, stamp))
+        segment = Segment(address, _format_of(address, file_format, key), 0, whole, size, stamp)
+        is_large = segment.format == "parquet" and size >= SMALLEST_BLOCK
+        segments += _cut(segment, open_remote(files, path) if is_large else None)
     return segments
 
 

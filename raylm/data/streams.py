@@ -66,6 +66,12 @@ def is_compressed(path: str) -> bool:
     return PurePosixPath(path.partition("?")[0]).suffix.lower() in COMPRESSED
 
 
+def open_remote(files: Any, path: str) -> Any:
+    """A file of :func:`file_system` for reading at any place."""
+    # What fsspec's wrapper of pyarrow gives cannot be buffered.
+    return files.fs.open_input_file(path) if hasattr(files, "fs") else files.open(path, "rb")
+
+
 def open_bytes(path: str) -> BinaryIO:
     """The file's content as a binary stream, decompressed.
 
@@ -75,7 +81,7 @@ def open_bytes(path: str) -> BinaryIO:
     if is_remote(path):
         files, inner = file_system(path)
         # fsspec's own readline knows no limit.
-        stream = io.BufferedReader(files.open(inner, "rb"), 1 << 20)
+        stream = io.BufferedReader(open_remote(files, inner), 1 << 20)
     else:
         stream = open(path, "rb")  # noqa: SIM115, PTH123 - the caller closes it
     suffix = PurePosixPath(path.partition("?")[0]).suffix.lower()
@@ -179,7 +185,10 @@ class Lines:
             offset = self.start
             if offset:
                 stream.seek(offset)
-                offset += self._pass(stream)
+                # A line that goes on beyond the range leaves nothing to read; all of it may be far more than the range.
+                offset += self._pass(stream, None if self.stop is None else self.stop - offset + 1)
+                if self.stop is not None and offset > self.stop:
+                    return
             while wanted(offset):
                 raw = stream.readline(self.most_bytes + 1)
                 if not raw:
@@ -199,12 +208,13 @@ class Lines:
                     yield begin, text
 
     @staticmethod
-    def _pass(stream: BinaryIO) -> int:
-        """Read to the end of the line, in pieces; returns the bytes read."""
+    def _pass(stream: BinaryIO, most_bytes: int | None = None) -> int:
+        """Read to the end of the line, in pieces, or ``most_bytes`` of it; returns the bytes read."""
         count = 0
-        while piece := stream.readline(1 << 20):
+        while most_bytes is None or count < most_bytes:
+            piece = stream.readline(1 << 20 if most_bytes is None else min(1 << 20, most_bytes - count))
             count += len(piece)
-            if piece.endswith(b"\n"):
+            if not piece or piece.endswith(b"\n"):
                 break
         return count
 

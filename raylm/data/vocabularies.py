@@ -5,6 +5,7 @@ In: texts. Out: a backend of the ``tokenizers`` library that needs nothing else,
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -62,18 +63,34 @@ def train_wordpiece(texts: Iterator[str], vocab_size: int, special: list[str]) -
 def train_unigram(texts: Iterator[str], vocab_size: int, special: list[str]) -> Tokenizer:
     """Unigram (Kudo 2018) with SentencePiece's sign for spaces.
 
-    The library sums in another order each time, so that two trainings may differ in rare pieces.
+    The library sums in another order each time: log-probabilities differ in their last digits and pieces of the same
+    one change places. They are rounded and put in order here, so that two trainings give the same tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     backend.decoder = decoders.Metaspace(prepend_scheme="never")
+    heads = [*special, UNKNOWN]
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=[*special, UNKNOWN], unk_token=UNKNOWN, show_progress=False
+        vocab_size=vocab_size, special_tokens=heads, unk_token=UNKNOWN, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
+    pieces = json.loads(backend.to_str())["model"]["vocab"][len(heads) :]
+    least = min((score for _, score in pieces), default=0.0)
+    scores = {piece: least if _is_filled_in(piece, score, least) else score for piece, score in pieces}
+    ordered = sorted(
+        ((piece, round(score, 3)) for piece, score in scores.items()), key=lambda item: (-item[1], item[0])
+    )
+    backend.model = models.Unigram([*((head, 0.0) for head in heads), *ordered], len(heads) - 1, False)
+    backend.add_special_tokens(heads)
     return backend
+
+
+def _is_filled_in(piece: str, score: float, least: float) -> bool:
+    """Whether a character got its score for want of one: the least, plus a ten-thousandth for each such one before."""
+    steps = (score - least) * 1e4
+    return len(piece) == 1 and abs(steps - round(steps)) < 1e-5
 
 
 def train_words(texts: Iterator[str], vocab_size: int, special: list[str]) -> Tokenizer:

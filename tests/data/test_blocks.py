@@ -10,7 +10,7 @@ from raylm.data.blocks import Block, block_bytes, cut
 from raylm.data.corpus import Corpus
 from raylm.data.readers import read_block
 from raylm.data.sources import open_sources
-from raylm.data.streams import InputErrors
+from raylm.data.streams import InputErrors, Lines
 
 
 def read(path, size: int, **options) -> list[list[str]]:
@@ -70,3 +70,21 @@ def test_small_files_share_a_block_and_the_size_grows_with_the_input(tmp_path):
     assert [len(block.segments) for block in corpus.blocks] == [512, 188]
     assert [document.text for _, document in corpus.documents()] == [f"text {number}" for number in range(700)]
     assert (block_bytes(10 << 20), block_bytes(1 << 30), block_bytes(1 << 40)) == (1 << 20, 8 << 20, 1 << 29)
+
+
+def test_a_text_file_that_is_one_document_is_not_cut(tmp_path):
+    (tmp_path / "a.txt").write_text("line of text\n" * 200_000)
+    corpus = Corpus(DataSection(train=str(tmp_path / "a.txt")))
+    assert len(corpus.blocks) == 1 and len(list(corpus.documents())) == 1
+
+
+def test_a_line_that_goes_on_beyond_a_range_is_not_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "' + "x" * 200_000 + '"}\n{"text": "last"}\n')
+    passed = []
+    monkeypatch.setattr(
+        Lines, "_pass", staticmethod(lambda *given, whole=Lines._pass: passed.append(whole(*given)) or passed[-1])
+    )
+    parts = read(path, 10_000)
+    assert [len(text) for part in parts for text in part] == [200_000, 4]
+    assert len(parts) == 21 and sum(passed) < 1.1 * path.stat().st_size

@@ -8,10 +8,14 @@ import gzip
 import http.server
 import json
 import lzma
+import random
+import socket
 import threading
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pyarrow.fs import FileSystem
 
 from raylm.config.data import DataSection
 from raylm.data.blocks import Block
@@ -82,6 +86,36 @@ def test_remote_files(tmp_path):
         server.server_close()
     assert refusal(f"{address}/a.txt").startswith(f"data.train: {address}/a.txt")
     assert refusal("nowhere://x/a.txt").startswith("nowhere://x/a.txt: ")
+
+
+def test_s3(bucket, tmp_path):
+    address, _, query = bucket.partition("?")
+    address, query = f"{address}/corpus", f"?{query}"
+    files, folder = FileSystem.from_uri(f"{address}{query}")
+    files.create_dir(folder)
+
+    def put(name: str, content: bytes) -> None:
+        with files.open_output_stream(f"{folder}/{name}", compression=None) as stream:
+            stream.write(content)
+
+    put("a.txt", LINES.encode())
+    put("deep/b.jsonl.gz", gzip.compress(b'{"text": "four"}\n{"text": "five"}\n'))
+    draw = random.Random(0)
+    rows = [f"{number} {draw.randbytes(500).hex()}" for number in range(3000)]
+    pq.write_table(pa.table({"text": rows, "other": rows}), tmp_path / "c.parquet", row_group_size=1000)
+    put("c.parquet", (tmp_path / "c.parquet").read_bytes())
+    assert texts(f"{address}/a.txt{query}") == ["one", "two 猫", "three"]
+    assert texts(f"{address}/*.txt{query}") == ["one", "two 猫", "three"]
+    assert texts(f"{address}/*/*.gz{query}") == ["four", "five"]
+    # A directory has all that is below it; of a large Parquet file each row group is read by itself.
+    corpus = Corpus(DataSection(train=f"{address}{query}", text_unit="line"))
+    assert [segment.stop for segment in corpus.sources[0].segments] == [len(LINES.encode()), 1, 2, 3, None]
+    assert [d.text for _, d in corpus.documents()] == ["one", "two 猫", "three", *rows, "four", "five"]
+    assert refusal(f"{address}/none.txt{query}").endswith("no file there")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"s3://bucket/a.txt?scheme=http&endpoint_override=127.0.0.1%3A{free.getsockname()[1]}&region=us-east-1"
+        assert f"data.train: {nobody} cannot be reached: " in refusal(nobody)
 
 
 def test_conversations(tmp_path):

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,34 +14,6 @@ from raylm.config import load_config
 from raylm.errors import UserError
 from raylm.training.stage import pretrain
 from raylm.training.storage import Storage
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """URI of a bucket on a server of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while True:
-        with socket.socket() as attempt:
-            if attempt.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert server.poll() is None and time.monotonic() < deadline, "the S3 server did not start"
-        time.sleep(0.1)
-    before = dict(os.environ)
-    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
-    yield (
-        f"s3://raylm/runs?scheme=http&endpoint_override=127.0.0.1%3A{port}&region=us-east-1&allow_bucket_creation=true"
-    )
-    os.environ.clear()
-    os.environ.update(before)
-    server.kill()
-    server.wait()
 
 
 @pytest.fixture(params=["local", "s3"])
