@@ -8,8 +8,10 @@ others; every tenth repeats an earlier one, half of these word for word.
 from __future__ import annotations
 
 import json
-import random
+from collections import deque
 from pathlib import Path
+
+import numpy as np
 
 DUPLICATE_SHARE = 0.1
 
@@ -25,32 +27,59 @@ def base_documents(text: Path | None = None) -> list[str]:
     return [document.text for document in stdlib_documents() if len(document.text) >= 200]
 
 
-def edit(text: str, share: float, words: list[str], draw: random.Random) -> str:
-    """``text`` with about this share of its words replaced, layout kept."""
-    pieces = text.split(" ")
-    for place in draw.sample(range(len(pieces)), max(1, int(share * len(pieces)))):
-        pieces[place] = draw.choice(words)
-    return " ".join(pieces)
+class Editor:
+    """Edits documents: some of their words become words of others, the layout stays.
+
+    Args:
+        documents: what is edited, and where the words come from.
+        draw: chooses.
+    """
+
+    def __init__(self, documents: list[str], draw: np.random.Generator) -> None:
+        self._draw = draw
+        pieces = [document.split(" ") for document in documents]
+        self._sizes = np.array([len(each) for each in pieces])
+        self._pieces = np.array([piece for each in pieces for piece in each], dtype=object)
+        self._words = self._pieces[self._pieces != ""]
+
+    def all(self, least: float, most: float) -> list[str]:
+        """Every document once, in any order, with a share of words between ``least`` and ``most`` replaced."""
+        shares = np.repeat(self._draw.uniform(least, most, len(self._sizes)), self._sizes)
+        pieces = self._replaced(self._pieces, self._draw.random(len(self._pieces)) < shares)
+        ends = np.cumsum(self._sizes)
+        found = [" ".join(pieces[end - size : end]) for size, end in zip(self._sizes, ends, strict=True)]
+        return [found[place] for place in self._draw.permutation(len(found))]
+
+    def slightly(self, text: str) -> str:
+        """``text`` with one word in a hundred replaced, one at least."""
+        pieces = np.array(text.split(" "), dtype=object)
+        chosen = self._draw.random(len(pieces)) < 0.01
+        chosen[self._draw.integers(len(pieces))] = True
+        return " ".join(self._replaced(pieces, chosen))
+
+    def _replaced(self, pieces: np.ndarray, chosen: np.ndarray) -> list[str]:
+        pieces = pieces.copy()
+        pieces[chosen] = self._words[self._draw.integers(len(self._words), size=np.count_nonzero(chosen))]
+        return pieces.tolist()
 
 
 def write_corpus(path: Path, size: int, seed: int = 0, text: Path | None = None) -> int:
     """Write about ``size`` bytes as JSONL; returns the number of documents."""
-    draw = random.Random(seed)
-    base = base_documents(text)
-    words = [word for document in base for word in document.split(" ") if word]
-    recent: list[str] = []
+    draw = np.random.default_rng(seed)
+    editor = Editor(base_documents(text), draw)
+    waiting: list[str] = []
+    recent: deque[str] = deque(maxlen=2000)
     written = count = 0
     with path.open("w", encoding="utf-8") as stream:
         while written < size:
+            waiting = waiting or editor.all(0.2, 0.5)
             if recent and draw.random() < DUPLICATE_SHARE:
-                document = draw.choice(recent)
+                document = recent[draw.integers(len(recent))]
                 if draw.random() < 0.5:
-                    document = edit(document, 0.01, words, draw)
+                    document = editor.slightly(document)
             else:
-                document = edit(draw.choice(base), draw.uniform(0.2, 0.5), words, draw)
+                document = waiting.pop()
                 recent.append(document)
-                if len(recent) > 2000:
-                    recent.pop(0)
             written += stream.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
             count += 1
     return count

@@ -161,6 +161,11 @@ def main() -> None:
             took, found = run(command, environment)
             seconds["datasets, num_proc=2"].append(took)
             shutil.rmtree(directory)
+            print(
+                json.dumps({"round": number, "seconds": {name: took[-1] for name, took in seconds.items()}}), flush=True
+            )
+            for workers in (1, 2):
+                shutil.rmtree(root / "runs" / f"set-{number}-{workers}")
     speeds = {name: size / statistics.median(values) for name, values in seconds.items()}
     passes = {
         workers: statistics.median(
