@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config.data import DataSection
-from raylm.data.blocks import Segment
+from raylm.data.blocks import SMALLEST_BLOCK, Segment
 from raylm.data.rows import Rows
 from raylm.errors import UserError
 
 ROWS_A_SEGMENT = 10_000
+ROWS_A_BATCH = 256
 
 
 def hub_segments(name: str, data: DataSection, key: str) -> list[Segment]:
@@ -26,7 +27,8 @@ def hub_segments(name: str, data: DataSection, key: str) -> list[Segment]:
     """
     dataset = _load(name, data, key)
     if data.hub_streaming:
-        return [Segment(name, "hub", number, number + 1) for number in range(dataset.num_shards)]
+        # How large its files are is not known; one task is to read few of them.
+        return [Segment(name, "hub", shard, shard + 1, SMALLEST_BLOCK) for shard in range(dataset.num_shards)]
     count = len(dataset)
     size = max(1, int(dataset.data.nbytes) // max(1, count))
     stamp = getattr(dataset, "_fingerprint", "")
@@ -41,8 +43,11 @@ def hub_rows(segment: Segment, data: DataSection) -> Rows:
         rows = dataset.shard(num_shards=dataset.num_shards, index=segment.start)
         yield from enumerate(rows, start=1)
         return
-    for number in range(segment.start, segment.stop or len(dataset)):
-        yield number + 1, dataset[number]
+    number = segment.start
+    for batch in dataset.select(range(segment.start, segment.stop or len(dataset))).iter(ROWS_A_BATCH):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield number, dict(zip(batch, values, strict=True))
 
 
 def _load(source: str, data: DataSection, key: str) -> Any:

@@ -189,9 +189,7 @@ def _remote_files(name: str, file_format: str, key: str) -> list[Segment]:
     prefix = name[: len(name.partition("?")[0]) - len(inner)] if name.partition("?")[0].endswith(inner) else ""
     query = name[len(name.partition("?")[0]) :] if name.startswith(("s3://", "gs://", "gcs://")) else ""
     try:
-        if hasattr(files, "fs"):
-            # fsspec's wrapper takes a server that does not answer for one without the file.
-            files.fs.get_file_info(inner)
+        _touch(files, inner)
         if glob.has_magic(inner):
             found = [path for path in sorted(files.glob(inner)) if files.isfile(path)]
         elif files.isfile(inner):
@@ -215,6 +213,18 @@ def _remote_files(name: str, file_format: str, key: str) -> list[Segment]:
         is_large = segment.format == "parquet" and size >= SMALLEST_BLOCK
         segments += _cut(segment, open_remote(files, path) if is_large else None)
     return segments
+
+
+def _touch(files: Any, path: str) -> None:
+    """Raise the error of a server that does not answer: fsspec takes it for one that does not have the file."""
+    if hasattr(files, "fs"):
+        files.fs.get_file_info(path)
+        return
+    try:
+        files.info(path)
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
 
 
 def _matches(pattern: Path, name: str, key: str) -> list[Path]:

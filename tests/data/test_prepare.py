@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -205,6 +207,12 @@ BAD_INPUT = {
     "undecodable bytes": ({"train": "{}/latin.txt"}, "{}/latin.txt: not UTF-8 at byte 3: found 0xe9"),
     "malformed JSONL": ({"train": "{}/bad.jsonl"}, "{}/bad.jsonl:2: malformed JSON"),
     "missing column": ({"train": "{}/column.csv"}, "{}/column.csv: no column 'text'"),
+    "file of zeros": ({"train": "{}/zeros.txt"}, "{}/zeros.txt: not UTF-8 at byte 0: found 0x00"),
+    "Parquet without the field": ({"train": "{}/column.parquet"}, "{}/column.parquet: no column 'text'"),
+    "unreachable URI": (
+        {"train": "http://127.0.0.1:1/a.txt"},
+        "data.train: http://127.0.0.1:1/a.txt cannot be reached: ",
+    ),
     "vocabulary below the bytes": ({"train": "{}/good.txt"}, "vocab_size 200 is smaller than the byte alphabet"),
     "not prepared": ({"train": "{}", "format": "prepared"}, "is not a prepared directory"),
     "tokenizer": ({"train": "{}/good.txt", "validation_fraction": 0}, "tokenizer.path: {}/none does not exist"),
@@ -218,6 +226,8 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(case, tmp_pat
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 noir")
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
     (tmp_path / "column.csv").write_text("id,body\n1,x\n")
+    (tmp_path / "zeros.txt").write_bytes(bytes(3 << 20))
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "column.parquet")
     data, expected = BAD_INPUT[case]
     data = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in data.items()}
     tokenizer = {"vocab_size": 200} if case.startswith("vocabulary") else {}

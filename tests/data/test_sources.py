@@ -111,4 +111,15 @@ def test_hub_datasets_on_disk(tmp_path, monkeypatch):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "train.jsonl").write_text('{"prompt": "Q", "answer": "A"}\n')
     assert texts(str(tmp_path / "files"), format="hub") == ["Q\nA"]
+    (tmp_path / "parquet").mkdir()
+    for part in range(3):
+        rows = datasets.Dataset.from_dict({"body": [f"{part} {number}" for number in range(40)]})
+        rows.to_parquet(str(tmp_path / "parquet" / f"train-{part}.parquet"))
+    wanted = [f"{part} {number}" for part in range(3) for number in range(40)]
+    assert texts(str(tmp_path / "parquet"), **options) == wanted
+    # Of a streamed one each file is read by itself.
+    streamed = DataSection(train=str(tmp_path / "parquet"), hub_streaming=True, **options)
+    assert len(Corpus(streamed).blocks) == 3
+    assert texts(str(tmp_path / "parquet"), hub_streaming=True, **options) == wanted
+    assert texts(str(tmp_path / "single"), hub_streaming=True, **options) == ["one", "two 猫"]
     assert "cannot be loaded by datasets" in refusal(str(tmp_path / "nowhere"), format="hub")
