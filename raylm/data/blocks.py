@@ -13,7 +13,7 @@ from typing import Any
 
 from raylm.data.documents import Split
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 20, 8 << 20
+SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 20, 4 << 20
 MOST_BLOCKS = 2048
 FEW_BLOCKS = 32
 MOST_SEGMENTS = 512

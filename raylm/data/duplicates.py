@@ -17,11 +17,12 @@ import numpy as np
 from raylm.config.cleaning import DeduplicationSection
 from raylm.data.signatures import save
 
-# Documents whose keys one task sorts: about 100 bytes each.
-TASK_DOCUMENTS = 1 << 19
+# Documents whose keys one task sorts, about 100 bytes each: a sixteenth of them all within these bounds, as each task
+# reads all keys of its row to find its own.
+FEWEST_TASK_DOCUMENTS, TASK_DOCUMENTS = 1 << 18, 4 << 20
+SMALL_TASK_DOCUMENTS = 1 << 20
 # Shingles that are compared in one go.
 CHUNK_SHINGLES = 1 << 20
-SMALL_TASK_DOCUMENTS = 1 << 20
 # Earlier documents of the same band that a document is compared with.
 MOST_COMPARISONS = 8
 FOLDER = "duplicates"
@@ -116,7 +117,8 @@ def jaccard(left: np.ndarray, right: np.ndarray) -> float:
 def duplicate_jobs(section: DeduplicationSection, documents: int) -> list[dict[str, Any]]:
     """What the tasks are for: rows of the keys, one after the other, and a share of their values."""
     rows = ([0] if section.exact else []) + (list(range(1, section.layout[0] + 1)) if section.near else [])
-    shares = max(1, -(-documents // TASK_DOCUMENTS))
+    most = min(TASK_DOCUMENTS, max(FEWEST_TASK_DOCUMENTS, documents // 16))
+    shares = max(1, -(-documents // most))
     # Of a small corpus a task takes several rows, as starting one costs more than its work.
     size = max(1, SMALL_TASK_DOCUMENTS // max(1, documents))
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]

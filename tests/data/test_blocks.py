@@ -69,7 +69,7 @@ def test_small_files_share_a_block_and_the_size_grows_with_the_input(tmp_path):
     corpus = Corpus(DataSection(train=str(tmp_path)))
     assert [len(block.segments) for block in corpus.blocks] == [512, 188]
     assert [document.text for _, document in corpus.documents()] == [f"text {number}" for number in range(700)]
-    assert (block_bytes(10 << 20), block_bytes(1 << 30), block_bytes(1 << 40)) == (1 << 20, 8 << 20, 1 << 29)
+    assert (block_bytes(10 << 20), block_bytes(1 << 30), block_bytes(1 << 40)) == (1 << 20, 4 << 20, 1 << 29)
 
 
 def test_a_text_file_that_is_one_document_is_not_cut(tmp_path):
