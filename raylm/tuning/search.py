@@ -8,12 +8,14 @@ at a time as the cluster holds whole worker groups, so that trials never wait fo
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 from pathlib import Path
 from typing import Any
 
 from raylm.config.loading import set_key, validate
+from raylm.config.run_directory import write_atomically
 from raylm.config.stages import FinetuneConfig, TuneConfig
 from raylm.config.tuning import Distribution
 from raylm.errors import UserError
@@ -95,6 +97,11 @@ def run_trial(candidate: dict[str, Any], base: TrainingJob, configs: list[Finetu
     directory = trial_directory(base.directory, index)
     directory.mkdir(parents=True, exist_ok=True)
     job = dataclasses.replace(base, config=configs[index], directory=directory, storage=str(directory), progress=None)
+    # Ray Tune writes down what has finished some time later: after an interrupt it may ask for a finished trial again.
+    outcome = Outcome(directory, configs[index])
+    if (final := outcome.read()) is not None:
+        tune.report(final)
+        return
     if job.config.resources.workers == 1:
         from raylm.parallel.environment import prepare_deepspeed
 
@@ -103,9 +110,12 @@ def run_trial(candidate: dict[str, Any], base: TrainingJob, configs: list[Finetu
         from raylm.training.loop import TrainingLoop
 
         final = TrainingLoop(job, Worker(0, 1, _report)).run()
-        tune.report(final)
     else:
-        _run_nested(job)
+        from raylm.training.launch import launch
+
+        final = launch(job, job.config.resources.cpus_per_worker, job.config.resources.max_failures, _report)
+    outcome.write(final)
+    tune.report(final)
 
 
 def _report(metrics: dict[str, Any]) -> None:
@@ -114,12 +124,23 @@ def _report(metrics: dict[str, Any]) -> None:
     tune.report({key: metrics[key] for key in ("step", "loss", "validation_loss", "tokens")})
 
 
-def _run_nested(job: TrainingJob) -> None:
-    from ray import tune
+class Outcome:
+    """The final metrics of a trial that came to its end with ``config``, in ``<trial>/outcome.json``."""
 
-    from raylm.training.launch import launch
+    def __init__(self, directory: Path, config: FinetuneConfig) -> None:
+        self._path, self._config = directory / "outcome.json", config.model_dump(mode="json")
 
-    tune.report(launch(job, job.config.resources.cpus_per_worker, job.config.resources.max_failures, _report))
+    def read(self) -> dict[str, Any] | None:
+        """The metrics; None where the trial has not ended, or had another configuration."""
+        if not self._path.exists():
+            return None
+        found = json.loads(self._path.read_text(encoding="utf-8"))
+        return found["metrics"] if found["config"] == self._config else None
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Note that the trial ended with ``metrics``, unless it ended by a ``failure``."""
+        if "failure" not in metrics:
+            write_atomically(self._path, json.dumps({"config": self._config, "metrics": metrics}) + "\n")
 
 
 def trial_directory(run: Path, index: int) -> Path:
