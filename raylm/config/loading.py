@@ -193,6 +193,7 @@ _FREE_KEYS = {
     "training.early_stopping",
     "training.anomalies",
     "training.log_samples",
+    "training.compile",
 }
 
 

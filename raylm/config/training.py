@@ -74,6 +74,9 @@ class TrainingSection(Section):
     """Largest norm of the whole gradient; 0 does not clip."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp32."""
+    compile: bool = False
+    """Run the model through torch.compile: the first step takes a minute or so longer, the others less; needs a C++
+    compiler on every node."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
     evaluate_every_steps: int | None = Field(default=None, ge=1)
@@ -113,6 +116,9 @@ class ParallelSection(Section):
     data parallelism only."""
     micro_batch_size: int | Literal["auto"] = "auto"
     """Sequences that a worker takes at once; the rest of its share of the batch is accumulated."""
+    balance: Literal["parameters", "time"] = "parameters"
+    """What pipeline stages are to have equally much of: parameters, or the time that each layer is measured to take
+    when the run first starts (kept in stages.json)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
 

@@ -203,6 +203,15 @@ def build_empty(config: PretrainedConfig, head: str = "causal") -> PreTrainedMod
         return auto_class(head).from_config(config)
 
 
+def has_dropout(config: PretrainedConfig) -> bool:
+    """Whether any of the configuration's dropout probabilities is above 0; those of heads for classification aside."""
+    return any(
+        isinstance(value, float) and value > 0
+        for key, value in config.to_dict().items()
+        if ("dropout" in key or key.endswith("_pdrop")) and not key.startswith(("summary", "classifier"))
+    )
+
+
 def parameter_count(config: PretrainedConfig, head: str = "causal") -> int:
     """Parameters of a model of this configuration, tied weights once; allocates none of them."""
     return sum(parameter.numel() for parameter in build_empty(config, head).parameters())

@@ -1,6 +1,6 @@
 """The pipeline- and tensor-parallel engine: DeepSpeed's 1F1B pipeline over Hugging Face blocks, cut for this rank.
 
-In: a whole model, an optimizer over its parameters, and the micro-batches of this rank's data-parallel replica. Out:
+In: a model's outline, an optimizer over its parameters, and micro-batches of this rank's data-parallel replica. Out:
 the same as from :class:`~raylm.parallel.engine.DataParallelEngine`. Processes are numbered by stage, then replica, then
 tensor-parallel rank, so that those which talk most are next to each other. ZeRO 0 and 1.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import time
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -24,13 +23,19 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 from transformers import PreTrainedModel
 
+from raylm.models.families import has_dropout
+from raylm.models.weights import Weights
 from raylm.objectives.base import IGNORED, Batch, Objective
+from raylm.parallel.compilation import compile_blocks
 from raylm.parallel.engine import StepResult, deepspeed_config, scale_learning_rates
 from raylm.parallel.families import PLANS
+from raylm.parallel.filling import fill
 from raylm.parallel.fragments import Fragment, partition_fragments, replicated_fragments
 from raylm.parallel.slicing import Slicing
 from raylm.parallel.stages import StageLayer, Step, balanced_stages, step_weights
-from raylm.parallel.tensor import TensorGroup, vocabulary_cross_entropy
+from raylm.parallel.stopwatch import Stopwatch
+from raylm.parallel.tensor import DropoutStreams, TensorGroup, vocabulary_cross_entropy
+from raylm.parallel.timing import step_seconds
 
 # What a stage does that is not waiting for another one.
 WORK = (schedule.ForwardPass, schedule.BackwardPass, schedule.OptimizerStep, schedule.LoadMicroBatch)
@@ -84,7 +89,7 @@ class PipelineTensorEngine:
     """Holds this rank's stage of the model, the optimizer and DeepSpeed's pipeline engine.
 
     Args:
-        model: the whole model; identical weights on every rank. What this rank does not need is let go.
+        model: its parameters have no memory yet, or are the same on every rank.
         objective: what a batch holds; the loss of all objectives is the cross-entropy of the logits.
         make_optimizer: from parameters by Hugging Face name to an optimizer whose groups name their ``moments``.
         tensor: tensor-parallel ranks.
@@ -95,10 +100,17 @@ class PipelineTensorEngine:
         clipping: largest gradient norm; 0 does not clip.
         bf16: compute in bf16 with fp32 master weights (zero_stage 1).
         device: where the model goes.
+        weights: what fills a model whose parameters have no memory, of which this rank takes its parts only.
+        compiled: run the blocks through torch.compile.
+        time_batch: a micro-batch; given, stages are balanced by the time that the first rank measures with it, not by
+            parameters.
+        stage_bounds: what an earlier start has measured; rank 0's counts.
 
     Attributes:
         data_rank, data_size: which replica this is, of how many; they take different samples.
         leads: whether this rank answers for its replica.
+        random_stream, random_streams: which stream of random numbers this rank takes, of how many; the ranks that share
+            activations take the same.
         stage_bounds: where each stage begins in the list of steps, and its end.
     """
 
@@ -116,6 +128,10 @@ class PipelineTensorEngine:
         clipping: float,
         bf16: bool,
         device: torch.device,
+        weights: Weights | None = None,
+        compiled: bool = False,
+        time_batch: Batch | None = None,
+        stage_bounds: list[int] | None = None,
     ) -> None:
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", dist_init_required=True)
@@ -127,11 +143,17 @@ class PipelineTensorEngine:
         place = topology.get_coord(self.rank)
         self.stage, self.stages = place.pipe, pipeline
         self.data_rank, self.data_size, self.tensor = place.data, replicas, TensorGroup(place.model, tensor)
+        if tensor > 1 and has_dropout(model.config):
+            self.tensor.streams = DropoutStreams(place.model, device)
+        self.random_stream, self.random_streams = place.data * pipeline + place.pipe, replicas * pipeline
         self.leads = self.stage == 0 and self.tensor.rank == 0
         self.objective, self.model_config = objective, model.config
         self.plan = PLANS[model.config.model_type]
         self._loss = _ScaledLoss(self.tensor, model.config.vocab_size)
-        module = self._build(model, topology)
+        self.stage_bounds = self._bounds(model, weights, time_batch, stage_bounds, bf16=bf16)
+        module = self._build(model, topology, weights)
+        if compiled:
+            compile_blocks(module)
         self.grid = module.mpu()
         self.tensor.group = self.grid.get_slice_parallel_group() if tensor > 1 else None
         self.parameters: dict[str, nn.Parameter] = {}
@@ -154,38 +176,68 @@ class PipelineTensorEngine:
         if zero_stage == 0:
             self.optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._shape: tuple | None = None
-        self._working = self._spent = self._working_now = 0.0
+        self._working, self._spent = Stopwatch(device), Stopwatch(device)
         self.engine._INSTRUCTION_MAP = {
             kind: self._timed(method) if kind in WORK else method
             for kind, method in self.engine._INSTRUCTION_MAP.items()
         }
 
-    def _build(self, model: PreTrainedModel, topology: PipeModelDataParallelTopology) -> _Pipeline:
+    def _bounds(
+        self,
+        model: PreTrainedModel,
+        weights: Weights | None,
+        time_batch: Batch | None,
+        known: list[int] | None,
+        *,
+        bf16: bool,
+    ) -> list[int]:
+        """Where the stages begin, the same on all ranks."""
+        steps = self.plan.steps(model)
+        if time_batch is None or weights is None:
+            in_order = [*steps.before, *steps.blocks, *steps.after]
+            return balanced_stages(steps, step_weights(model, in_order), self.stages)
+        found = [known]
+        if self.rank == 0 and known is None:
+            inputs, _ = self._inputs(time_batch)
+            seconds = step_seconds(
+                model, self.plan, weights, inputs, time_batch, tensor=self.tensor.size, device=self.device, bf16=bf16
+            )
+            found = [balanced_stages(steps, seconds, self.stages)]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _build(
+        self, model: PreTrainedModel, topology: PipeModelDataParallelTopology, weights: Weights | None
+    ) -> _Pipeline:
         steps = self.plan.steps(model)
         in_order = [*steps.before, *steps.blocks, *steps.after]
-        bounds = balanced_stages(steps, step_weights(model, in_order), self.stages)
 
         def spec(step: Step) -> LayerSpec:
             def make() -> StageLayer:
-                return StageLayer(step, model, self.plan, self.tensor)
+                layer = StageLayer(step, model, self.plan, self.tensor)
+                if weights is not None:
+                    names = {parameter: name for name, parameter in layer.model_parameters()}
+                    fill(layer, names, weights, self.device)
+                return layer
 
             if step.tied is None:
                 return _Spec(make)
             return _TiedSpec(make, next(iter(step.modules.values())).replace(".", "-"), step)
 
-        self.stage_bounds = bounds
         # It prints its stages, and broadcasts tied weights, which autograd would warn about.
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-            module = _Pipeline([spec(step) for step in in_order], bounds, topology=topology, loss_fn=self._loss)
+            module = _Pipeline(
+                [spec(step) for step in in_order], self.stage_bounds, topology=topology, loss_fn=self._loss
+            )
         # The specs hold on to the whole model.
         module._layer_specs = []
         return module
 
     def _timed(self, method: Callable) -> Callable:
         def run(engine, **arguments) -> None:
-            began = time.perf_counter()
-            MethodType(method, engine)(**arguments)
-            self._working_now += time.perf_counter() - began
+            # Validation is not what idle time is asked about.
+            with self._working.measure() if engine.module.training else contextlib.nullcontext():
+                MethodType(method, engine)(**arguments)
 
         return run
 
@@ -199,10 +251,8 @@ class PipelineTensorEngine:
         # DeepSpeed divides by the micro-batches and the replicas; the sum over both is wanted.
         self._loss.scale = len(micro_batches) * self.data_size / targets
         self._adapt_to(micro_batches)
-        began, self._working_now = time.perf_counter(), 0.0
-        self.engine.train_batch(iter([self._inputs(batch) for batch in micro_batches]))
-        self._spent += time.perf_counter() - began
-        self._working += self._working_now
+        with self._spent.measure():
+            self.engine.train_batch(iter([self._inputs(batch) for batch in micro_batches]))
         total = torch.zeros((), device=self.device)
         if self.stage == self.stages - 1 and self.tensor.rank == 0:
             total = self.engine.total_loss.detach() / self._loss.scale
@@ -259,8 +309,7 @@ class PipelineTensorEngine:
     def idle_fractions(self) -> list[float]:
         """Of each stage, the share of the time since the last call in which it waited for others; a collective."""
         mine = torch.zeros(self.stages, device=self.device)
-        mine[self.stage] = 1.0 - self._working / max(self._spent, 1e-9)
-        self._working, self._spent = 0.0, 0.0
+        mine[self.stage] = 1.0 - self._working.seconds() / max(self._spent.seconds(), 1e-9)
         dist.all_reduce(mine)
         return (mine / (self.data_size * self.tensor.size)).tolist()
 

@@ -13,6 +13,8 @@ from math import prod
 
 import torch
 
+from raylm.models.weights import Sliceable
+
 Offset = tuple[int, ...]
 Shape = tuple[int, ...]
 
@@ -42,10 +44,14 @@ class Slicing:
 
     def take(self, whole: torch.Tensor) -> torch.Tensor:
         """The rank's part of the ``whole`` parameter, as a new tensor."""
+        return whole.clone() if self.dimension is None else self.read(whole)
+
+    def read(self, whole: Sliceable) -> torch.Tensor:
+        """The rank's part of a ``whole`` that may lie in a file; reads no more than it."""
         if self.dimension is None:
-            return whole.clone()
-        parts = [whole.narrow(self.dimension, first, stop - first) for first, stop in self.ranges]
-        return torch.cat(parts, self.dimension)
+            return whole[...]
+        before = (slice(None),) * self.dimension
+        return torch.cat([whole[(*before, slice(first, stop))] for first, stop in self.ranges], self.dimension)
 
 
 def cut_evenly(shape: Shape, dimension: int, rank: int, size: int, parts: int = 1) -> Slicing:

@@ -148,7 +148,7 @@ def _cut_layer(layer: nn.Module, cut: Cut, group: TensorGroup) -> nn.Module:
         return layer
     if isinstance(layer, nn.Embedding):
         return VocabularyEmbedding(layer, group)
-    return ColumnParallel(layer, group, cut.parts)
+    return ColumnParallel(layer, group, cut.parts, last=cut.kind == "vocabulary")
 
 
 def balanced_stages(steps: Steps, weights: list[float], stages: int) -> list[int]:

@@ -3,6 +3,10 @@
 For Y = X A, a column-parallel layer holds columns of A and gives its columns of Y; the row-parallel layer after it
 holds the matching rows of its own matrix and sums the products over the ranks. Embedding and head are cut along the
 vocabulary, and the cross-entropy works on the parts of the logits, which are never brought together.
+
+Between a column- and the row-parallel layer after it the ranks hold different activations, so that dropout there must
+differ from rank to rank; everywhere else they hold the same, and must drop the same. :class:`DropoutStreams` sees to it
+(Megatron-LM's way: two streams of random numbers, of which the second one is the rank's own).
 """
 
 from __future__ import annotations
@@ -18,13 +22,54 @@ from raylm.objectives.base import IGNORED
 from raylm.parallel.slicing import Slicing, cut_evenly
 
 
+class DropoutStreams:
+    """Two streams of random numbers: one that all tensor-parallel ranks share, and one of this rank alone.
+
+    The latter is seeded anew, each time that it is entered, by a number of the shared stream and the rank. So all of it
+    follows from the seed of the shared stream, and a recomputation that restores that one repeats both.
+
+    Args:
+        rank: of this process in the tensor-parallel group.
+        device: whose generator dropout uses.
+    """
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self._rank, self._device = rank, device
+        self._shared: list[torch.Tensor] | None = None
+
+    def enter(self) -> None:
+        """Go over to this rank's own stream, unless that was done already."""
+        if self._shared is not None:
+            return
+        # The numbers come from the CPU's generator, so that nothing waits for a GPU.
+        seed = int(torch.randint(1 << 48, (1,)))
+        self._shared = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            self._shared.append(torch.cuda.get_rng_state(self._device))
+        torch.manual_seed(seed * 1024 + self._rank)
+
+    def leave(self) -> None:
+        """Go back to the shared stream, where it was left."""
+        if self._shared is None:
+            return
+        torch.set_rng_state(self._shared[0])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(self._shared[1], self._device)
+        self._shared = None
+
+
 @dataclass
 class TensorGroup:
-    """This rank's tensor-parallel group; ``group`` is filled in once the process groups exist."""
+    """This rank's tensor-parallel group; ``group`` is filled in once the process groups exist.
+
+    Attributes:
+        streams: where the model has dropout.
+    """
 
     rank: int
     size: int
     group: dist.ProcessGroup | None = None
+    streams: DropoutStreams | None = None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the group, in place."""
@@ -92,11 +137,12 @@ class ColumnParallel(nn.Module):
     Args:
         layer: the whole layer.
         parts: matrices side by side in it, each of which is cut by itself.
+        last: whether no row-parallel layer brings its outputs together (a head).
     """
 
-    def __init__(self, layer: nn.Module, group: TensorGroup, parts: int = 1) -> None:
+    def __init__(self, layer: nn.Module, group: TensorGroup, parts: int = 1, *, last: bool = False) -> None:
         super().__init__()
-        self.group, self.transposed = group, _is_transposed(layer)
+        self.group, self.transposed, self.last = group, _is_transposed(layer), last
         shape = tuple(layer.weight.shape)
         cut = cut_evenly(shape, 1 if self.transposed else 0, group.rank, group.size, parts)
         self.weight = part_of(layer.weight, cut)
@@ -106,6 +152,8 @@ class ColumnParallel(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in) to this rank's part of the outputs (..., out / size)."""
+        if self.training and self.group.streams is not None and not self.last:
+            self.group.streams.enter()
         weight = self.weight.t() if self.transposed else self.weight
         return functional.linear(copy_to_parts(inputs, self.group), weight, self.bias)
 
@@ -122,6 +170,9 @@ class RowParallel(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """This rank's part of the inputs (..., in / size) to the whole outputs (..., out)."""
+        if self.group.streams is not None:
+            # First of all, as what recomputes activations may end as soon as it has the last one that it needs.
+            self.group.streams.leave()
         products = functional.linear(inputs, self.weight.t() if self.transposed else self.weight)
         outputs = sum_over_parts(products, self.group)
         return outputs if self.bias is None else outputs + self.bias

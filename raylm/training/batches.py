@@ -23,7 +23,11 @@ def total_steps(training: TrainingSection, samples_per_epoch: int) -> int:
 
 def to_tensors(samples: Samples, indices: np.ndarray, device: torch.device) -> Batch:
     """The samples at ``indices`` as tensors (batch, time) on ``device``."""
-    return {name: torch.from_numpy(values).to(device) for name, values in samples.batch(indices).items()}
+    batch = {name: torch.from_numpy(values) for name, values in samples.batch(indices).items()}
+    if device.type != "cuda":
+        return batch
+    # From pinned memory, so that the copy overlaps what the GPU is at; the next kernel that reads it waits for it.
+    return {name: values.pin_memory().to(device, non_blocking=True) for name, values in batch.items()}
 
 
 def step_batches(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 
 from raylm.parallel.fragments import Fragment
@@ -32,6 +33,9 @@ COMMIT_TIMEOUT_SECONDS = 600.0
 PIECE_ELEMENTS = 1 << 24
 READ_BYTES = 1 << 22
 FLOAT_BYTES = 4
+# Against damage, not malice: XXH3 takes a twentieth of SHA-256's time. Checkpoints of earlier versions have the latter.
+DIGEST = "xxh3"
+DIGESTS = {DIGEST: xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 
 def checkpoint_name(step: int) -> str:
@@ -44,7 +48,7 @@ def _as_storage(root: Path | Storage) -> Storage:
 
 
 def damaged_files(checkpoint: Storage, rank: int = 0, world_size: int = 1) -> list[str]:
-    """Names of files that lack the size or SHA-256 in the manifest, among this rank's share of the files."""
+    """Names of files that lack the size or digest in the manifest, among this rank's share of the files."""
     try:
         files = json.loads(checkpoint.read(MANIFEST) or b"")["files"]
     except ValueError:
@@ -55,11 +59,14 @@ def damaged_files(checkpoint: Storage, rank: int = 0, world_size: int = 1) -> li
 def _is_whole(checkpoint: Storage, name: str, expected: dict[str, Any]) -> bool:
     if checkpoint.size(name) != expected["bytes"]:
         return False
-    digest = hashlib.sha256()
+    kind = next((kind for kind in DIGESTS if kind in expected), None)
+    if kind is None:
+        return False
+    digest = DIGESTS[kind]()
     with checkpoint.open(name) as stream:
         while block := stream.read(READ_BYTES):
             digest.update(block)
-    return digest.hexdigest() == expected["sha256"]
+    return digest.hexdigest() == expected[kind]
 
 
 def newest_whole(
@@ -233,13 +240,13 @@ def write_fragments(stream: BinaryIO, fragments: list[Fragment]) -> dict[str, An
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
+    digest, size = DIGESTS[DIGEST](), 0
     for block in _blocks(text, tensors):
         stream.write(block)
         digest.update(block)
         size += len(block)
     shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
-    return {"bytes": size, "sha256": digest.hexdigest(), "shapes": shapes}
+    return {"bytes": size, DIGEST: digest.hexdigest(), "shapes": shapes}
 
 
 def _blocks(header: bytes, tensors: list[tuple[str, torch.Tensor]]) -> Iterator[bytes | memoryview]:

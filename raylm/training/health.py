@@ -20,7 +20,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from raylm.errors import RunFailure
+from raylm.errors import RunFailure, UserError
 from raylm.training.board import Answer, Failure, FailureKind
 
 BEAT_SECONDS = 2.0
@@ -33,7 +33,7 @@ def failure_kind(error: BaseException) -> FailureKind:
     """Whether ``error`` would come again, is this rank's own, or follows from another rank's."""
     import errno
 
-    if isinstance(error, RunFailure):
+    if isinstance(error, RunFailure | UserError):
         return "fatal"
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in FATAL_ERRNOS:
         return "fatal"
@@ -96,7 +96,9 @@ class HealthMonitor:
 
         self._write("".join(traceback.format_exception(error)))
         if self._board is not None:
-            text = " ".join(f"{'' if isinstance(error, RunFailure) else f'{type(error).__name__}: '}{error}".split())
+            text = " ".join(
+                f"{'' if isinstance(error, RunFailure | UserError) else f'{type(error).__name__}: '}{error}".split()
+            )
             failure = Failure(self._rank, failure_kind(error), text, str(self.log), self._step)
             ray.get(self._board.fail.remote(failure), timeout=BOARD_TIMEOUT_SECONDS)
 

@@ -7,21 +7,23 @@ uninterrupted one.
 
 from __future__ import annotations
 
-import json
+import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from raylm.errors import RunFailure
-from raylm.models.families import build_config, build_model
-from raylm.models.loading import load_config, load_model, load_tokenizer
+from raylm.models.families import build_config
+from raylm.models.loading import load_config, load_tokenizer
+from raylm.models.weights import DrawnWeights, Weights, make_outline, saved_weights
 from raylm.objectives import make_objective
 from raylm.objectives.base import ObjectiveModule
-from raylm.parallel.engine import DataParallelEngine, StepResult
+from raylm.parallel.compilation import check_compilation
+from raylm.parallel.engine import DataParallelEngine, StepResult, seed_step
 from raylm.parallel.environment import limit_collectives
 from raylm.parallel.pipeline import PipelineTensorEngine
 from raylm.training.agreement import Agreement
@@ -29,7 +31,6 @@ from raylm.training.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.batches import (
     evaluation_batches,
     micro_batches,
-    rank_samples,
     step_batches,
     to_tensors,
     total_steps,
@@ -37,10 +38,12 @@ from raylm.training.batches import (
 from raylm.training.checkpoints import BEST, LATEST, CheckpointReader, CheckpointWriter, newest_whole
 from raylm.training.export import export_model, largest_difference
 from raylm.training.flops import flops_per_token, peak_flops
+from raylm.training.measured_stages import MeasuredStages
 from raylm.training.metrics import MetricsRecorder
 from raylm.training.mirror import BOARD, METRICS, Mirror
 from raylm.training.optimizers import make_optimizer
 from raylm.training.preemption import Notice
+from raylm.training.sample_log import SampleLog
 from raylm.training.schedules import learning_rate_factor
 from raylm.training.storage import Storage
 from raylm.training.worker import TrainingJob, Worker
@@ -56,11 +59,15 @@ class TrainingLoop:
         self.job, self.worker, self.config = job, worker, job.config
         training, run = self.config.training, self.config.run
         torch.manual_seed(run.seed)
+        if training.compile:
+            check_compilation(self.config.parallel.zero_stage)
         if job.use_gpu:
             import ray.train.torch
 
             self.device = ray.train.torch.get_device()
             torch.cuda.set_device(self.device)
+            # DeepSpeed puts what it makes on the device of this number.
+            os.environ["LOCAL_RANK"] = str(self.device.index or 0)
         else:
             self.device = torch.device("cpu")
         self.bf16 = training.precision == "bf16"
@@ -71,11 +78,11 @@ class TrainingLoop:
             for split in ("train", "validation")
         )
         self.total_steps = total_steps(training, self.samples.count)
-        model = self._model()
+        model, weights = self._model()
         self.model_config = model.config
         self.flops = flops_per_token(model, *self.objective.lengths(training.sequence_length))
         self.micro_batch_size = int(self.config.parallel.micro_batch_size)
-        self.engine = self._engine(model)
+        self.engine = self._engine(model, weights)
         limit_collectives(self.config.resources.collective_timeout_seconds)
         self.peak = peak_flops(self.device)
         self.mirror = Mirror(Storage(job.storage), job.directory)
@@ -104,18 +111,17 @@ class TrainingLoop:
         section = self.config.model
         return build_config(section.family, section.config, tokenizer, self.config.training.sequence_length)
 
-    def _model(self):
-        if self.job.model_source is not None:
-            # A head that the model does not have yet is drawn now, the same on every process.
-            torch.manual_seed(self.config.run.seed)
-            model = load_model(self.job.model_source, head=self.objective.head)
-        else:
-            model = build_model(self.model_config, self.config.run.seed, self.objective.head)
+    def _model(self) -> tuple[PreTrainedModel, Weights]:
+        """The model without memory for its parameters, and what they are to be filled with."""
+        head, seed = self.objective.head, self.config.run.seed
+        outline = make_outline(self.model_config, head)
+        source = self.job.model_source
+        weights = DrawnWeights(outline, seed) if source is None else saved_weights(source, outline, head, seed)
         if self.config.parallel.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model
+            outline.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return outline.model, weights
 
-    def _engine(self, model) -> DataParallelEngine | PipelineTensorEngine:
+    def _engine(self, model: PreTrainedModel, weights: Weights) -> DataParallelEngine | PipelineTensorEngine:
         training, parallel = self.config.training, self.config.parallel
         replicas = self.worker.world_size // parallel.cut
         settings = {
@@ -125,6 +131,8 @@ class TrainingLoop:
             "clipping": training.gradient_clipping,
             "bf16": self.bf16,
             "device": self.device,
+            "weights": weights,
+            "compiled": training.compile,
         }
 
         def optimizer(named):
@@ -132,9 +140,18 @@ class TrainingLoop:
 
         if parallel.cut == 1:
             return DataParallelEngine(ObjectiveModule(model, self.objective), optimizer, **settings)
-        return PipelineTensorEngine(
+        stages = MeasuredStages(self.job.directory, self.config, self.model_config)
+        if parallel.pipeline > 1 and parallel.balance == "time":
+            settings |= {
+                "time_batch": to_tensors(self.samples, np.arange(self.micro_batch_size), self.device),
+                "stage_bounds": stages.known(),
+            }
+        engine = PipelineTensorEngine(
             model, self.objective, optimizer, tensor=parallel.tensor, pipeline=parallel.pipeline, **settings
         )
+        if "time_batch" in settings and self.worker.rank == 0:
+            stages.note(engine.stage_bounds)
+        return engine
 
     def run(self) -> dict[str, Any]:
         """Train to the end and export; returns the final metrics (the same on every rank).
@@ -190,8 +207,7 @@ class TrainingLoop:
         interval = _Interval(self.writer)
         while self.state["step"] < self.total_steps and not self._should_stop():
             step = self.state["step"]
-            # The ranks of a replica draw the same, so that what they share of the activations stays the same.
-            torch.manual_seed((self.config.run.seed << 40) + step * self.engine.data_size + self.engine.data_rank)
+            seed_step(self.config.run.seed, step, self.engine)
             began = time.perf_counter()
             batch = batch_of_step(step, self.state["skipped"])
             batches = step_batches(
@@ -359,22 +375,6 @@ class _Interval:
         self.tokens = 0
         self.data_wait = 0.0
         self.stalled = writer.stall_seconds
-
-
-class SampleLog:
-    """The numbers of the samples that one replica took, a line a step: ``samples/<generation>.rank-<rank>.jsonl``."""
-
-    def __init__(self, directory: Path, worker: Worker, data_rank: int, data_size: int) -> None:
-        self._place = (data_rank, data_size)
-        path = directory / "samples" / f"{worker.generation}.rank-{worker.rank:05d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("w", encoding="utf-8")
-
-    def write(self, step: int, batch: int, batch_size: int) -> None:
-        """Note what this replica takes in ``step``, which takes the ``batch``."""
-        taken = rank_samples(batch, batch_size, *self._place).tolist()
-        self._stream.write(json.dumps({"step": step, "samples": taken, "time": time.time()}) + "\n")
-        self._stream.flush()
 
 
 def _gather(mine: list[str]) -> list[str]:

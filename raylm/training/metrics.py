@@ -27,6 +27,9 @@ CURVES = (
     "checkpoint_seconds",
 )
 
+# Metrics of which each rank or pipeline stage has its own -> what such a place is called.
+PER_PLACE = {"memory_bytes": "rank", "stage_idle": "stage"}
+
 
 class MetricsRecorder:
     """Appends one object a line to ``<run>/metrics.jsonl`` and mirrors it elsewhere.
@@ -60,6 +63,11 @@ class MetricsRecorder:
                 self._board.add_scalar(name, metrics[name], metrics["step"])
                 if name in self._gauges:
                     self._gauges[name].set(metrics[name], tags=self._tags)
+        for name, tag in PER_PLACE.items():
+            for place, value in enumerate(metrics.get(name) or []):
+                self._board.add_scalar(f"{name}/{tag}-{place}", value, metrics["step"])
+                if name in self._gauges:
+                    self._gauges[name].set(value, tags={**self._tags, "place": f"{tag}-{place}"})
         if self._progress is not None:
             self._progress.update.remote(line)
 
@@ -76,7 +84,10 @@ def _make_gauges() -> dict[str, Any]:
         return {}
     from ray.util.metrics import Gauge
 
-    return {name: Gauge(f"raylm_{name}", f"raylm training: {name}", tag_keys=("run",)) for name in CURVES}
+    gauges = {name: Gauge(f"raylm_{name}", f"raylm training: {name}", tag_keys=("run",)) for name in CURVES}
+    for name in PER_PLACE:
+        gauges[name] = Gauge(f"raylm_{name}", f"raylm training: {name}", tag_keys=("run", "place"))
+    return gauges
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

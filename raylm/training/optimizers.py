@@ -19,9 +19,14 @@ EMBEDDINGS = ("embed_tokens", "wte", "wpe", "lm_head", "embed_in", "embed_out", 
               "position_embeddings", "token_type_embeddings", "relative_attention_bias", "predictions")  # fmt: skip
 
 
+def _dimensions(parameter: torch.Tensor) -> int:
+    # What ZeRO 3 has shared out already keeps its shape here.
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Whether ``parameter`` is a weight matrix between hidden layers: what Muon is for."""
-    return parameter.ndim == 2 and not any(part in EMBEDDINGS for part in name.split("."))
+    return _dimensions(parameter) == 2 and not any(part in EMBEDDINGS for part in name.split("."))
 
 
 def make_optimizer(training: TrainingSection, named: dict[str, nn.Parameter], model_type: str) -> torch.optim.Optimizer:
@@ -53,8 +58,8 @@ def make_optimizer(training: TrainingSection, named: dict[str, nn.Parameter], mo
 
 def _decay_groups(named: dict[str, nn.Parameter], decay: float, rate: float, moments: tuple[str, ...]) -> list[dict]:
     common = {"peak_learning_rate": rate, "moments": moments}
-    decayed = [p for p in named.values() if p.ndim >= 2]
-    plain = [p for p in named.values() if p.ndim < 2]
+    decayed = [p for p in named.values() if _dimensions(p) >= 2]
+    plain = [p for p in named.values() if _dimensions(p) < 2]
     groups = [
         {"params": decayed, "weight_decay": decay, **common},
         {"params": plain, "weight_decay": 0.0, **common},

@@ -42,8 +42,11 @@ def validate(config: TrainConfig) -> Input | QuestionInput | None:
     from raylm.data.shards import verify_prepared
     from raylm.models.families import check_head, check_positions
     from raylm.models.loading import load_config, load_tokenizer
+    from raylm.parallel.compilation import check_compilation
     from raylm.parallel.refusals import check_cuts
 
+    if config.training.compile:
+        check_compilation(config.parallel.zero_stage)
     objective = training_objective(config)
     source = prepared_directory(config.data)
     checked = None

@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from raylm.config import load_config
 from raylm.data.samples import open_samples
-from raylm.models.families import build_config, build_model
+from raylm.models.families import build_config
 from raylm.models.loading import load_tokenizer
+from raylm.models.weights import DrawnWeights, make_outline
 from raylm.objectives.base import ObjectiveModule
 from raylm.objectives.causal import CausalObjective
 from raylm.parallel.engine import DataParallelEngine
@@ -36,11 +37,11 @@ def main() -> None:
     model_config = build_config(
         section.family, section.config, load_tokenizer(data / "tokenizer"), training.sequence_length
     )
-    model = build_model(model_config, config.run.seed)
+    outline = make_outline(model_config)
     micro = config.parallel.micro_batch_size
     device = torch.device("cpu")
     engine = DataParallelEngine(
-        ObjectiveModule(model, CausalObjective()),
+        ObjectiveModule(outline.model, CausalObjective()),
         lambda named: make_optimizer(training, named, model_config.model_type),
         zero_stage=config.parallel.zero_stage,
         micro_batch_size=micro,
@@ -48,6 +49,7 @@ def main() -> None:
         clipping=training.gradient_clipping,
         bf16=False,
         device=device,
+        weights=DrawnWeights(outline, config.run.seed),
     )
     for step in range(training.steps):
         batches = step_batches(samples, step, training.batch_size, rank, world_size, micro, device)

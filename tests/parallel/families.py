@@ -32,34 +32,36 @@ def training_section(optimizer: str) -> TrainingSection:
     return TrainingSection(steps=STEPS, optimizer=optimizer, learning_rate=rate, gradient_clipping=clipping)
 
 
-def build(family: str) -> PreTrainedModel:
+def build(family: str, dropout: float = 0.0) -> PreTrainedModel:
     """A model of four heads (the Llamas with two of keys and values) and two layers (t5 with two of each kind)."""
     torch.manual_seed(0)
     if family == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32,
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+                resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
             )
         )  # fmt: skip
     if family == "bert":
         return BertForMaskedLM(
             BertConfig(
                 vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                max_position_embeddings=32, hidden_dropout_prob=dropout,
+                attention_probs_dropout_prob=dropout,
             )
         )  # fmt: skip
     if family == "t5":
         return T5ForConditionalGeneration(
             T5Config(
-                vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
+                vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=dropout,
                 decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
             )
         )  # fmt: skip
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=family == "llama-tied",
+            num_key_value_heads=2, max_position_embeddings=32, attention_dropout=dropout,
+            tie_word_embeddings=family == "llama-tied",
         )
     )  # fmt: skip
 

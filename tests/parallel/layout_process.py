@@ -2,7 +2,9 @@
 
 A case is an object: ``family``, ``data``, ``tensor``, ``pipeline``, ``zero``, ``optimizer``, and optionally ``steps``
 ([first, stop]), ``save`` (directory: a checkpoint is written at the end) and ``load`` (directory: goes on from its
-newest checkpoint). For each case OUTPUT gets the losses, the gradient norms, and the samples that were taken.
+newest checkpoint), ``dropout`` (of everything that has it), ``balance`` (time), ``compile`` and ``poison`` (a step
+before which the last rank's weights are spoilt). For each case OUTPUT gets the losses, the gradient norms, and the
+samples that were taken.
 Processes are forked from one that has imported everything, anew where the number of processes or the engine changes.
 """
 
@@ -38,6 +40,7 @@ def start(case: dict[str, Any]) -> tuple[int, bool]:
 
 
 def make_engine(case: dict[str, Any]):
+    from raylm.models.weights import HeldWeights, make_outline
     from raylm.objectives import make_objective
     from raylm.objectives.base import ObjectiveModule
     from raylm.parallel.engine import DataParallelEngine
@@ -45,30 +48,36 @@ def make_engine(case: dict[str, Any]):
     from raylm.training.optimizers import make_optimizer
 
     section = training_section(case["optimizer"])
-    model = build(case["family"])
-    model_type = model.config.model_type
+    whole = build(case["family"], case.get("dropout", 0.0))
+    model_type = whole.config.model_type
+    objective = make_objective(ObjectiveSection(), model_type)
+    model = make_outline(whole.config, objective.head).model
     # Two micro-batches for each stage, as far as the batch goes.
     share = BATCH // case["data"]
     accumulation = min(share, max(2, 2 * case["pipeline"]))
     common = {
         "zero_stage": case["zero"], "micro_batch_size": share // accumulation, "accumulation": accumulation,
         "clipping": section.gradient_clipping, "bf16": case.get("bf16", False), "device": torch.device("cpu"),
+        "weights": HeldWeights(whole), "compiled": case.get("compile", False),
     }  # fmt: skip
 
     def optimizer(named):
         return make_optimizer(section, named, model_type)
 
-    objective = make_objective(ObjectiveSection(), model_type)
     if case["tensor"] * case["pipeline"] == 1:
         return DataParallelEngine(ObjectiveModule(model, objective), optimizer, **common), accumulation
     if case.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sizes = {"tensor": case["tensor"], "pipeline": case["pipeline"]}
+    if case.get("balance") == "time":
+        size = share // accumulation
+        sizes["time_batch"] = {name: values[:size] for name, values in step_data(case["family"], 0).items()}
     engine = PipelineTensorEngine(model, objective, optimizer, **sizes, **common)
     return engine, accumulation
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    from raylm.parallel.engine import seed_step
     from raylm.training.checkpoints import CheckpointReader, CheckpointWriter, newest_whole
 
     engine, accumulation = make_engine(case)
@@ -91,6 +100,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         size = share // accumulation
         cuts = [slice(mine[i * size], mine[i * size] + size) for i in range(accumulation)]
         engine.set_learning_rate(1.0)
+        seed_step(0, step, engine)
+        if case.get("poison") == step and dist.get_rank() == dist.get_world_size() - 1:
+            with torch.no_grad():
+                next(iter(engine.parameters.values())).view(-1)[0] = float("nan")
         result = engine.train_step([{name: values[cut] for name, values in data.items()} for cut in cuts])
         losses.append(engine.mean_loss(result))
         norms.append(result.gradient_norm)
@@ -103,9 +116,13 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         dist.barrier()
     taken: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(taken, rows)
+    norms_of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(norms_of_all, norms)
     return {
         "loss": losses,
         "gradient_norm": norms,
+        "norms_of_all": norms_of_all,
+        "stage_bounds": getattr(engine, "stage_bounds", None),
         "samples": [sorted(row for rank in taken for row in rank[i]) for i in range(stop - start)],
         "evaluation": evaluation[0] / evaluation[1],
     }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -33,12 +34,34 @@ def test_parity_with_plain_loop(tmp_path: Path) -> None:
         case("gpt2", "2 x 2 x 2", 1, "sgd"),
         case("bert", "2 x 2 x 2", 0, "sgd"),
         case("t5", "2 x 2 x 2", 1, "adamw"),
+        # Where stages begin changes nothing.
+        case("t5", "pp2 x tp2", 1, "sgd", balance="time"),
     ]
     for given, found in zip(cases, run_cases(cases, tmp_path), strict=True):
         expected = plain_loop(given["family"], given["optimizer"])
         assert largest_difference(found["loss"], expected["loss"]) < TOLERANCE, given
         assert largest_difference(found["gradient_norm"], expected["gradient_norm"]) < TOLERANCE, given
         assert abs(found["evaluation"] - expected["evaluation"]) < TOLERANCE, given
+
+
+@pytest.mark.slow
+def test_dropout_resumes_and_every_rank_sees_what_is_not_finite(tmp_path: Path) -> None:
+    place = {"zero": 1, "optimizer": "adamw", "dropout": 0.3}
+    folder = str(tmp_path / "checkpoint")
+    cases = [
+        case("bert", "tp2", **place, steps=[0, 9]),
+        case("bert", "tp2", **place, steps=[0, 6], save=folder),
+        case("bert", "tp2", **place, steps=[6, 9], load=folder),
+        case("bert", "tp2", 1, "adamw", steps=[0, 9]),
+        case("llama-tied", "pp2", 0, "adamw", steps=[0, 3], poison=2),
+        case("llama-tied", "pp2", 1, "adamw", steps=[0, 3], poison=2),
+    ]
+    whole, first, rest, without, *poisoned = run_cases(cases, tmp_path)
+    assert first["loss"] + rest["loss"] == whole["loss"]
+    assert largest_difference(whole["loss"], without["loss"]) > 1e-3
+    for found in poisoned:
+        for norms in found["norms_of_all"]:
+            assert [math.isfinite(norm) and norm >= 0 for norm in norms] == [True, True, False]
 
 
 @pytest.mark.slow

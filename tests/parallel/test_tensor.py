@@ -11,11 +11,13 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from raylm.parallel.stages import Step, Steps, balanced_stages
 from raylm.parallel.tensor import (
     ColumnParallel,
+    DropoutStreams,
     RowParallel,
     TensorGroup,
     VocabularyEmbedding,
@@ -58,8 +60,50 @@ def compare(rank: int, size: int, store: str) -> None:
     found = [layers[0].weight, layers[1].weight, layers[1].bias, layers[2].weight, layers[3].weight]
     for part, gradient, mine in zip(found, gradients, torch.autograd.grad(cut, found), strict=True):
         torch.testing.assert_close(mine, part.slicing.take(gradient), rtol=1e-5, atol=1e-5)
+    check_dropout(TensorGroup(rank, size, dist.group.WORLD, DropoutStreams(rank, torch.device("cpu"))))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def check_dropout(group: TensorGroup) -> None:
+    """Dropout differs over the ranks where activations are cut, nowhere else, and follows from the seed."""
+    torch.manual_seed(0)
+    wide, narrow = (ColumnParallel(nn.Linear(8, 64), group), RowParallel(nn.Linear(64, 8), group))
+    inputs = torch.randn(4, 8)
+
+    def block(values: torch.Tensor) -> torch.Tensor:
+        masks["before"] = functional.dropout(torch.ones(32), 0.5)
+        hidden = wide(values)
+        masks["inside"] = functional.dropout(torch.ones(4, 64 // group.size), 0.5)
+        result = narrow(hidden * masks["inside"])
+        masks["after"] = functional.dropout(torch.ones(4, 8), 0.5)
+        # Saved for the backward pass last, which is where a recomputation ends.
+        return (result * masks["after"]).sin()
+
+    def run(seed: int, *, recompute: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        masks.clear()
+        torch.manual_seed(seed)
+        outputs = inputs
+        for _ in range(2):
+            outputs = checkpoint(block, outputs, use_reentrant=False) if recompute else block(outputs)
+        forward = dict(masks)
+        return forward, list(torch.autograd.grad(outputs.sum(), [wide.weight, narrow.weight, narrow.bias]))
+
+    masks: dict[str, torch.Tensor] = {}
+    first, gradients = run(5, recompute=False)
+    for name, mask in first.items():
+        ranks = [torch.empty_like(mask) for _ in range(group.size)]
+        dist.all_gather(ranks, mask)
+        assert torch.equal(ranks[0], ranks[1]) == (name != "inside"), name
+    again, recomputed = run(5, recompute=True)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for one, other in zip(gradients, recomputed, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.equal(run(6, recompute=False)[0]["inside"], first["inside"])
+    wide.eval()
+    state = torch.get_rng_state()
+    wide(inputs)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_cut_layers_give_the_same_loss_and_gradients(tmp_path: Path) -> None:

@@ -125,11 +125,13 @@ def test_another_layout_goes_on_from_the_checkpoint(finished: Path, tmp_path: Pa
     (run / "report.json").unlink()
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "resources.workers=4", "resources.cpus_per_worker=0.5"]
+    layout.append("parallel.balance=time")
     path = finished.parent / "whole.yaml"
     pretrain(load_config("pretrain", path, [f"run.storage={tmp_path}", *layout]))
     assert losses(run) == pytest.approx(losses(finished), abs=1e-5)
     lines = read_metrics(run / "metrics.jsonl")
     assert all(len(line["stage_idle"]) == 2 for line in lines[20:])
+    assert json.loads((run / "stages.json").read_text())["stage_bounds"][0] == 0
     assert lines[-1]["validation_loss"] == pytest.approx(
         read_metrics(finished / "metrics.jsonl")[-1]["validation_loss"]
     )
