@@ -35,10 +35,11 @@ class Contamination:
         """What :func:`collect` has left in the work directory; None where nothing is asked for."""
         return cls(np.load(work / FILE), section) if section is not None else None
 
-    def found_in(self, text: str) -> bool:
-        """Whether more of the n-grams of ``text`` than ``max_overlap`` are among them."""
+    def found_in(self, text: str, hashes: np.ndarray | None = None) -> bool:
+        """Whether more of the n-grams of ``text`` than ``max_overlap`` are among them; ``hashes`` are those of its words
+        where they are known."""
         self._table.trim()
-        found, _ = shingle_sets([word_hashes(text, self._table)], self._section.ngram_words)
+        found, _ = shingle_sets([word_hashes(text, self._table, hashes)], self._section.ngram_words)
         if not len(self._grams):
             return False
         places = np.minimum(np.searchsorted(self._grams, found), len(self._grams) - 1)

@@ -154,7 +154,7 @@ def make_parts(
             if not document.text.strip():
                 drop("empty", "nothing left", document)
                 continue
-            if contamination is not None and contamination.found_in(document.text):
+            if contamination is not None and contamination.found_in(document.text, cleaned.hashes):
                 drop("decontamination", "text of an evaluation set", document)
                 continue
             split = side_of(document, block.sole_split, section.validation_fraction)

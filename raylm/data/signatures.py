@@ -55,11 +55,7 @@ class Signatures:
             self._keys.append(exact[None])
             return
         self._table.trim()
-        words = [
-            # The words are those of the compatibility form, which most texts are in.
-            known if known is not None and compatible(text) == text else word_hashes(text, self._table)
-            for text, known in zip(texts, hashes, strict=True)
-        ]
+        words = [word_hashes(text, self._table, known) for text, known in zip(texts, hashes, strict=True)]
         flat, counts = shingle_sets(words, self._section.shingle_words)
         self._keys.append(np.concatenate([exact[None], band_keys(flat, counts, self._section)]))
         self._shingles.append(flat)
@@ -73,9 +69,18 @@ class Signatures:
             save(base.with_suffix(".ends.npy"), np.cumsum(np.concatenate(self._counts)))
 
 
-def word_hashes(text: str, table: WordTable) -> np.ndarray:
-    """Hashes of the words of a text in Unicode's compatibility form, letter case apart; uint64 [words]."""
-    return table.hashes(table.numbers(words_of(compatible(text))))
+def word_hashes(text: str, table: WordTable, known: np.ndarray | None = None) -> np.ndarray:
+    """Hashes of the words of a text in Unicode's compatibility form, letter case apart; uint64 [words].
+
+    Args:
+        text: most are in this form as they stand.
+        table: numbers the words.
+        known: hashes of the words as they stand, where somebody has computed them already.
+    """
+    plain = compatible(text)
+    if known is not None and plain == text:
+        return known
+    return table.hashes(table.numbers(words_of(plain)))
 
 
 def shingle_sets(hashes: Sequence[np.ndarray], words: int) -> tuple[np.ndarray, np.ndarray]:
