@@ -36,8 +36,12 @@ class Contamination:
         return cls(np.load(work / FILE), section) if section is not None else None
 
     def found_in(self, text: str, hashes: np.ndarray | None = None) -> bool:
-        """Whether more of the n-grams of ``text`` than ``max_overlap`` are among them; ``hashes`` are those of its words
-        where they are known."""
+        """Whether more of the n-grams of ``text`` than ``max_overlap`` are among them.
+
+        Args:
+            text: a document.
+            hashes: of its words where they are known, see :func:`~raylm.data.signatures.word_hashes`.
+        """
         self._table.trim()
         found, _ = shingle_sets([word_hashes(text, self._table, hashes)], self._section.ngram_words)
         if not len(self._grams):
