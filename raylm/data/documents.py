@@ -127,6 +127,7 @@ class DocumentFile:
         # A task must not write into the file of one that it took for dead.
         self.path, self._partial = path, path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._rows: list[Document] = []
+        self._splits: list[Split | None] = []
         self._row_bytes = 0
         self._writer: pq.ParquetWriter | None = None
         self.documents = self.bytes = 0
@@ -134,10 +135,11 @@ class DocumentFile:
     def __enter__(self) -> DocumentFile:
         return self
 
-    def write(self, document: Document) -> None:
-        """Append one document."""
+    def write(self, document: Document, split: Split | None = None) -> None:
+        """Append one document; ``split`` is its side where that has been decided since it was made."""
         size = document.byte_count
         self._rows.append(document)
+        self._splits.append(split or document.split)
         self._row_bytes += size
         self.documents += 1
         self.bytes += size
@@ -149,9 +151,12 @@ class DocumentFile:
             self._writer = pq.ParquetWriter(self._partial, self._schema, compression=self._compression)
         if not self._rows:
             return
-        columns = [[getattr(row, name) for row in self._rows] for name in self._schema.names]
+        columns = [
+            self._splits if name == "split" else [getattr(row, name) for row in self._rows]
+            for name in self._schema.names
+        ]
         self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=len(self._rows))
-        self._rows, self._row_bytes = [], 0
+        self._rows, self._splits, self._row_bytes = [], [], 0
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if kind is None:

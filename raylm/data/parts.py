@@ -63,7 +63,7 @@ class PartWriter:
             self._hashes: list[np.ndarray | None] = []
             self._text_bytes = 0
             self._part = {"name": name, "train": 0, "validation": 0, "bytes": 0}
-        self._file.write(document.on_side(split))
+        self._file.write(document, split)
         self._part[split] += 1
         if split == "train" and self._sample_rate < 1 and hash_share(document.text, SAMPLE_PURPOSE) < self._sample_rate:
             # The row's number stands in for a title: duplicates are taken out by it.
