@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from raylm.serving.bodies import RequestBody
 from raylm.serving.errors import RequestError
 from raylm.serving.retrieval.library import DEFAULT, Library
 from raylm.serving.retrieval.store import (
@@ -25,18 +26,14 @@ MOST_DOCUMENTS = 1000
 MOST_PASSAGES = 20
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class NewCollection(_Body):
+class NewCollection(RequestBody):
     """``POST /v1/collections``."""
 
     name: str = Field(pattern="^[a-z0-9][a-z0-9_-]*$", max_length=64)
     """a to z, 0 to 9, - and _."""
 
 
-class NewDocument(_Body):
+class NewDocument(RequestBody):
     """A document to put into a collection."""
 
     text: str = Field(min_length=1)
@@ -47,13 +44,13 @@ class NewDocument(_Body):
     """A document of the same id is replaced; by default a hash of the text."""
 
 
-class NewDocuments(_Body):
+class NewDocuments(RequestBody):
     """``POST /v1/collections/{name}/documents``."""
 
     documents: list[NewDocument] = Field(min_length=1, max_length=MOST_DOCUMENTS)
 
 
-class Search(_Body):
+class Search(RequestBody):
     """``POST /v1/collections/{name}/search``."""
 
     question: str = Field(min_length=1)

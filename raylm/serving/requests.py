@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from raylm.serving.bodies import RequestBody
+
 # Texts that one request may ask for: its prompts times n.
 MOST_CHOICES = 64
 # Texts of one request for embeddings, and likeliest tokens that a request may ask for at each place.
@@ -47,10 +49,8 @@ class StreamOptions(BaseModel):
     """Accepted for OpenAI's client; nothing is added."""
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(RequestBody):
     """What all routes that generate text share."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     model: str | None = None
     """Name of the model; the one that is served where it is left out."""
@@ -188,10 +188,8 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(RequestBody):
     """``POST /v1/embeddings``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     input: str | TokenIds | list[str] | list[TokenIds]
     """Text, token ids, or a list of either."""

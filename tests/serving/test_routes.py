@@ -162,6 +162,9 @@ def test_embeddings(server: SimpleNamespace, model: Any, tokenizer: Any) -> None
     [
         ("/v1/completions", b"{not json", 400, None, "JSON"),
         ("/v1/completions", b"[1]", 400, None, "object"),
+        ("/v1/completions", rb'{"prompt": "\ud800"}', 400, "invalid_value", "surrogate"),
+        ("/v1/chat/completions", rb'{"messages": [{"role": "user", "content": "\udfff"}]}', 400, None, "surrogate"),
+        ("/v1/collections", rb'{"\ud800": "a"}', 400, None, "surrogate"),
         ("/v1/completions", {"model": "tiny"}, 400, "missing_parameter", "prompt"),
         ("/v1/completions", {"model": "nobody", "prompt": "a"}, 404, "model_not_found", "nobody"),
         ("/v1/completions", {"prompt": "fox " * 300}, 400, "context_length_exceeded", "256"),
@@ -210,6 +213,27 @@ def test_request_ids_come_back(server: SimpleNamespace) -> None:
     body = {"prompt": "a", "max_tokens": 1}
     assert post(server, "/v1/completions", body, **{"X-Request-Id": "mine-1"})[2]["x-request-id"] == "mine-1"
     assert len(post(server, "/v1/completions", body, **{"X-Request-Id": "no\tgood"})[2]["x-request-id"]) == 32
+
+
+def test_a_hundred_megabytes_are_refused(server: SimpleNamespace) -> None:
+    """Sent whole by a client that does not wait for the answer; it may find the connection closed instead."""
+    megabyte, host = b" " * 1_000_000, server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host[0], int(host[1])), timeout=60) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            + f"Authorization: Bearer {API_KEY}\r\nContent-Length: 100000000\r\n\r\n".encode()
+        )
+        sent = 0
+        try:
+            for _ in range(100):
+                connection.sendall(megabyte)
+                sent += len(megabyte)
+            answer = connection.recv(65536)
+        except ConnectionError:
+            answer = b""
+    assert not answer or (b" 413 " in answer.split(b"\r\n")[0] and b"body_too_large" in answer), (sent, answer)
+    # The server is none the worse for it.
+    assert server.client.completions.create(model="tiny", prompt="a", max_tokens=1).usage.completion_tokens == 1
 
 
 def test_a_long_body_is_refused_unread(server: SimpleNamespace) -> None:
