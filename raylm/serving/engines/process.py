@@ -34,6 +34,9 @@ from raylm.serving.engines.base import (
 
 # Between two messages about the cache.
 LOAD_SECONDS = 0.5
+# A step takes all of the replica's CPUs, and each process that passes a token on waits for one: a first token gets this
+# long to leave before the next step. Later ones are passed on in groups, and can wait.
+FIRST_TOKEN_SECONDS = 0.003
 
 
 class Decoding:
@@ -47,6 +50,7 @@ class Decoding:
     def __init__(self, backend: Backend, connection: Connection) -> None:
         self._backend, self._connection = backend, connection
         self._generating: set[int] = set()
+        self._silent: set[int] = set()
         self._reading: deque[Score | Embed] = deque()
         self._load, self._load_due = Load(0.0), 0.0
 
@@ -55,7 +59,9 @@ class Decoding:
         try:
             while self._take_commands():
                 if self._generating:
-                    self._deliver(self._backend.advance())
+                    events = self._backend.advance()
+                    self._deliver(events)
+                    self._make_way(events)
                 if self._reading:
                     # One text between two steps: those that generate wait for it no longer than for a prompt.
                     self._deliver([_read(self._backend, self._reading.popleft())])
@@ -77,6 +83,14 @@ class Decoding:
                 self._reading.append(command)
         return True
 
+    def _make_way(self, events: list[Event]) -> None:
+        """Leave the CPUs to first tokens for a moment."""
+        first = {event.number for event in events} & self._silent
+        if first:
+            self._silent -= first
+            if self._generating:
+                time.sleep(FIRST_TOKEN_SECONDS)
+
     def _tell_load(self) -> None:
         """Say how full the cache is: now and then, and when nothing is left to do."""
         now = time.monotonic()
@@ -94,8 +108,10 @@ class Decoding:
             self._deliver([Event(request.number, error=str(error))])
         else:
             self._generating.add(request.number)
+            self._silent.add(request.number)
 
     def _drop(self, number: int) -> None:
+        self._silent.discard(number)
         if number in self._generating:
             self._generating.discard(number)
             self._backend.drop(number)
