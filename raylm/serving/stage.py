@@ -28,7 +28,7 @@ START_SECONDS = 600.0
 SILENT_SECONDS = 60.0
 # How Serve passes a piece of a stream on costs more than anything else that happens to it. These take a third off:
 # proxies call replicas by gRPC instead of actor tasks, and a process has one event loop instead of two. For this
-# command's own Ray alone: updates and killed replicas under load have been tried with Serve's defaults.
+# command's own Ray and one replica alone: replicas that come and go under load have been tried with Serve's defaults.
 ENVIRONMENT = {
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -46,7 +46,7 @@ def serve(config: ServeConfig) -> None:
     run = check(config)
     try:
         # Ray puts a handler of its own on SIGTERM when it starts: ours must come after it.
-        with _serve_session(), _interrupted_by_sigterm(), _application(config, run) as url:
+        with _serve_session(config.serving), _interrupted_by_sigterm(), _application(config, run) as url:
             _announce(config, url)
             _watch(url)
     except KeyboardInterrupt:
@@ -69,21 +69,20 @@ def running_server(config: ServeConfig) -> Iterator[str]:
         RunFailure: the server did not come up.
     """
     run = check(config)
-    with _serve_session(), _application(config, run) as url:
+    with _serve_session(config.serving), _application(config, run) as url:
         yield url
 
 
 @contextlib.contextmanager
-def _serve_session() -> Iterator[None]:
+def _serve_session(serving: ServingSection) -> Iterator[None]:
     """Ray with room for Ray Serve; a cluster that stays keeps nothing of it."""
     import ray
 
     from raylm.cluster import ray_session
 
     stays = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
-    if not stays:
-        set_environment()
-    with ray_session():
+    one = not stays and serving.replicas == 1 and serving.autoscaling is None
+    with _environment(ENVIRONMENT if one else {}), ray_session():
         from ray import serve as ray_serve
 
         # Serve reports every step of its own life otherwise.
@@ -98,10 +97,16 @@ def _serve_session() -> Iterator[None]:
                 ray_serve.shutdown()
 
 
-def set_environment() -> None:
-    """Settings of Serve for the Ray instance that this process starts next; what is set already stays."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables for a Ray instance that is started in the block; what is set already stays."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
