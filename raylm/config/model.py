@@ -48,6 +48,10 @@ class ObjectiveSection(Section):
     own."""
     answer_only: bool = True
     """On prompt and answer pairs: count the loss on the answer's tokens alone."""
+    document_boundaries: Literal["ignore", "positions", "attention"] = "ignore"
+    """causal, on documents that are packed into one sequence. ignore: a token sees all tokens before it. positions: the
+    same, but positions count from each document's beginning. attention: a token sees those of its own document only,
+    whose positions count from its beginning."""
     noise_fraction: float = Field(default=0.15, gt=0, lt=1)
     """masked and span: share of the tokens that are hidden."""
     span_length: float = Field(default=3.0, ge=1)

@@ -99,6 +99,11 @@ class TrainConfig(Section):
                 "training.optimizer: found muon, allowed with parallel.tensor or parallel.pipeline above 1: adamw, "
                 "sgd, as muon needs whole matrices"
             )
+        if cut > 1 and self.objective.document_boundaries != "ignore":
+            raise ValueError(
+                f"objective.document_boundaries: found {self.objective.document_boundaries}, allowed with "
+                "parallel.tensor or parallel.pipeline above 1: ignore, as stages pass no positions on"
+            )
         known = workers // cut if isinstance(workers, int) else data
         if isinstance(known, int):
             if self.training.batch_size % known:

@@ -40,6 +40,7 @@ class Samples(Protocol):
         Returns:
             input_ids: int64 [n, T].
             targets: int64 [n, T]; the token after each input token, -100 where it is not counted.
+            position_ids: int64 [n, T], only where documents are told apart; see :func:`document_positions`.
         """
 
 
@@ -58,13 +59,22 @@ class PackedSamples:
         sequence_length: T, tokens a sample.
         seed: decides the order.
         shuffle: off for validation.
+        tell_documents: give ``position_ids`` that count from each document's beginning.
 
     Raises:
         UserError: shuffled, and the split is shorter than one sample.
     """
 
-    def __init__(self, shards: TokenShards, sequence_length: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        shards: TokenShards,
+        sequence_length: int,
+        seed: int,
+        shuffle: bool = True,
+        tell_documents: bool = False,
+    ) -> None:
         self._shards, self._length, self._seed, self._shuffle = shards, sequence_length, seed, shuffle
+        self._tell_documents = tell_documents
         self._ring = shards.token_count - 1
         if shuffle and self._ring < sequence_length:
             raise UserError(
@@ -82,7 +92,10 @@ class PackedSamples:
             beyond = positions > self._ring
             inputs[beyond[:, :-1]] = self._shards.pad_id
             targets[beyond[:, 1:]] = IGNORED
-        return {"input_ids": inputs, "targets": targets}
+        batch = {"input_ids": inputs, "targets": targets}
+        if self._tell_documents:
+            batch["position_ids"] = document_positions(inputs, self._shards.eos_id)
+        return batch
 
     def windows(self, indices: np.ndarray) -> np.ndarray:
         """The windows themselves, int64 [n, T], never padded: past the stream's end its beginning follows."""
@@ -95,6 +108,17 @@ class PackedSamples:
             return windows * self._length
         shifts = (epoch_keys(self._seed, epochs, _SHIFT) % np.uint64(self._length)).astype(np.int64)
         return shifts + permute(windows, epochs, self.count, self._seed) * self._length
+
+
+def document_positions(input_ids: np.ndarray, eos_id: int) -> np.ndarray:
+    """Each token's place in its document, int64 [n, T] from ``input_ids`` [n, T].
+
+    The end-of-text token, from which a document's first token is predicted, is its place 0, as it is where the model
+    writes one. Only ``prepare`` writes that token, at documents' ends. What a window begins with in the middle of a
+    document counts from the window's beginning.
+    """
+    places = np.arange(input_ids.shape[1], dtype=np.int64)
+    return places - np.maximum.accumulate(np.where(input_ids == eos_id, places, 0), axis=1)
 
 
 class PairSamples:
@@ -172,7 +196,12 @@ class PairSamples:
 
 
 def open_samples(
-    directory: Path | str, split: Split, sequence_length: int, seed: int, answer_only: bool = True
+    directory: Path | str,
+    split: Split,
+    sequence_length: int,
+    seed: int,
+    answer_only: bool = True,
+    tell_documents: bool = False,
 ) -> PackedSamples | PairSamples:
     """The samples of a split of a prepared directory: shuffled for train, in order for validation.
 
@@ -184,5 +213,10 @@ def open_samples(
         raise UserError(f"{directory} has no {split} documents; prepare it with a data.{split} source")
     shuffle = split == "train"
     if shards.kind == "documents":
-        return PackedSamples(shards, sequence_length, seed, shuffle)
+        return PackedSamples(shards, sequence_length, seed, shuffle, tell_documents)
+    if tell_documents:
+        raise UserError(
+            f"objective.document_boundaries: allowed with the pairs of {directory}: ignore, as each is a sequence of "
+            "its own"
+        )
     return PairSamples(shards, sequence_length, seed, shards.pad_id, answer_only, shuffle)

@@ -32,5 +32,10 @@ def make_objective(section: ObjectiveSection, model_type: str) -> Objective:
     name = allowed[0] if section.type == "auto" else section.type
     if name not in allowed:
         raise UserError(f"objective.type: found '{name}', allowed for a {model_type} model: {', '.join(allowed)}")
+    if name != "causal" and section.document_boundaries != "ignore":
+        raise UserError(
+            f"objective.document_boundaries: found {section.document_boundaries}, allowed with objective.type {name}: "
+            "ignore"
+        )
     module, class_name = OBJECTIVES[name]
     return getattr(importlib.import_module(module), class_name)(section)

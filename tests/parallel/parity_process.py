@@ -27,6 +27,7 @@ from transformers import (
 
 from raylm.config.model import ObjectiveSection
 from raylm.config.training import TrainingSection
+from raylm.data.samples import document_positions
 from raylm.objectives import make_objective
 from raylm.objectives.base import ObjectiveModule
 from raylm.parallel.environment import prepare_deepspeed
@@ -44,7 +45,7 @@ def training_section(optimizer: str) -> TrainingSection:
 
 def build(family: str = "llama") -> nn.Module:
     torch.manual_seed(0)
-    if family == "gpt2":
+    if family in ("gpt2", "gpt2-documents"):
         return GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=32,
@@ -74,13 +75,20 @@ def build(family: str = "llama") -> nn.Module:
 
 
 def step_data(step: int, family: str = "llama") -> dict[str, torch.Tensor]:
-    """The whole batch of a step; some targets do not count, unevenly over the sequences. Of t5 they are shorter."""
+    """The whole batch of a step; some targets do not count, unevenly over the sequences. Of t5 they are shorter.
+
+    Of a family that ends in ``-documents`` the token 0 ends documents, which are told apart.
+    """
     # Four batches come round again, so that there is something to learn.
     generator = torch.Generator().manual_seed(1000 + step % 4)
     ids = torch.randint(0, VOCABULARY, (BATCH, TIME + 1), generator=generator)
     targets = ids[:, 1:].clone()
     for row in range(BATCH):
         targets[row, : row + step % 5] = -100
+    if family.endswith("-documents"):
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.2, 0, ids)
+        positions = torch.from_numpy(document_positions(ids[:, :-1].numpy(), 0))
+        return {"input_ids": ids[:, :-1], "targets": ids[:, 1:].contiguous(), "position_ids": positions}
     return {"input_ids": ids[:, :-1], "targets": targets[:, TIME // 4 :].contiguous() if family == "t5" else targets}
 
 
@@ -88,13 +96,15 @@ def run_case(case: str, rank: int, world_size: int) -> dict[str, list[float]]:
     from raylm.parallel.engine import DataParallelEngine
 
     optimizer, stage, *rest = case.split(":")
-    family = next((part for part in rest if part in ("gpt2", "bert", "t5")), "llama")
+    family = next((part for part in rest if "=" not in part), "llama")
+    kind = family.removesuffix("-documents")
+    section = ObjectiveSection(document_boundaries="ignore" if kind == family else "attention")
     action = dict(part.split("=") for part in rest if "=" in part)
     share = BATCH // world_size
     model = build(family)
     engine = DataParallelEngine(
-        ObjectiveModule(model, make_objective(ObjectiveSection(), family)),
-        lambda named: make_optimizer(training_section(optimizer), named, family),
+        ObjectiveModule(model, make_objective(section, kind)),
+        lambda named: make_optimizer(training_section(optimizer), named, kind),
         zero_stage=int(stage),
         micro_batch_size=share // 2,
         accumulation=2,
