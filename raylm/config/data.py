@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from raylm.config.augmentation import AugmentationSection
 from raylm.config.base import Section
 from raylm.config.cleaning import CleaningSection, DecontaminationSection, DeduplicationSection
 
@@ -26,9 +28,11 @@ class FieldsSection(Section):
     """Column of a passage that stands before the prompt; none by default."""
     messages: str = "messages"
     """Column of a conversation: a list of messages, each with a role and a content."""
+    label: str | None = None
+    """Column of a document's class, which is kept and can be balanced; none by default."""
 
 
-Format = Literal["auto", "text", "jsonl", "csv", "parquet", "squad", "hub", "prepared"]
+Format = Literal["auto", "text", "jsonl", "csv", "parquet", "squad", "parallel", "hub", "prepared"]
 
 
 class SourceSection(Section):
@@ -56,7 +60,8 @@ class DataSection(Section):
     validation: str | list[str] | None = None
     """Source, or list of sources, to validate on; without it a share of the documents is held out by their hash."""
     format: Format = "auto"
-    """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2."""
+    """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2. parallel:
+    text files with a sentence, a tab and its translation on each line, without a header; makes pairs."""
     fields: FieldsSection = FieldsSection()
     """Which column of a row holds what."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -70,6 +75,9 @@ class DataSection(Section):
     errors: Literal["strict", "replace", "skip"] = "strict"
     """What happens to input that cannot be read. strict: stop and name the place. replace: bytes that are not UTF-8
     become U+FFFD. skip: the document, row or line is left out. The last two count what they touched."""
+    encoding: str = "utf-8"
+    """Encoding of text, JSONL, CSV and SQuAD files, such as gb18030 or latin-1; ``detect`` guesses each file's own from
+    its beginning."""
     max_document_bytes: int = Field(default=128 << 20, ge=1)
     """Longest document, line or row that is read; a longer one is an error like others."""
     cleaning: CleaningSection = CleaningSection()
@@ -78,6 +86,23 @@ class DataSection(Section):
     """Drop what is there twice; ``{}`` takes the defaults."""
     decontamination: DecontaminationSection | None = None
     """Drop what holds text of evaluation sets."""
+    augmentation: AugmentationSection | None = None
+    """Further training documents, made from those that there are."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, encoding: str) -> str:
+        if encoding == "detect":
+            return encoding
+        try:
+            name = codecs.lookup(encoding).name
+            if "\n".encode(name) != b"\n" or name in ("utf-7", "idna", "punycode"):
+                raise LookupError
+        except (LookupError, UnicodeError, TypeError):
+            raise ValueError(
+                "allowed: detect, or an encoding of Python in which a line feed is one byte, such as utf-8 or gb18030"
+            ) from None
+        return name
 
     @model_validator(mode="after")
     def _not_empty(self) -> DataSection:

@@ -158,6 +158,9 @@ def _walk(model: type[BaseModel], location: list[str]) -> tuple[type[BaseModel] 
                 keys.append(part)
             continue
         keys.append(part)
+        if part.isdigit():
+            # An item of a list of sections.
+            continue
         if part not in section.model_fields:
             # The unknown key itself: its holder is what the caller wants.
             return section, keys

@@ -17,6 +17,8 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 20, 4 << 20
 MOST_BLOCKS = 2048
 FEW_BLOCKS = 32
 MOST_SEGMENTS = 512
+# Files of these formats can be entered at any line.
+BY_LINES = ("text", "jsonl", "parallel")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def cut(segments: Iterable[Segment], size: int) -> Iterator[tuple[Segment, ...]]
 
 def _pieces(segment: Segment, size: int) -> Iterator[Segment]:
     """Ranges of a file that can be entered in its middle; else the whole file."""
-    if segment.stop is None or segment.format not in ("text", "jsonl") or segment.size <= size:
+    if segment.stop is None or segment.format not in BY_LINES or segment.size <= size:
         yield segment
         return
     count = -(-segment.size // size)

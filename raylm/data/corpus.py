@@ -83,7 +83,7 @@ def source_documents(source: Source, data: DataSection) -> Iterator[Document]:
     Raises:
         UserError: bad input; names the file and the place.
     """
-    return read_block(Block(0, 0, None, source.segments), data, InputErrors(data.errors))
+    return read_block(Block(0, 0, None, source.segments), data, InputErrors.of(data))
 
 
 class Corpus:
@@ -134,7 +134,7 @@ class Corpus:
             UserError: bad input; names the file and the place.
         """
         for block in self.blocks:
-            for document in read_block(block, self._data, InputErrors(self._data.errors)):
+            for document in read_block(block, self._data, InputErrors.of(self._data)):
                 split = side_of(document, block.sole_split, self._data.validation_fraction)
                 if split is not None and document.text.strip():
                     yield split, document
@@ -149,7 +149,7 @@ class Corpus:
 
     def _count(self, block: Block) -> BlockCount:
         count = BlockCount()
-        for document in read_block(block, self._data, InputErrors(self._data.errors)):
+        for document in read_block(block, self._data, InputErrors.of(self._data)):
             split = side_of(document, block.sole_split, self._data.validation_fraction)
             if split is None:
                 continue

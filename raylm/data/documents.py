@@ -38,7 +38,9 @@ class Document:
         split_key: text whose hash decides between training and validation; the document's own text where empty.
         split: the side that the source itself has decided on, or None.
         aliases: other names than the title, with spaces between; retrieval looks at them too.
-        augmentation: how the document was made from another one; empty for an original.
+        augmentation: how the document was made from another one: method, id of the original, number, with colons
+            between; empty for an original.
+        label: its class; empty where ``data.fields.label`` names no column.
     """
 
     text: str
@@ -50,6 +52,7 @@ class Document:
     split: Split | None = None
     aliases: str = ""
     augmentation: str = ""
+    label: str = ""
 
     def on_side(self, split: Split) -> Document:
         """The same document, its side decided."""
@@ -112,16 +115,18 @@ class DocumentFile:
         path: the file.
         kind: decides the columns.
         with_split: write a part of an unfinished set, with each document's side as a column.
+        columns: further attributes of documents to write.
 
     Attributes:
         documents: documents written so far.
         bytes: their text in UTF-8.
     """
 
-    def __init__(self, path: Path, kind: Kind, with_split: bool = False) -> None:
+    def __init__(self, path: Path, kind: Kind, with_split: bool = False, columns: tuple[str, ...] = ()) -> None:
         names = ["title", "text"] + (["prompt", "answer", "context"] if kind == "pairs" else ["aliases"])
         # A part is read again by its next task only, which needs the side and no id.
         names = [*names, "split"] if with_split else ["id", *names, "augmentation"]
+        names += columns
         self._compression = "lz4" if with_split else "zstd"
         self._schema = pa.schema([(name, pa.string()) for name in names])
         # A task must not write into the file of one that it took for dead.

@@ -28,6 +28,8 @@ from raylm.data.streams import InputErrors
 
 WORK = "work"
 SAMPLE_PURPOSE = b"raylm-sample"
+# What is kept of a document where it is asked for, or was there already.
+EXTRA_COLUMNS = ("label", "augmentation")
 # Documents by the power of two of their length in bytes.
 LENGTH_BINS = 40
 # What is cleaned in one go: bounds the memory that its words take.
@@ -44,9 +46,19 @@ class PartWriter:
         part_bytes: text of a part.
         data: which signatures are wanted.
         sample_rate: share of the training documents that is kept for training a tokenizer; from 1 on, all are.
+        columns: further attributes of documents to keep.
     """
 
-    def __init__(self, directory: Path, block: int, part_bytes: int, data: DataSection, sample_rate: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        block: int,
+        part_bytes: int,
+        data: DataSection,
+        sample_rate: float,
+        columns: tuple[str, ...] = (),
+    ) -> None:
+        self._columns = columns
         self._folder, self._block, self._part_bytes = directory / "parts", block, part_bytes
         self._deduplication, self._sample_rate = data.deduplication, sample_rate
         self._file: DocumentFile | None = None
@@ -56,7 +68,7 @@ class PartWriter:
         """Append one document, its side decided; ``hashes`` are those of its words where they are known."""
         if self._file is None:
             name = f"{self._block:06d}-{len(self.parts):03d}"
-            self._file = DocumentFile(self._folder / f"{name}.parquet", kind, with_split=True)
+            self._file = DocumentFile(self._folder / f"{name}.parquet", kind, True, self._columns)
             self._sample = DocumentFile(self._folder / f"{name}.sample.parquet", "documents")
             self._signatures = Signatures(self._deduplication) if self._deduplication else None
             self._texts: list[str] = []
@@ -129,12 +141,14 @@ def make_parts(
     """
     block, section, work = Block.from_json(job), DataSection.model_validate(data), Path(directory)
     source = source_names[block.source]
-    errors, account, count = InputErrors(section.errors), Account(), BlockCount()
+    errors, account, count = InputErrors.of(section), Account(), BlockCount()
     cleaner = Cleaner(section.cleaning, account)
     contamination = Contamination.load(work, section.decontamination)
     lengths = np.zeros(LENGTH_BINS, dtype=np.int64)
     digest = hashlib.sha256()
-    writer = PartWriter(work, block.number, part_bytes, section, rate)
+    prepared = any(segment.format == "documents" for segment in block.segments)
+    marked = section.fields.label is not None or section.augmentation is not None or prepared
+    writer = PartWriter(work, block.number, part_bytes, section, rate, EXTRA_COLUMNS if marked else ())
     read = 0
 
     def drop(name: str, reason: str, document: Document) -> None:

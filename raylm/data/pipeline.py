@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.run_directory import write_atomically
+from raylm.data.card import describe_duplicates
 from raylm.data.contamination import collect
 from raylm.data.corpus import BlockCount, Corpus, Survey
 from raylm.data.documents import Split, hash_share, read_row_groups
@@ -27,7 +28,7 @@ from raylm.data.parts import SAMPLE_PURPOSE, WORK, make_parts
 from raylm.data.readers import read_block
 from raylm.data.streams import InputErrors
 from raylm.data.tasks import run_jobs
-from raylm.data.tokenization import is_taken, make_files, surviving
+from raylm.data.tokenization import AUGMENTED, is_taken, make_files, surviving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,12 +66,16 @@ class Pipeline:
     def open_work(self, parts: tuple[str, ...]) -> None:
         """Go on with the work directory of the same input and configuration; else begin anew."""
         values = [_dump(self._data), _dump(self._tokenizer), self._corpus.identity(), PIPELINE_VERSION]
+        if self._data.augmentation is not None:
+            from raylm.data.augmentation import dictionaries_hash
+
+            values.append(dictionaries_hash(self._data.augmentation))
         identity = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         plan = self.work / "plan.json"
         if not plan.is_file() or json.loads(plan.read_text(encoding="utf-8")) != identity:
             for part in parts:
                 shutil.rmtree(self.directory / part, ignore_errors=True)
-            for name in ("parts", "blocks", "files", FOLDER):
+            for name in ("parts", "blocks", "files", FOLDER, AUGMENTED):
                 (self.work / name).mkdir(parents=True)
             write_atomically(plan, json.dumps(identity))
 
@@ -111,7 +116,7 @@ class Pipeline:
             update={"train": self._data.decontamination.sources, "validation": None, "format": "auto"}
         )
         for block in Corpus(section).blocks:
-            for document in read_block(block, section, InputErrors("strict")):
+            for document in read_block(block, section, InputErrors("strict", encoding=section.encoding)):
                 # Of a pair the answer alone is often a word; the whole of it is what must not be trained on.
                 if document.text.strip():
                     yield document.text
@@ -147,6 +152,23 @@ class Pipeline:
     @property
     def _duplicate_files(self) -> list[str]:
         return [record["file"] for record in self.duplicates]
+
+    def augment(self) -> dict[str, Any]:
+        """Make further training documents where that is asked for; returns what the report says about it.
+
+        Raises:
+            UserError: the documents are not such as the section is for.
+            RunFailure: a task failed, or too many requests to a served model.
+        """
+        if self._data.augmentation is None:
+            return {}
+        # Brings an HTTP client with it, which other sets need not wait for.
+        from raylm.data.augmentation import Augmentation
+
+        augmentation = Augmentation(
+            self.directory, self._data, self.survey.kind, self.parts, self._duplicate_files, self._cpus
+        )
+        return {"augmentation": augmentation.run()}
 
     def dropped(self, part: dict[str, Any]) -> np.ndarray:
         """Rows of a part that are duplicates, sorted."""
@@ -243,6 +265,7 @@ class Pipeline:
         account["cleaning"] = _add_up([record["cleaning"] for record in self.records])
         if self._data.deduplication is not None:
             account["duplicates"] = {"dropped": duplicates, "compared": sum(r["compared"] for r in self.duplicates)}
+            account["duplicates"] |= describe_duplicates(self.work, self._duplicate_files, self.parts)
         account["errors"] = _add_up([record["errors"] for record in self.records])
         account["lengths"] = np.sum([record["lengths"] for record in self.records], axis=0).tolist()
         return account

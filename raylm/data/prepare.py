@@ -21,6 +21,8 @@ from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.run_directory import RunDirectory, write_atomically
 from raylm.config.stages import PrepareConfig
 from raylm.data.baselines import compressed_sizes
+from raylm.data.card import describe_set
+from raylm.data.card_page import write_card
 from raylm.data.changes import changes_of
 from raylm.data.corpus import Corpus, Survey
 from raylm.data.documents import Split, make_pair, read_documents
@@ -55,6 +57,10 @@ class Input:
         self.data, self.tokenizer = data, tokenizer
         self.corpus = Corpus(data)
         changes_of(data.cleaning)
+        if data.augmentation is not None:
+            from raylm.data.augmentation import check_augmentation
+
+            check_augmentation(data)
         self.survey: Survey | None = self.corpus.survey() if read else None
         if tokenizer.path is not None:
             from raylm.data.tokenizers import reuse_tokenizer
@@ -90,6 +96,8 @@ def prepared_directory(data: DataSection) -> Path | None:
     if data.format == "auto" and not (directory / MANIFEST).is_file():
         return None
     read_manifest(directory)
+    if data.augmentation is not None:
+        raise UserError(f"data.augmentation: leave it out, {directory} is prepared already; augment where it is made")
     return directory.resolve()
 
 
@@ -112,6 +120,7 @@ def prepare(config: PrepareConfig) -> None:
         run.create()
         report = _build(run.path, checked, cpus=None if workers == "auto" else workers)
     run.write_report(report)
+    write_card(run.path, report)
     print(describe(run.path, report))
 
 
@@ -140,7 +149,9 @@ def prepare_directory(
         return
     checked = checked or Input(data, tokenizer, read=False)
     with _nothing_half_written(directory):
-        _build(directory, checked, cpus=cpus)
+        report = _build(directory, checked, cpus=cpus)
+    write_atomically(directory / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_card(directory, report)
 
 
 def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, Any]:
@@ -166,6 +177,8 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         lap("parts")
         pipeline.find_duplicates()
         lap("duplicates")
+        augmented = pipeline.augment()
+        lap("augmentation")
         tokenizer = pipeline.make_tokenizer()
         lap("tokenizer")
         vocab_size = len(tokenizer)
@@ -174,12 +187,16 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
             dtype=token_dtype(vocab_size).str,
             eos_id=tokenizer.eos_token_id,
             unknown_id=tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None,
+            labels=checked.data.fields.label is not None,
         )
         results = pipeline.make_files(asdict(layout))
         lap("tokens")
     entries = [entry for result in results for entry in result["entries"]]
     baselines = compressed_sizes(document.text for document in read_documents(directory, "validation"))
     lap("baselines")
+    splits = {split: _split_entry(entries, split) for split in ("train", "validation")}
+    card = describe_set(directory, splits)
+    lap("card")
     pad_id = tokenizer.pad_token_id
     manifest = {
         "version": FORMAT_VERSION,
@@ -189,14 +206,13 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         "eos_id": layout.eos_id,
         "pad_id": layout.eos_id if pad_id is None else pad_id,
         "dtype": "uint16" if layout.dtype.endswith("2") else "uint32",
-        "splits": {split: _split_entry(entries, split) for split in ("train", "validation")},
+        "splits": splits,
         "corpus": {"sources": survey.sources},
         "configuration": {
             "data": checked.data.model_dump(mode="json"),
             "tokenizer": checked.tokenizer.model_dump(mode="json"),
         },
     }
-    splits = manifest["splits"]
     tokens, size = (sum(split[name] for split in splits.values()) for name in ("tokens", "bytes"))
     report = {
         "stage": "prepare",
@@ -210,6 +226,8 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         "vocabulary": describe_vocabulary(directory / "tokenizer", _measured(directory), layout.unknown_id),
         "compressed": baselines,
         "sources": survey.sources,
+        **card,
+        **augmented,
         **pipeline.account(sum(result["duplicates"] for result in results)),
         "seconds": {**seconds, "total": round(time.monotonic() - began, 3)},
     }
@@ -262,6 +280,11 @@ def describe(directory: Path, report: dict[str, Any]) -> str:
             f"  {split:<11} {report['documents'][split]:,} {report['kind']}, {report['tokens'][split]:,} tokens, "
             f"{report['bytes'][split]:,} bytes"
         )
+    if "augmentation" in report:
+        account = report["augmentation"]
+        made = ", ".join(f"{name} {count:,}" for name, count in account["made"].items()) or "nothing"
+        failed = f"; {sum(account['failed'].values()):,} requests failed" if account["failed"] else ""
+        lines.append(f"  augmented   {account['originals']:,} training {report['kind']}: {made}{failed}")
     unknown = f", {report['unknown_tokens']:,} unknown" if report["unknown_tokens"] else ""
     lines.append(
         f"  tokenizer   {report['vocab_size']:,} entries, {report['bytes_per_token']:.2f} bytes a token{unknown}"
@@ -269,5 +292,5 @@ def describe(directory: Path, report: dict[str, Any]) -> str:
     if report["compressed"]:
         figures = ", ".join(f"{name} {entry['bits_per_byte']:.3f}" for name, entry in report["compressed"].items())
         lines.append(f"  baselines   bits per byte of the validation text: {figures}")
-    lines.append(f"  files       {directory}")
+    lines.append(f"  files       {directory}, data card in {directory / 'report.html'}")
     return f"prepare: done in {report['seconds']['total']:.1f} s\n" + "\n".join(lines)

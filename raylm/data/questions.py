@@ -47,7 +47,7 @@ def read_questions(data: DataSection, split: Split | None = None) -> Iterator[tu
     Raises:
         UserError: a source is wrong or of another format; names the file and the place.
     """
-    errors = InputErrors(data.errors)
+    errors = InputErrors.of(data)
     sides: list[tuple[str, list[Any], Split | None]] = [
         ("data.train", data.train_sections, "train" if data.validation_sources else None),
         ("data.validation", data.validation_sources, "validation"),
@@ -67,7 +67,7 @@ def evaluation_questions(data: DataSection, split: Split = "validation") -> list
     """
     key = "data.validation" if split == "validation" and data.validation_sources else "data.train"
     names = data.validation_sources if key == "data.validation" else data.train_sections
-    found = list(_of_sources(data, names, key, InputErrors(data.errors)))
+    found = list(_of_sources(data, names, key, InputErrors.of(data)))
     if not found:
         raise UserError(f"{key}: found no question")
     return found

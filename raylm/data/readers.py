@@ -125,7 +125,7 @@ def read_jsonl(segment: Segment, data: DataSection, errors: InputErrors) -> Iter
         # What a row is, the file's first one says.
         if segment.start == 0:
             return None
-        first = next(rows_of_head(path, data, InputErrors("skip"), rows), None)
+        first = next(rows_of_head(path, data, InputErrors("skip", encoding=data.encoding), rows), None)
         return None if first is None else list(first[1])
 
     place = lambda offset: f"{path}:{line_number(path, offset)}"  # noqa: E731
@@ -229,12 +229,15 @@ def _answer(question: Mapping[str, Any]) -> str:
 
 
 def read_parallel(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
-    """Pairs of two text files of which line n of the second translates line n of the first."""
+    """Pairs of two text files of which line n of the second translates line n of the first; without a target, of one
+    with both on a line and a tab between. Further columns are passed over, as some collections name sources there."""
+    if segment.target is None:
+        return read_columns(segment, data, errors)
     path, target = segment.path, str(segment.target)
 
     def rows() -> Rows:
         # A line that is skipped on one side only would shift the rest: bad bytes are replaced, never skipped.
-        policy = InputErrors("strict" if errors.policy == "strict" else "replace")
+        policy = InputErrors("strict" if errors.policy == "strict" else "replace", encoding=data.encoding)
         sides = (iter(Lines(name, policy, data.max_document_bytes)) for name in (path, target))
         for number, (left, right) in enumerate(itertools.zip_longest(*sides), start=1):
             if left is None or right is None:
@@ -244,8 +247,26 @@ def read_parallel(segment: Segment, data: DataSection, errors: InputErrors) -> I
         for kind, count in policy.counts.items():
             errors.counts[kind] = errors.counts.get(kind, 0) + count
 
-    fields = data.fields.model_copy(update={"context": None})
+    fields = data.fields.model_copy(update={"context": None, "label": None})
     return rows_to_documents(rows(), fields, path, errors, lambda number: f"{path}:{number}")
+
+
+def read_columns(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
+    """Pairs of a text file with a prompt, a tab and an answer on each line."""
+    path = segment.path
+
+    def rows() -> Rows:
+        for offset, line in _lines(segment, data, errors):
+            columns = line.rstrip("\r\n").split("\t")
+            if len(columns) > 1:
+                yield offset, {data.fields.prompt: columns[0], data.fields.answer: columns[1]}
+            elif line.strip():
+                place = f"{path}:{line_number(path, offset)}"
+                errors.bad("malformed", f"{place}: found no tab, allowed: a text, a tab and its translation")
+
+    fields = data.fields.model_copy(update={"context": None, "label": None})
+    place = lambda offset: f"{path}:{line_number(path, offset)}"  # noqa: E731
+    return rows_to_documents(rows(), fields, path, errors, place)
 
 
 def read_stdlib(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from raylm.config.data import FieldsSection
@@ -18,7 +19,7 @@ ANSWERING = ("assistant", "gpt", "bot", "model")
 
 def is_wanted(name: str, fields: FieldsSection) -> bool:
     """Whether a column is read at all."""
-    return name in (fields.text, fields.prompt, fields.answer, fields.context, fields.messages)
+    return name in (fields.text, fields.prompt, fields.answer, fields.context, fields.messages, fields.label)
 
 
 def rows_to_documents(
@@ -56,7 +57,11 @@ def rows_to_documents(
     make = {"text": _text, "pair": _pair, "messages": _conversation}[kind]
     for number, row in itertools.chain([first], rows):
         try:
-            yield from make(row, fields)
+            if fields.label is None:
+                yield from make(row, fields)
+            else:
+                label = _label(row, fields.label)
+                yield from (replace(document, label=label) for document in make(row, fields))
         except ValueError as error:
             errors.bad("malformed", f"{place(number)}: {error}")
 
@@ -114,6 +119,12 @@ def _conversation(row: Mapping[str, Any], fields: FieldsSection) -> Iterator[Doc
             yield make_pair(prompt, content, context, split_key=key)
     if not answered:
         yield Document(text="")
+
+
+def _label(row: Mapping[str, Any], column: str) -> str:
+    """A class, which may be a number or true and false as well."""
+    value = row.get(column)
+    return str(value) if isinstance(value, int | float) else _value(row, column)
 
 
 def _value(row: Mapping[str, Any], column: str) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylm.config.data import STDLIB_DOCS, STDLIB_PAIRS, DataSection, SourceSection
-from raylm.data.blocks import SMALLEST_BLOCK, Segment
+from raylm.data.blocks import BY_LINES, SMALLEST_BLOCK, Segment
 from raylm.data.documents import document_files
 from raylm.data.streams import (
     COMPRESSED,
@@ -122,7 +122,7 @@ def _cut(whole: Segment, source: Any) -> list[Segment]:
         whole: the file.
         source: what pyarrow reads it from.
     """
-    if whole.format in ("text", "jsonl"):
+    if whole.format in BY_LINES:
         return [whole]
     if whole.format == "parquet" and whole.size >= SMALLEST_BLOCK:
         try:

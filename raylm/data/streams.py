@@ -7,6 +7,7 @@ of a run does; everything else through fsspec's own file systems.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
@@ -17,11 +18,13 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from raylm.config.data import DataSection
 from raylm.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MOST_SAMPLES = 5
+DETECTED_BYTES = 64 << 10
 
 
 def is_remote(path: str) -> bool:
@@ -110,11 +113,19 @@ class InputErrors:
         policy: strict, replace or skip (``data.errors``).
         counts: by kind of mistake, how often it was skipped or replaced.
         samples: the first messages.
+        encoding: of text (``data.encoding``).
     """
 
     policy: str
     counts: dict[str, int] = field(default_factory=dict)
     samples: list[str] = field(default_factory=list)
+    encoding: str = "utf-8"
+    _detected: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, data: DataSection) -> InputErrors:
+        """What ``data`` says."""
+        return cls(data.errors, encoding=data.encoding)
 
     def bad(self, kind: str, message: str) -> None:
         """Count one mistake whose row is skipped.
@@ -132,28 +143,54 @@ class InputErrors:
         if len(self.samples) < MOST_SAMPLES:
             self.samples.append(message)
 
+    def _encoding_of(self, path: str) -> str:
+        if path not in self._detected:
+            self._detected[path] = detected_encoding(path)
+        return self._detected[path]
+
     def decode(self, content: bytes, path: str, offset: int) -> str | None:
         """``content``, which stands at ``offset`` of the file, as text; None where it is to be skipped.
 
         A zero byte is no text either: files that hold some are binary, or were cut off by a crash.
 
         Raises:
-            UserError: it is not UTF-8, unless ``policy`` says otherwise; names the byte.
+            UserError: it is not in that encoding, unless ``policy`` says otherwise; names the byte.
         """
         zero = content.find(0)
+        encoding = self._encoding_of(path) if self.encoding == "detect" else self.encoding
         try:
-            text = content.decode()
+            text = content.decode(encoding)
             if zero < 0:
                 return text
             place = zero
         except UnicodeDecodeError as error:
             place = error.start if zero < 0 else min(zero, error.start)
-        message = f"{path}: not UTF-8 at byte {offset + place}: found 0x{content[place]:02x}, allowed: UTF-8 text"
+        name = encoding.upper()
+        message = f"{path}: not {name} at byte {offset + place}: found 0x{content[place]:02x}, allowed: {name} text"
         if self.policy == "replace":
             self.count("undecodable", message)
-            return content.decode(errors="replace").replace("\0", "\ufffd")
+            return content.decode(encoding, errors="replace").replace("\0", "\ufffd")
         self.bad("undecodable", message)
         return None
+
+
+def detected_encoding(path: str) -> str:
+    """The encoding that the beginning of a file is most likely in; UTF-8 where nothing fits it.
+
+    Relies on charset_normalizer. Encodings in which a line feed is more than a byte are not looked for.
+    """
+    import charset_normalizer
+
+    with open_bytes(path) as stream:
+        content = stream.read(DETECTED_BYTES)
+    # What is read may end within a character.
+    content = content[: content.rfind(b"\n") + 1] or content
+    with contextlib.suppress(UnicodeDecodeError):
+        content.decode()
+        return "utf-8"
+    found = charset_normalizer.from_bytes(content, cp_exclusion=["utf_16", "utf_32", "utf_7"]).best()
+    # GB 2312 and GBK are parts of it.
+    return {"gb2312": "gb18030", "gbk": "gb18030"}.get(found.encoding, found.encoding) if found else "utf-8"
 
 
 class Lines:
@@ -165,7 +202,7 @@ class Lines:
     Args:
         path: the file.
         start, stop: the range; stop is None for a file that is read to its end.
-        errors: what to do with what is not text.
+        errors: what to do with what is not text; says the encoding.
         most_bytes: longest line.
     """
 

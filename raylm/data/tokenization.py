@@ -33,16 +33,20 @@ from raylm.data.encoding import DocumentEncoder, PairEncoder
 from raylm.data.parts import WORK
 
 WEIGHT_PURPOSE = b"raylm-weight"
+# Folder of the parts that augmentation has made others of.
+AUGMENTED = "augmented"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What all token files of a set share: the tokenizer's ids, the dtype's name, and what a document is."""
+    """What all token files of a set share: the tokenizer's ids, the dtype's name, what a document is, and whether it
+    has a class."""
 
     kind: Kind
     dtype: str
     eos_id: int
     unknown_id: int | None
+    labels: bool = False
 
 
 def make_files(
@@ -85,6 +89,12 @@ def make_files(
 
 
 def surviving(work: Path, part: str, dropped: np.ndarray) -> Iterator[list[Document]]:
+    """The documents that a part gives to the set, a row group at a time; augmented where that is done."""
+    augmented = work / AUGMENTED / f"{part}.parquet"
+    return read_row_groups(augmented) if augmented.is_file() else without_duplicates(work, part, dropped)
+
+
+def without_duplicates(work: Path, part: str, dropped: np.ndarray) -> Iterator[list[Document]]:
     """The documents of a part, a row group at a time, without the rows in ``dropped`` (sorted)."""
     row = 0
     for group in read_row_groups(work / "parts" / f"{part}.parquet"):
@@ -138,7 +148,9 @@ class TokenWriter:
         tokenizer = self._root / "tokenizer"
         self._encoder = open_encoder(tokenizer, is_pairs, self._layout.eos_id, (tokenizer / "tokenizer.json").stat())
         self._documents = DocumentFile(
-            self._root / "documents" / f"{self._split}-{self._number:05d}.parquet", self._layout.kind
+            self._root / "documents" / f"{self._split}-{self._number:05d}.parquet",
+            self._layout.kind,
+            columns=("label",) if self._layout.labels else (),
         )
         if self._leading and not is_pairs:
             # The stream begins as every document does: after an end-of-text token.

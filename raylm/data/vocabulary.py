@@ -15,6 +15,7 @@ from raylm.data.words import words_of
 MOST_BYTES = 2 << 20
 # Texts that are encoded in one go.
 BATCH = 256
+FREQUENT, RANKS = 20, 40
 
 
 def describe_vocabulary(directory: Path, texts: Iterable[str], unknown_id: int | None) -> dict[str, Any]:
@@ -23,9 +24,12 @@ def describe_vocabulary(directory: Path, texts: Iterable[str], unknown_id: int |
     Returns:
         ``bytes_per_token``; ``characters_per_token``; ``fertility``, tokens a word (a Chinese character is one);
         ``unknown_rate``, share of unknown tokens; ``unigram_entropy_bits``, of the distribution of tokens, and
-        ``used``, share of the vocabulary that occurs at all. Empty where there is no text.
+        ``used``, share of the vocabulary that occurs at all; ``most_frequent`` tokens with their counts; and ``ranks``,
+        (rank, count) of tokens in the order of their frequency, at ranks that grow geometrically. Empty where there is
+        no text.
     """
-    encoder, size = DocumentEncoder(directory, 0), load_backend(directory).get_vocab_size()
+    encoder, backend = DocumentEncoder(directory, 0), load_backend(directory)
+    size = backend.get_vocab_size()
     counts = np.zeros(size, dtype=np.int64)
     text_bytes = characters = words = 0
     batch: list[Document] = []
@@ -43,6 +47,8 @@ def describe_vocabulary(directory: Path, texts: Iterable[str], unknown_id: int |
     if not tokens:
         return {}
     shares = counts[counts > 0] / tokens
+    order = np.argsort(-counts, kind="stable")[: len(shares)]
+    ranks = np.unique(np.geomspace(1, len(order), RANKS).round().astype(int)).tolist()
     return {
         "text_bytes": text_bytes,
         "tokens": tokens,
@@ -52,4 +58,9 @@ def describe_vocabulary(directory: Path, texts: Iterable[str], unknown_id: int |
         "unknown_rate": round(float(counts[unknown_id] / tokens) if unknown_id is not None else 0.0, 6),
         "unigram_entropy_bits": round(float(-(shares * np.log2(shares)).sum()), 4),
         "used": round(len(shares) / size, 4),
+        "most_frequent": [
+            {"token": backend.decode([token], skip_special_tokens=False), "count": int(counts[token])}
+            for token in order[:FREQUENT].tolist()
+        ],
+        "ranks": [[rank, int(counts[order[rank - 1]])] for rank in ranks],
     }

@@ -14,35 +14,35 @@ from typing import Any
 
 from raylm.config.run_directory import write_atomically
 from raylm.errors import UserError
+from raylm.pages import page, table
 
-STYLE = (
-    "body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .8em;text-align:left}img{width:100%}"
-)
 AXES = ("step", "tokens", "samples", "time")
 
 
 def write_html(run_directory: Path) -> Path:
-    """Write ``report.html`` into ``run_directory`` and return its path.
+    """Write ``report.html`` into ``run_directory`` and return its path; of a prepared set, its data card.
 
     Raises:
         UserError: the directory is no run of a stage.
     """
     if not (run_directory / "config.yaml").is_file():
         raise UserError(f"{run_directory}: is no run directory (no config.yaml)")
-    parts = [f"<!doctype html><meta charset=utf-8><title>{run_directory.name}</title><style>{STYLE}</style>"]
-    parts.append(f"<h1>{html.escape(run_directory.name)}</h1>")
-    report = run_directory / "report.json"
-    parts.append("<h2>Result</h2>")
-    parts.append(_table(json.loads(report.read_text(encoding="utf-8"))) if report.exists() else "<p>Not done yet.</p>")
+    path = run_directory / "report.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if report is not None and report.get("stage") == "prepare":
+        from raylm.data.card_page import write_card
+
+        return write_card(run_directory, report)
+    parts = ["<h2>Result</h2>", table(report) if report is not None else "<p>Not done yet.</p>"]
     metrics = run_directory / "metrics.jsonl"
     if metrics.exists():
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         for title, names in _groups(lines).items():
-            parts.append(f"<h2>{title}</h2>{_plot(lines, names)}")
+            parts.append(f"<h2>{html.escape(title)}</h2>{_plot(lines, names)}")
     configuration = html.escape((run_directory / "config.yaml").read_text(encoding="utf-8"))
     parts.append(f"<h2>Configuration</h2><pre>{configuration}</pre>")
     path = run_directory / "report.html"
-    write_atomically(path, "\n".join(parts))
+    write_atomically(path, page(run_directory.name, parts))
     return path
 
 
@@ -66,15 +66,3 @@ def _plot(lines: list[dict[str, Any]], names: list[str]) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return f'<img alt="{names[0]}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _table(value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        columns = list(dict.fromkeys(key for row in value for key in row))
-        head = "".join(f"<th>{html.escape(column)}" for column in columns)
-        rows = "".join("<tr>" + "".join(f"<td>{_table(row.get(c))}" for c in columns) for row in value)
-        return f"<table><tr>{head}{rows}</table>"
-    if isinstance(value, dict):
-        rows = "".join(f"<tr><th>{html.escape(str(key))}<td>{_table(item)}" for key, item in value.items())
-        return f"<table>{rows}</table>"
-    return html.escape(f"{value:.6g}" if isinstance(value, float) else str(value))

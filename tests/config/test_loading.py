@@ -46,7 +46,7 @@ def test_numbers_with_exponent_are_numbers(pretrain_file: Path) -> None:
         ("tokenizer.vocab_size=100", "vocab_size 100 is smaller than the byte alphabet: allowed is 260 or more"),
         ("model.family=gpt9", "family: found 'gpt9', allowed: gpt2, llama"),
         ("resources.workers=0", "resources.workers: found 0, must be at least 1, or auto"),
-        ("data.fields.foo=1", "data.fields.foo: unknown key; allowed: answer, context, messages, prompt, text"),
+        ("data.fields.foo=1", "data.fields.foo: unknown key; allowed: answer, context, label, messages, prompt, text"),
         ("foo=1", "foo: unknown key; allowed: checkpoint, data, model"),
         ("training.early_stopping.pa=1", "training.early_stopping.pa: unknown key; allowed: metric, minimum_change"),
         ("resources.elastic=[2, 1]", "resources: elastic: found [2, 1], allowed: [least, most]"),

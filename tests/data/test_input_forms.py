@@ -158,6 +158,47 @@ def test_squad_and_parallel_text(tmp_path):
         documents([source])
 
 
+def test_two_columns_are_pairs(tmp_path):
+    path = tmp_path / "en-fr.txt"
+    path.write_text("Go.\tVa !\tCC-BY (a & b)\n\nRun!\tCours !\n", encoding="utf-8")
+    found = documents(str(path), format="parallel")
+    assert [(pair.prompt, pair.answer) for pair in found] == [("Go.", "Va !"), ("Run!", "Cours !")]
+    # Cut into ranges, every line is read once.
+    path.write_text("".join(f"line {n}\tligne {n}\n" for n in range(150_000)), encoding="utf-8")
+    corpus = Corpus(DataSection(train=str(path), format="parallel"))
+    assert len(corpus.blocks) > 1
+    assert [pair.prompt for _, pair in corpus.documents()] == [f"line {n}" for n in range(150_000)]
+    path.write_text("Go.\tVa !\nRun!\n")
+    assert f"{path}:2: found no tab, allowed: a text, a tab and its translation" in refusal(path, format="parallel")
+    assert account(path, format="parallel", errors="skip")[1].counts == {"malformed": 1}
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "big5", "detect"])
+def test_encodings_by_name_or_guessed(tmp_path, encoding):
+    poem = "床前明月光，\n疑是地上霜。\n舉頭望明月，\n低頭思故鄉。\n" if encoding == "big5" else (
+        "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n我们常说，读书破万卷，下笔如有神。\n"
+    )  # fmt: skip
+    path, rows = tmp_path / "poem.txt", tmp_path / "poem.jsonl"
+    written = "gb18030" if encoding == "detect" else encoding
+    path.write_bytes(poem.encode(written))
+    rows.write_bytes(
+        "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in poem.split()).encode(written)
+    )
+    assert texts(str(path), encoding=encoding) == poem.split() == texts(str(rows), encoding=encoding)
+    if encoding == "detect":
+        path.write_text("naïve, 猫\n", encoding="utf-8")
+        assert texts(str(path), encoding=encoding) == ["naïve, 猫"]
+    else:
+        path.write_bytes("床".encode(written) + b"\xff\n")
+        assert f"{path}: not {encoding.upper()} at byte 2: found 0xff" in refusal(path, encoding=encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "nonsense", "base64"])
+def test_encodings_that_cannot_be_read_by_lines_are_refused(encoding):
+    with pytest.raises(ValueError, match="allowed: detect, or an encoding of Python in which a line feed is one byte"):
+        DataSection(train="x", encoding=encoding)
+
+
 def test_mixed_encodings_are_refused_replaced_or_skipped(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\ncaf\xe9 noir\nfine\n\x00\x00\x00\n")

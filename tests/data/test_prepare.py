@@ -30,7 +30,7 @@ def content_of(directory: Path) -> dict[str, str]:
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in ("config.yaml", "report.json")
+        if path.is_file() and path.name not in ("config.yaml", "report.json", "report.html")
     }
 
 

@@ -79,13 +79,13 @@ def test_parity_with_plain_loop(count: int, tmp_path: Path) -> None:
     cases = [f"{optimizer}:{stage}:{f}" for f in families for optimizer in ("adamw", "sgd") for stage in range(4)]
     # Documents this short make SGD at its rate jump, and a jump enlarges rounding differences a thousand times.
     packed = ("llama-documents", "gpt2-documents")
-    cases += [f"adamw:{stage}:{family}" for family in packed for stage in range(4)]
+    cases += [f"adamw:{stage}:{family}" for family in packed for stage in (0, 3)]
     results = run_processes(count, tmp_path / "losses.json", cases)
     for family in (*families, *packed):
         for optimizer in ("adamw", "sgd") if family in families else ("adamw",):
             expected = plain_loop(optimizer, family)
             assert expected["loss"][-1] < expected["loss"][0]
-            for stage in range(4):
+            for stage in range(4) if family in families else (0, 3):
                 found = results[f"{optimizer}:{stage}:{family}"]
                 assert largest_difference(found["loss"], expected["loss"]) < TOLERANCE, (family, optimizer, stage)
                 # Norms are some hundred times larger than the differences in loss.

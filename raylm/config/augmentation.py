@@ -1,0 +1,136 @@
+"""The section ``data.augmentation``: further training documents, or pairs, made from those that there are."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raylm.config.base import Section
+
+SERVED_METHODS = ("paraphrase", "back_translation", "generate")
+# Method -> the keys that are for it alone.
+_KEYS = {
+    "swap": ("share", "segmenter"),
+    "delete": ("share", "segmenter"),
+    "synonym": ("share", "segmenter", "dictionary"),
+    "span_mask": ("share", "segmenter", "span_words", "mask"),
+    "paraphrase": ("template",),
+    "back_translation": ("template", "back_template", "language", "original_language"),
+    "generate": ("template",),
+}
+_SPECIFIC = sorted({key for keys in _KEYS.values() for key in keys})
+
+
+class MethodSection(Section):
+    """One item of ``data.augmentation.methods``."""
+
+    method: Literal["copy", "swap", "delete", "synonym", "span_mask", "paraphrase", "back_translation", "generate"]
+    """copy: the document again. swap, delete, synonym: change some words (Wei & Zou 2019). span_mask: put a sign in the
+    place of runs of words. paraphrase, back_translation (Sennrich et al. 2016), generate: ask a served model."""
+    times: int = Field(default=1, ge=1, le=100)
+    """Variants of each document."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the documents that the method is for, chosen by their hash."""
+    part: Literal["prompt", "answer", "context"] | None = None
+    """Part of a pair that is changed; the prompt by default."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the words that is changed, at least one; 0.1 by default, 0.15 for span_mask."""
+    segmenter: Literal["characters", "jieba"] | None = None
+    """What a Chinese word is: a character (default), or what jieba finds."""
+    dictionary: str | None = Field(default=None, min_length=1)
+    """synonym: a UTF-8 file with a word, a tab and its synonyms, separated by tabs, on each line."""
+    span_words: int | None = Field(default=None, ge=1)
+    """span_mask: words in a run; 3 by default."""
+    mask: str | None = Field(default=None, min_length=1)
+    """span_mask: what stands in a run's place; [MASK] by default."""
+    template: str | None = Field(default=None, min_length=1)
+    """What the model is asked; {text}, or of generate on pairs {prompt}, {answer} and {context}, stand for the
+    document. back_translation: {language} stands for the language that is translated into."""
+    back_template: str | None = Field(default=None, min_length=1)
+    """back_translation: what it is asked on the way back; the same as ``template`` by default."""
+    language: str | None = Field(default=None, min_length=1)
+    """back_translation: the language between; English for a Chinese text, else French, by default."""
+    original_language: str | None = Field(default=None, min_length=1)
+    """back_translation: the language of the documents; by default Chinese where half of the letters are, else
+    English."""
+
+    @model_validator(mode="after")
+    def _fitting(self) -> MethodSection:
+        allowed = _KEYS.get(self.method, ())
+        for key in _SPECIFIC:
+            if getattr(self, key) is not None and key not in allowed:
+                raise ValueError(f"{key} is not for the method {self.method}")
+        if self.part is not None and self.method in ("copy", "generate"):
+            raise ValueError(f"part is not for the method {self.method}, which takes the whole pair")
+        if self.method == "synonym" and self.dictionary is None:
+            raise ValueError("the method synonym needs a dictionary: a file")
+        if self.template is not None and self.method != "generate" and "{text}" not in self.template:
+            raise ValueError(f"template: found '{self.template}', allowed: a text with {{text}}")
+        return self
+
+
+class ServedModelSection(Section):
+    """``data.augmentation.model``: any server with OpenAI's routes, such as ``raylm serve``."""
+
+    base_url: str = Field(pattern=r"^https?://\S+$")
+    """Up to and with /v1."""
+    name: str | None = None
+    """Name of the model; by default the only one that the server has."""
+    api_key_environment: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Name of the environment variable that holds the key."""
+    concurrency: int = Field(default=4, ge=1, le=1024)
+    """Requests at a time."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """Longest wait for an answer."""
+    retries: int = Field(default=3, ge=0, le=20)
+    """Further attempts after a failure that may pass: no connection, a timeout, status 408, 429 or 5xx."""
+    temperature: float = Field(default=0.7, ge=0, le=2)
+    """0 takes the likeliest token each time."""
+    max_tokens: int = Field(default=512, ge=1)
+    """Longest answer."""
+    max_failures: float = Field(default=0.1, ge=0, le=1)
+    """Share of the requests that may fail; above it, prepare stops, and the same command goes on."""
+
+
+class BalanceSection(Section):
+    """``data.augmentation.balance``: as many documents of every class."""
+
+    by: Literal["label", "answer"] = "label"
+    """What the class is: the column ``data.fields.label``, or the answer of a pair."""
+    method: Literal["oversample", "undersample"] = "oversample"
+    """oversample repeats documents until every class has as many as the largest; undersample leaves some out until
+    every class has as many as the smallest."""
+    max_copies: int = Field(default=10, ge=1)
+    """oversample: most times that a document is there."""
+
+
+class AugmentationSection(Section):
+    """``data.augmentation``: for training documents only, after deduplication; originals stay.
+
+    A variant is a function of (seed, text, method, number), a served model's answers aside. What is made says so in the
+    column ``augmentation``: the method, the original's id, the number.
+    """
+
+    methods: list[MethodSection] = Field(default_factory=list)
+    """Each is applied to the originals, not to what another one made."""
+    model: ServedModelSection | None = None
+    """The server that paraphrase, back_translation and generate ask."""
+    balance: BalanceSection | None = None
+    """Even out classes; of the originals, before the methods."""
+    seed: int = Field(default=0, ge=0)
+    """Another seed changes other words."""
+
+    @property
+    def served(self) -> bool:
+        """Whether any method asks a model."""
+        return any(method.method in SERVED_METHODS for method in self.methods)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AugmentationSection:
+        if not self.methods and self.balance is None:
+            raise ValueError("give methods, balance, or both")
+        if self.served and self.model is None:
+            name = next(method.method for method in self.methods if method.method in SERVED_METHODS)
+            raise ValueError(f"the method {name} needs a model: {{base_url: ...}}")
+        return self
