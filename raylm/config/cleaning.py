@@ -35,7 +35,7 @@ class LanguageSection(Section):
     """``cleaning.language``: keep documents in some languages."""
 
     keep: list[str] = Field(min_length=1)
-    """ISO 639-1 codes, such as en and zh."""
+    """ISO 639-1 codes, such as en and zh; zh stands for Wu and Cantonese too, which are hard to tell from it."""
     characters: int = Field(default=1000, ge=50)
     """How much of a document's beginning is looked at."""
 

@@ -105,6 +105,8 @@ def test_languages():
     assert cleaned(PROSE, **keep) == PROSE
     assert cleaned("Der Ausschuss traf sich am Dienstag, um über die Pläne zu sprechen.", **keep) is None
     assert cleaned("委员会周二开会讨论春季制定的计划。", language={"keep": ["zh"]}) is not None
+    # Which py3langid takes for Wu.
+    assert cleaned("该镇位于江苏省苏州市吴江区，面积五十平方公里，人口三万。", language={"keep": ["zh"]}) is not None
 
 
 def test_the_account_counts_changes_and_shows_what_was_dropped():
