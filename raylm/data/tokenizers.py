@@ -125,10 +125,10 @@ def reuse_tokenizer(path: str) -> TokenizerFiles | PreTrainedTokenizerFast:
     """The tokenizer of a model, run, prepared or tokenizer directory, or of a hub name.
 
     One without a chat template gets ours where it knows our special tokens, else one of plain words: its vocabulary
-    never changes, as that of a model may hang on it.
+    never changes, as that of a model may hang on it. Where there is no EOS token, as in BERT's, the separator is it.
 
     Raises:
-        UserError: there is none, or it has no fast implementation or no EOS token.
+        UserError: there is none, or it has no fast implementation, or neither EOS token nor separator.
     """
     key = "tokenizer.path"
     nested = Path(path).expanduser() / "tokenizer"
@@ -137,7 +137,12 @@ def reuse_tokenizer(path: str) -> TokenizerFiles | PreTrainedTokenizerFast:
     if not found.is_fast:
         raise UserError(f"{key}: {path} has no tokenizer.json; a fast tokenizer is needed")
     if found.eos_token_id is None:
-        raise UserError(f"{key}: {path} has no EOS token, which must stand between documents")
+        if isinstance(found, TokenizerFiles):
+            found.settings["eos_token"] = found.settings.get("sep_token")
+        elif found.sep_token is not None:
+            found.eos_token = found.sep_token
+    if found.eos_token_id is None:
+        raise UserError(f"{key}: {path} has no EOS token (nor a separator), which must stand between documents")
     if not found.chat_template:
         ours = {USER, ASSISTANT} <= _special_tokens(found)
         found.chat_template = CHAT_TEMPLATE if ours else PLAIN_TEMPLATE

@@ -116,6 +116,10 @@ def test_a_reused_tokenizer_keeps_its_vocabulary_and_its_template(tmp_path):
 
     (ids,), _ = PairEncoder(tmp_path / "saved").encode([make_pair("Q?", "A.")])
     assert decode(ids) == "Question: Q?\nAnswer: A.</s>"
+    # As BERT's.
+    PreTrainedTokenizerFast(tokenizer_object=backend, sep_token="</s>").save_pretrained(tmp_path / "separator")
+    reuse_tokenizer(str(tmp_path / "separator")).save_pretrained(tmp_path / "saved again")
+    assert reuse_tokenizer(str(tmp_path / "saved again")).eos_token_id == 256
     foreign.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
         + ("{% if add_generation_prompt %}[assistant]{% endif %}")
