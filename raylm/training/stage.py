@@ -87,6 +87,8 @@ def check_questions(config: TrainConfig, objective: Objective) -> QuestionInput 
 
     if config.model.path is None:
         raise UserError(f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from")
+    if config.data.augmentation is not None:
+        raise UserError(f"data.augmentation: leave it out, it is not for questions (objective.type {objective.name})")
     if (config.run.directory / "data" / MANIFEST).is_file():
         verify_questions(config.run.directory / "data")
         return None
