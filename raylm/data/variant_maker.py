@@ -85,14 +85,19 @@ class VariantMaker:
                 self.dropped["decontamination"] += 1
                 continue
             texts.add(made.text)
-            mark = f"{method.method}:{document.id}:{number}"
-            found.append(replace(made, title=document.title, aliases=document.aliases, label=document.label,
-                                 split="train", augmentation=mark))  # fmt: skip
+            kept = {
+                "label": document.label,
+                "split": "train",
+                "augmentation": f"{method.method}:{document.id}:{number}",
+            }
+            if method.method != "generate":
+                kept |= {"title": document.title, "aliases": document.aliases}
+            found.append(replace(made, **kept))
             self.made[method.method] += 1
             examples = self.examples.setdefault(method.method, [])
             if len(examples) < MOST_EXAMPLES:
-                texts_shown = (document.text[:EXAMPLE_CHARACTERS], made.text[:EXAMPLE_CHARACTERS])
-                examples.append(dict(zip(("original", "variant"), texts_shown, strict=True)))
+                shown = {"original": document.text, "variant": made.text}
+                examples.append({name: text[:EXAMPLE_CHARACTERS] for name, text in shown.items()})
         return found
 
 
@@ -104,9 +109,9 @@ def _part(document: Document, method: MethodSection) -> str:
 def _with_part(document: Document, method: MethodSection, text: str) -> Document:
     """``document`` with another text in that place; the same one where nothing would be left of a pair."""
     if not document.prompt:
-        return replace(document, text=text) if text.strip() else document
+        return Document(text=text) if text.strip() else document
     parts = {name: getattr(document, name) for name in ("prompt", "answer", "context")}
     parts[method.part or "prompt"] = text
     if not (parts["prompt"].strip() and parts["answer"].strip()):
         return document
-    return replace(make_pair(**parts), title=document.title)
+    return make_pair(**parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +43,10 @@ def provider() -> Iterator[SimpleNamespace]:
         state.asked.append(body)
         state.busy += 1
         state.most_busy = max(state.most_busy, state.busy)
-        await asyncio.sleep(0.01)
-        state.busy -= 1
+        try:
+            await asyncio.sleep(0.01)
+        finally:
+            state.busy -= 1
         kind = "500" if state.down else state.failures.pop(0) if state.failures else "fine"
         if kind == "slow":
             await asyncio.sleep(1)
@@ -183,6 +186,9 @@ def test_failures_are_counted_and_a_prepare_goes_on_where_it_stopped(
         prepare_directory(tmp_path / "set", data, TokenizerSection(type="byte"))
     assert not (tmp_path / "set" / "manifest.json").exists() and len(answered) == 30
     assert provider.most_busy == 3
+    while provider.busy:
+        # Requests that were given up on the way.
+        time.sleep(0.01)
     provider.down, provider.asked = False, []
     provider.answer = lambda text: f"Say: {text.rpartition(chr(10))[2]}"
     provider.failures = ["400", "500"]
