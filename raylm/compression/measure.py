@@ -42,14 +42,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             found.append(time.perf_counter() - began)
     speed = {str(batch): batch * new_tokens / statistics.median(found) for batch, found in seconds.items()}
     outputs = [tokens for i in range(0, len(prompts), 8) for tokens in generate(prompts[i : i + 8], new_tokens)]
-    return {"resident_bytes": resident, "peak_bytes": _peak(), "tokens_per_second": speed, "outputs": outputs}
+    return {"resident_bytes": resident, "peak_bytes": peak_bytes(), "tokens_per_second": speed, "outputs": outputs}
 
 
 def _rotated(prompts: list[list[int]], first: int, count: int) -> list[list[int]]:
     return [prompts[(first + i) % len(prompts)] for i in range(count)]
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
+    """Most memory that this process has had resident."""
     # VmHWM starts anew with the program; ru_maxrss would still hold the parent's size from before exec.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -57,7 +58,8 @@ def _peak() -> int:
     return psutil.Process(os.getpid()).memory_info().rss
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
+    """Memory that this process has resident."""
     return psutil.Process(os.getpid()).memory_info().rss
 
 
@@ -67,9 +69,9 @@ def _transformers(job: dict[str, Any]):
     from raylm.models.loading import load_model
 
     torch.set_num_threads(job["threads"])
-    before = _resident()
+    before = resident_bytes()
     model = load_model(job["model"]).eval()
-    resident = _resident() - before
+    resident = resident_bytes() - before
     # Both engines generate on past the end of text, so that they do the same work.
     model.generation_config.eos_token_id = None
 
@@ -92,9 +94,9 @@ def _openvino(job: dict[str, Any]):
 
     from raylm.models.openvino import open_pipeline
 
-    before = _resident()
+    before = resident_bytes()
     pipeline = open_pipeline(job["model"], cache_gigabytes=1, threads=job["threads"], prefix_caching=False)
-    resident = _resident() - before
+    resident = resident_bytes() - before
     numbers = iter(range(10**9))
 
     def generate(prompts: list[list[int]], count: int) -> list[list[int]]:

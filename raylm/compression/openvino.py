@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from raylm.errors import UserError
-from raylm.models.openvino import EXPORT_MODEL, find_export
+from raylm.models.loading import load_tokenizer
+from raylm.models.openvino import EXPORT_DETOKENIZER, EXPORT_MODEL, EXPORT_TOKENIZER, find_export
 
 
 def check_installed() -> None:
@@ -31,18 +32,51 @@ def check_installed() -> None:
         raise UserError(f"compression.method: int8 needs {', '.join(missing)}: pip install 'raylm[cpu]'")
 
 
-def export_int8(model_directory: str, output: Path) -> None:
-    """Write an OpenVINO export of the causal model in ``model_directory`` with 8-bit weights into ``output``."""
+# What a model is for -> the exporter's class.
+EXPORTERS = {
+    "causal": "OVModelForCausalLM",
+    "extractive_qa": "OVModelForQuestionAnswering",
+    "classification": "OVModelForSequenceClassification",
+    "embedding": "OVModelForFeatureExtraction",
+}
+
+
+def export_int8(model_directory: str, output: Path, task: str = "causal") -> None:
+    """Write an OpenVINO export of the model in ``model_directory`` with 8-bit weights into ``output``.
+
+    Args:
+        task: what the model is for; a key of :data:`EXPORTERS`.
+    """
     logging.getLogger("nncf").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+        from optimum import intel
 
-        model = OVModelForCausalLM.from_pretrained(
-            model_directory, export=True, compile=False, quantization_config=OVWeightQuantizationConfig(bits=8)
+        settings = intel.OVWeightQuantizationConfig(bits=8)
+        model = getattr(intel, EXPORTERS[task]).from_pretrained(
+            model_directory, export=True, compile=False, quantization_config=settings
         )
         model.save_pretrained(output)
+        if task == "causal":
+            _export_tokenizer(model_directory, output)
+
+
+def _export_tokenizer(model_directory: str, output: Path) -> None:
+    """Write OpenVINO's form of the tokenizer, which the engine needs to make an answer follow a schema.
+
+    Tokenizers that it has no form for (of words or characters) are left out: nothing else needs one.
+    """
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+
+    try:
+        converted = convert_tokenizer(load_tokenizer(model_directory), with_detokenizer=True)
+    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError, AssertionError) as error:
+        logging.getLogger("raylm").info("no OpenVINO tokenizer of %s: %s", model_directory, error)
+        return
+    for part, name in zip(converted, (EXPORT_TOKENIZER, EXPORT_DETOKENIZER), strict=True):
+        openvino.save_model(part, output / name)
 
 
 class OpenVINOScorer:

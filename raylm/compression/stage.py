@@ -1,5 +1,7 @@
 """The stage ``compress``: a model to int8 weights for OpenVINO, and the comparison of before and after.
 
+What generates text is compared by bits per byte and greedy output; for encoders see :mod:`raylm.compression.encoders`.
+
 ``<run>/model`` is the original Hugging Face directory with the export in its ``openvino/`` folder; the stage succeeds
 only after the export was loaded again and its logits were compared with the original's.
 """
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +25,9 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
+
+if TYPE_CHECKING:
+    from raylm.models.encoders import EncoderTask
 
 ROUNDS = 3
 MEASURE_SECONDS = 900.0
@@ -37,15 +42,16 @@ def compress(config: CompressConfig) -> None:
         UserError: configuration or input is wrong; nothing was started.
         RunFailure: the export's logits do not agree with the original's, or measuring failed.
     """
-    from raylm.compression.openvino import check_installed, export_int8
+    from raylm.compression.openvino import check_installed
     from raylm.evaluation.stage import open_text, window_of
+    from raylm.models.encoders import encoder_task
     from raylm.models.families import check_positions
-    from raylm.models.loading import load_model, load_tokenizer, resolve_model
+    from raylm.models.loading import load_config, load_model, load_tokenizer, resolve_model
 
     run = RunDirectory("compress", config)
     run.check()
     if (report := run.report()) is not None:
-        print(f"compress: {run.path} is done already\n{table(report)}")
+        print(f"compress: {run.path} is done already\n{_table_of(report)}")
         return
     if config.model.path is None:
         raise UserError("model.path: missing; compress needs an existing model")
@@ -53,6 +59,9 @@ def compress(config: CompressConfig) -> None:
     source = resolve_model(config.model.path)
     if not Path(source).is_dir():
         raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
+    if (task := encoder_task(load_config(source))) is not None:
+        _compress_encoder(task, source, config, run)
+        return
     tokenizer = load_tokenizer(source)
     model = load_model(source)
     window = window_of(config.evaluation, model.config)
@@ -65,10 +74,7 @@ def compress(config: CompressConfig) -> None:
     prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
     run.create()
 
-    partial = run.path / ".model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("openvino"))
-    export_int8(source, partial / "openvino")
+    partial = _copy_with_export(source, run, "causal")
     scorer = _compare_logits(model, partial, prompts)
     threads = os.cpu_count() or 1
     before = figures(stream, score_stream(stream, TransformersScorer(model), *window))
@@ -76,8 +82,7 @@ def compress(config: CompressConfig) -> None:
     measured = _measure(
         {"transformers": source, "openvino": str(partial)}, prompts, config.compression.new_tokens, threads
     )
-    shutil.rmtree(run.path / "model", ignore_errors=True)
-    partial.rename(run.path / "model")
+    _replace_model(partial, run)
     outputs = measured["transformers"].pop("outputs"), measured["openvino"].pop("outputs")
     report = {
         "model": config.model.path,
@@ -100,6 +105,71 @@ def compress(config: CompressConfig) -> None:
     run.write_report(report)
     print(f"compress: {config.model.path} to 8-bit weights, {threads} threads\n{table(report)}")
     print(f"  model in {run.path / 'model'} (export in openvino/)")
+
+
+def _compress_encoder(task: EncoderTask, source: str, config: CompressConfig, run: RunDirectory) -> None:
+    """The stage for a model that reads and does not generate."""
+    from raylm.compression import encoders
+
+    material = encoders.open_material(task, config, source)
+    run.create()
+    partial = _copy_with_export(source, run, task)
+    threads = os.cpu_count() or 1
+    compared = encoders.compare(material, source, partial, threads)
+    paths = {"transformers": source, "openvino": str(partial)}
+    rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in paths}
+    for _ in range(ROUNDS):
+        for engine, path in paths.items():
+            job = encoders.latency_job(engine, path, material, threads)
+            rounds[engine].append(_measure_once(job, "raylm.compression.measure_encoder"))
+    _replace_model(partial, run)
+    report = {
+        "model": config.model.path,
+        "task": task,
+        "threads": threads,
+        "sequence_length": material.length,
+        "outputs_cosine": compared["outputs_cosine"],
+        "outputs_cosine_least": compared["outputs_cosine_least"],
+        "before": {
+            "engine": "transformers fp32",
+            "weight_bytes": _size(Path(source), "*.safetensors"),
+            **encoders.medians(rounds["transformers"]),
+            **compared["before"],
+        },
+        "after": {
+            "engine": "OpenVINO int8",
+            "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
+            **encoders.medians(rounds["openvino"]),
+            **compared["after"],
+        },
+    }
+    run.write_report(report)
+    print(f"compress: {config.model.path} to 8-bit weights, {threads} threads\n{encoders.table(report)}")
+    print(f"  model in {run.path / 'model'} (export in openvino/)")
+
+
+def _copy_with_export(source: str, run: RunDirectory, task: str) -> Path:
+    """The original directory with the export in its ``openvino/``, not yet under its own name."""
+    from raylm.compression.openvino import export_int8
+
+    partial = run.path / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("openvino"))
+    export_int8(source, partial / "openvino", task)
+    return partial
+
+
+def _replace_model(partial: Path, run: RunDirectory) -> None:
+    shutil.rmtree(run.path / "model", ignore_errors=True)
+    partial.rename(run.path / "model")
+
+
+def _table_of(report: dict[str, Any]) -> str:
+    if "task" not in report:
+        return table(report)
+    from raylm.compression import encoders
+
+    return encoders.table(report)
 
 
 def take_prompts(stream: TextStream, count: int, length: int) -> list[list[int]]:
@@ -169,13 +239,13 @@ def _measure(models: dict[str, str], prompts: list[list[int]], new_tokens: int, 
     }
 
 
-def _measure_once(job: dict[str, Any]) -> dict[str, Any]:
+def _measure_once(job: dict[str, Any], module: str = "raylm.compression.measure") -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "job.json"
         path.write_text(json.dumps(job))
         environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
         result = subprocess.run(
-            [sys.executable, "-m", "raylm.compression.measure", str(path)],
+            [sys.executable, "-m", module, str(path)],
             env=environment, capture_output=True, text=True, timeout=MEASURE_SECONDS,
         )  # fmt: skip
     if result.returncode:

@@ -29,7 +29,8 @@ class FieldsSection(Section):
     messages: str = "messages"
     """Column of a conversation: a list of messages, each with a role and a content."""
     label: str | None = None
-    """Column of a document's class, which is kept and can be balanced; none by default."""
+    """Column of a document's class, which is kept and can be balanced; none by default. The objective classification
+    takes 'label' where none is named."""
 
 
 Format = Literal["auto", "text", "jsonl", "csv", "parquet", "squad", "parallel", "hub", "prepared"]

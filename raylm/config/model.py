@@ -12,7 +12,7 @@ from raylm.config.base import Section
 FAMILY_OBJECTIVES = {"gpt2": ("causal",), "llama": ("causal",), "bert": ("masked",), "t5": ("span",)}
 FAMILIES = tuple(FAMILY_OBJECTIVES)
 # Encoders that exist -> what they can be fine-tuned for, beside what their family is trained on from nothing.
-ENCODER_OBJECTIVES = ("extractive_qa",)
+ENCODER_OBJECTIVES = ("extractive_qa", "classification")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "camembert", "mpnet", "deberta-v2")
 
 
@@ -42,10 +42,10 @@ class ModelSection(Section):
 class ObjectiveSection(Section):
     """``objective``: what the loss is."""
 
-    type: Literal["auto", "causal", "masked", "span", "extractive_qa"] = "auto"
+    type: Literal["auto", "causal", "masked", "span", "extractive_qa", "classification"] = "auto"
     """causal: predict each next token. masked: predict tokens that were hidden (BERT). span: write what stood in the
-    gaps of a text (T5). extractive_qa: point at the answer in a context (encoders; SQuAD files). auto: the family's
-    own."""
+    gaps of a text (T5). extractive_qa: point at the answer in a context (encoders; SQuAD files). classification: the
+    class of a text (encoders; rows with a text and a label). auto: the family's own."""
     answer_only: bool = True
     """On prompt and answer pairs: count the loss on the answer's tokens alone."""
     document_boundaries: Literal["ignore", "positions", "attention"] = "ignore"

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from raylm.config.base import Section
+from raylm.config.reading import ReadingSection
 
 
 class ServedModel(Section):
@@ -15,10 +16,10 @@ class ServedModel(Section):
 
     path: str
     """What ``model.path`` takes."""
-    engine: Literal["auto", "openvino", "transformers"] = "auto"
+    engine: Literal["auto", "openvino", "transformers", "vllm"] = "auto"
     """As ``serving.engine``."""
-    pooling: Literal["mean", "first", "last"] = "mean"
-    """How the last hidden states become an embedding."""
+    pooling: Literal["auto", "mean", "first", "last"] = "auto"
+    """As ``serving.pooling``."""
 
 
 class ReplicaScaling(Section):
@@ -53,8 +54,9 @@ class ServingSection(Section):
     """Name of the model in requests; by default the run's name."""
     models: dict[str, ServedModel] = Field(default_factory=dict)
     """Further models of the same application, by their names in requests; each replica holds all of them."""
-    engine: Literal["auto", "openvino", "transformers"] = "auto"
-    """auto takes OpenVINO GenAI on a CPU where the model directory has an openvino/ export, else transformers."""
+    engine: Literal["auto", "openvino", "transformers", "vllm"] = "auto"
+    """auto takes vLLM on a GPU where it is installed, OpenVINO on a CPU where the model directory has an openvino/
+    export, else transformers."""
     replicas: int = Field(default=1, ge=1)
     """Copies of the model; left out where there is autoscaling."""
     autoscaling: ReplicaScaling | None = None
@@ -69,6 +71,8 @@ class ServingSection(Section):
     """CPUs that a replica reserves and computes with; auto shares the largest host's CPUs among the replicas."""
     gpus_per_replica: float = Field(default=0, ge=0)
     """GPUs that a replica reserves; with 0 the model runs on the CPU."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """vLLM: share of a GPU's memory that a model takes; several models on one GPU share it out."""
     max_concurrent_requests: int = Field(default=64, ge=1)
     """Texts that a replica generates together."""
     max_queued_requests: int = Field(default=256, ge=1)
@@ -77,8 +81,8 @@ class ServingSection(Section):
     """A text that would wait longer for its turn, as the last ones went, gets status 503 and when to come back."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Most tokens that a request may ask for, and what it gets if it does not say."""
-    pooling: Literal["mean", "first", "last"] = "mean"
-    """How the last hidden states become an embedding."""
+    pooling: Literal["auto", "mean", "first", "last"] = "auto"
+    """How the last hidden states become an embedding; auto: as a sentence encoder's directory says, else the mean."""
     api_keys_file: str | None = None
     """File with one API key a line, or its hash as sha256:HEX, then perhaps a name. More come from RAYLM_API_KEYS."""
     requests_per_minute: int | None = Field(default=None, ge=1)
@@ -101,6 +105,8 @@ class ServingSection(Section):
     """With an encoder: share of its vectors in the rank, beside that of the words (BM25)."""
     least_relevance: float = Field(default=0.35, ge=0, le=1)
     """A question without a passage of this relevance (0 to 1) is not answered; 0 answers all."""
+    reading: ReadingSection = ReadingSection()
+    """Of extractive readers among the models: how they look for answers."""
     passages: int = Field(default=3, ge=1, le=20)
     """Passages that a question's answer is generated from."""
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.config.reading import ReadingSection
-from raylm.config.stages import EvaluateConfig
+from raylm.config.stages import CompressConfig, EvaluateConfig
 from raylm.data.questions import Question, evaluation_questions
 from raylm.data.windows import Window, Windows, pad
 from raylm.errors import UserError
 from raylm.evaluation.answers import compare, convention_of, summarize
 from raylm.evaluation.spans import Answer, best_answer
+from raylm.models.encoders import Encoder, TransformersEncoder, check_task, encoder_positions
 from raylm.models.loading import load_tokenizer
-from raylm.models.reader import Reader, TransformersReader, check_reader, reader_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,9 +75,9 @@ class QuestionSet:
         return {**summarize(results, self.questions), "convention": convention}
 
 
-def score_windows(reader: Reader, windows: list[Window], pad_id: int, most: int) -> list[np.ndarray]:
+def score_windows(reader: Encoder, windows: list[Window], pad_id: int, most: int) -> list[np.ndarray]:
     """Scores [T, 2] of each of the ``windows``, computed as one batch."""
-    logits = reader.logits(pad(windows, pad_id, most))
+    logits = reader.outputs(pad(windows, pad_id, most))
     return [scores[: len(window.input_ids)] for window, scores in zip(windows, logits, strict=True)]
 
 
@@ -86,34 +86,41 @@ class ReaderScorer:
 
     def load(self, model_path: str, pad_id: int, most: int) -> None:
         """Load the model; not in the constructor, whose exceptions Ray does not hand on as they are."""
-        self._reader, self._pad_id, self._most = TransformersReader(model_path), pad_id, most
+        self._reader, self._pad_id, self._most = TransformersEncoder(model_path, "extractive_qa"), pad_id, most
 
     def score(self, windows: list[Window]) -> list[np.ndarray]:
         """Scores of each window."""
         return score_windows(self._reader, windows, self._pad_id, self._most)
 
 
-def open_questions(config: EvaluateConfig, source: str) -> QuestionSet:
+def open_questions(config: EvaluateConfig | CompressConfig, source: str) -> QuestionSet:
     """The questions of the ``data`` section as windows for the model at ``source``.
 
     Raises:
         UserError: bad input, or windows that are longer than the model's positions.
     """
-    model_config, section = check_reader(source), config.evaluation.reading
-    positions = reader_positions(model_config)
-    if positions is not None and section.sequence_length > positions:
-        if "sequence_length" in section.model_fields_set:
-            raise UserError(
-                f"evaluation.reading.sequence_length: found {section.sequence_length}, allowed: at most the model's "
-                f"{positions} positions"
-            )
-        section = fitted(section, positions)
+    positions = encoder_positions(check_task(source, "extractive_qa"))
+    check_window(config.evaluation.reading, positions, "evaluation.reading.sequence_length")
+    section = fitted(config.evaluation.reading, positions)
     questions = evaluation_questions(config.data, config.evaluation.split)
     return QuestionSet(questions, load_tokenizer(source), section, config.evaluation.batch_size)
 
 
-def fitted(section: ReadingSection, positions: int) -> ReadingSection:
-    """The section for a model of fewer positions than the default window."""
+def check_window(section: ReadingSection, positions: int | None, key: str) -> None:
+    """Refuse windows that the file asks for and the model has no positions for.
+
+    Raises:
+        UserError: names ``key``.
+    """
+    asked = "sequence_length" in section.model_fields_set
+    if asked and positions is not None and section.sequence_length > positions:
+        raise UserError(f"{key}: found {section.sequence_length}, allowed: at most the model's {positions} positions")
+
+
+def fitted(section: ReadingSection, positions: int | None) -> ReadingSection:
+    """The section for a model of ``positions``, which may be fewer than the default window."""
+    if positions is None or section.sequence_length <= positions:
+        return section
     return section.model_copy(update={"sequence_length": positions, "overlap": min(section.overlap, positions // 3)})
 
 

@@ -15,6 +15,9 @@ import numpy as np
 
 from raylm.data.windows import Window
 
+# Logit of what was not there; finite, so that no difference of it is not a number.
+NOTHING = -1e9
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -26,6 +29,8 @@ class Answer:
         score: probability among all spans that were looked at, and of none where a threshold asks for it.
         no_answer: whether the null threshold was passed.
         null_margin: the null score less the best span's, logits.
+        logit: the score of what was chosen, before the softmax.
+        mass: logarithm of the sum over all that was looked at: with it answers from several contexts can be compared.
     """
 
     text: str
@@ -34,6 +39,8 @@ class Answer:
     score: float
     no_answer: bool
     null_margin: float
+    logit: float = NOTHING
+    mass: float = NOTHING
 
 
 def best_answer(
@@ -72,7 +79,7 @@ def best_answer(
     normalizer = _log_sum(np.array(total))
     margin = null - best[0]
     if null_threshold is not None and margin > null_threshold:
-        return Answer("", 0, 0, float(np.exp(null - normalizer)), True, margin)
+        return Answer("", 0, 0, float(np.exp(null - normalizer)), True, margin, null, normalizer)
     _, number, first, last = best
     start, end = int(windows[number].offsets[first, 0]), int(windows[number].offsets[last, 1])
     # Some tokenizers count the space before a word to it.
@@ -80,7 +87,8 @@ def best_answer(
         start += 1
     while end > start and context[end - 1].isspace():
         end -= 1
-    return Answer(context[start:end], start, end, float(np.exp(best[0] - normalizer)), False, margin)
+    share = float(np.exp(best[0] - normalizer))
+    return Answer(context[start:end], start, end, share, False, margin, best[0], normalizer)
 
 
 def _log_sum(values: np.ndarray) -> float:

@@ -1,5 +1,5 @@
 """The stage ``evaluate``: a model directory and text to cross-entropy, perplexity and bits per byte; a reader and
-questions to exact match and F1."""
+questions to exact match and F1; a classifier and labelled texts to accuracy and macro-F1."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from raylm.evaluation.perplexity import (
     make_stream,
     window_batches,
 )
+from raylm.models.encoders import encoder_task
 from raylm.models.loading import first_line
-from raylm.models.reader import is_reader
 from raylm.progress import ProgressBar
 
 LONGEST_DEFAULT_WINDOW = 1024
@@ -93,15 +93,8 @@ def evaluate(config: EvaluateConfig) -> None:
             raise UserError("model.path: missing; evaluate needs an existing model")
         source = resolve_model(config.model.path)
         model_config = load_config(source)
-        if is_reader(model_config):
-            from raylm.evaluation.reading import describe, evaluate_reader, open_questions
-
-            questions = open_questions(config, source)
-            with ray_session():
-                run.create()
-                report = {"model": config.model.path, **evaluate_reader(source, questions, config, run.path)}
-            run.write_report(report)
-            print(f"{describe(report)}; report in {run.path / 'report.json'}")
+        if (task := encoder_task(model_config)) in ("extractive_qa", "classification"):
+            print(f"{_evaluate_encoder(task, source, config, run)}; report in {run.path / 'report.json'}")
             return
         check_head(model_config, "causal", config.model.path)
         tokenizer = load_tokenizer(source)
@@ -111,10 +104,8 @@ def evaluate(config: EvaluateConfig) -> None:
             run.create()
             report = {"model": config.model.path, **evaluate_stream(source, stream, window, config)}
         run.write_report(report)
-    if "exact_match" in report:
-        from raylm.evaluation.reading import describe
-
-        print(f"{describe(report)}; report in {run.path / 'report.json'}")
+    if "exact_match" in report or "macro_f1" in report:
+        print(f"{_describe_encoder(report)}; report in {run.path / 'report.json'}")
         return
     print(
         f"evaluate: {report['model']} on {report['documents']:,} documents, {report['bytes']:,} bytes: cross-entropy "
@@ -123,6 +114,28 @@ def evaluate(config: EvaluateConfig) -> None:
         f"  window {report['sequence_length']}, stride {report['stride']}, {report['tokens_per_second']:,.0f} tokens/s "
         f"on {report['workers']} workers; report in {run.path / 'report.json'}"
     )
+
+
+def _evaluate_encoder(task: str, source: str, config: EvaluateConfig, run: RunDirectory) -> str:
+    """Measure a reader or a classifier and write the report; returns it as text."""
+    from raylm.evaluation.classification import evaluate_classifier, open_texts
+    from raylm.evaluation.reading import evaluate_reader, open_questions
+
+    if task == "extractive_qa":
+        questions, measure = open_questions(config, source), evaluate_reader
+    else:
+        questions, measure = open_texts(config, source), evaluate_classifier
+    with ray_session():
+        run.create()
+        report = {"model": config.model.path, **measure(source, questions, config, run.path)}
+    run.write_report(report)
+    return _describe_encoder(report)
+
+
+def _describe_encoder(report: dict[str, Any]) -> str:
+    from raylm.evaluation import classification, reading
+
+    return (reading if "exact_match" in report else classification).describe(report)
 
 
 def evaluate_stream(

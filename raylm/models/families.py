@@ -49,6 +49,7 @@ HEADS = {
     "masked": "AutoModelForMaskedLM",
     "sequence_to_sequence": "AutoModelForSeq2SeqLM",
     "extractive_qa": "AutoModelForQuestionAnswering",
+    "classification": "AutoModelForSequenceClassification",
 }
 
 FAMILIES = {
@@ -82,7 +83,7 @@ FAMILIES = {
         width_key="hidden_size",
         defaults={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         fused_matrices={},
-        heads=("masked", "extractive_qa"),
+        heads=("masked", "extractive_qa", "classification"),
     ),
     "t5": Family(
         model_type="t5",

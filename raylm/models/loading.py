@@ -34,7 +34,11 @@ def resolve_model(path: str | Path, key: str = "model.path") -> str:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, key: str = "model.path", head: str = "causal"
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    key: str = "model.path",
+    head: str = "causal",
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a model for inference or further training; never runs code from the directory.
 
@@ -42,6 +46,7 @@ def load_model(
         path: what :func:`resolve_model` takes.
         dtype: type of the weights; fp32 by default.
         head: the head that it must have (:data:`raylm.models.families.HEADS`).
+        config: instead of the directory's own, where a new head is to have other labels.
 
     Raises:
         UserError: the directory is damaged, the hub has no such model, or it has another head.
@@ -58,7 +63,7 @@ def load_model(
     source = resolve_model(path, key)
     try:
         return auto_class(head).from_pretrained(
-            source, dtype=dtype or torch.float32, trust_remote_code=False, use_safetensors=True
+            source, config=config, dtype=dtype or torch.float32, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{key}: {path} cannot be loaded: {first_line(error)}") from None

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 EXPORT_FOLDER = "openvino"
 EXPORT_MODEL = "openvino_model.xml"
+# OpenVINO's own tokenizer beside the model; answers that follow a schema need it.
+EXPORT_TOKENIZER, EXPORT_DETOKENIZER = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
 # Tokens of one step. A long prompt is cut into steps of this size, so that it does not hold up the other requests.
 TOKENS_PER_STEP = 512
 
@@ -28,6 +30,12 @@ def find_export(directory: str | Path) -> Path | None:
         if (candidate / EXPORT_MODEL).is_file():
             return candidate
     return None
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether the export in ``directory`` has a tokenizer of its own."""
+    export = find_export(directory)
+    return export is not None and all((export / name).is_file() for name in (EXPORT_TOKENIZER, EXPORT_DETOKENIZER))
 
 
 def check_export(directory: str | Path, key: str = "model.path") -> Path:

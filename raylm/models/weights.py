@@ -237,4 +237,4 @@ def saved_weights(source: str, outline: Outline, head: str, seed: int) -> Weight
         return saved
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return HeldWeights(load_model(source, head=head))
+        return HeldWeights(load_model(source, head=head, config=outline.model.config))

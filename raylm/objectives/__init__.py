@@ -17,6 +17,7 @@ OBJECTIVES = {
     "masked": ("raylm.objectives.masked", "MaskedObjective"),
     "span": ("raylm.objectives.span", "SpanObjective"),
     "extractive_qa": ("raylm.objectives.extractive_qa", "ExtractiveQaObjective"),
+    "classification": ("raylm.objectives.classification", "ClassificationObjective"),
 }
 
 

@@ -35,7 +35,8 @@ class Objective(ABC):
         name: value of ``objective.type``.
         head: which head the model needs; a key of :data:`raylm.models.families.HEADS`.
         forward_options: further arguments of the model's forward pass.
-        reads: tokens (what ``raylm prepare`` makes) or questions (:mod:`raylm.data.question_sets`).
+        reads: tokens (what ``raylm prepare`` makes), questions (:mod:`raylm.data.question_sets`) or labelled
+            (:mod:`raylm.data.labelled`).
         measures: names of what :meth:`measure` gives.
     """
 
@@ -66,6 +67,10 @@ class Objective(ABC):
             UserError: one line.
         """
         return
+
+    def settings(self, directory: Path | str) -> dict[str, Any]:
+        """Keys of the model's configuration that the prepared data in ``directory`` decide."""
+        return {}
 
     def lengths(self, sequence_length: int) -> tuple[int, int]:
         """Tokens of a sample's input and, for a model with a decoder of its own, of its target (else 0)."""

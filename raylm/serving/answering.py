@@ -1,4 +1,4 @@
-"""/v1/qa: passages found in the collection, and an answer that the model generates from them."""
+"""/v1/qa: passages found in the collection, and an answer that a model generates from them or points at."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from fastapi.responses import JSONResponse, Response
 from raylm.data.chat import question_messages
 from raylm.serving.citations import Citer
 from raylm.serving.collections import describe_matches, refusals
+from raylm.serving.encoders import EncoderService
+from raylm.serving.extraction import extract
 from raylm.serving.replies import Reply, send_reply, stream_reply
 from raylm.serving.requests import QuestionRequest
 from raylm.serving.retrieval.library import Library
-from raylm.serving.retrieval.store import Match
-from raylm.serving.service import ModelService, Piece, Usage
+from raylm.serving.retrieval.store import Match, Passage
+from raylm.serving.service import Models, ModelService, Piece, Usage
 
 # Share of the context that is kept for the answer where the request does not say how long it may be.
 ANSWER_SHARE = 0.25
@@ -39,6 +41,7 @@ class QuestionReply(Reply):
         """The answer in one object."""
         return self._head | {
             "object": self.kind,
+            "mode": "generative",
             "answer": _cited(Citer(self._passages), pieces[0]),
             "answered": True,
             "finish_reason": pieces[0].finish_reason,
@@ -65,15 +68,46 @@ class QuestionReply(Reply):
 
 
 async def answer_question(
+    models: Models, library: Library, request: QuestionRequest, count: int, least_relevance: float
+) -> Response:
+    """Find ``count`` passages, or take the given context, and let a reader or a generator answer.
+
+    Raises:
+        RequestError: there is no such model or collection, or the question alone fills the context.
+    """
+    service = choose_model(models, request)
+    if isinstance(service, EncoderService):
+        return await extract(service, library, request, count, least_relevance)
+    return await generate_answer(service, library, request, count, least_relevance)
+
+
+def choose_model(models: Models, request: QuestionRequest) -> ModelService:
+    """The model that the request names, or one that does what it asks for; of a context a reader by default.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if request.mode is not None:
+        return models.find(request.model, "extractive_qa" if request.mode == "extractive" else "generation")
+    if request.context is not None:
+        return models.find(request.model, "extractive_qa", "generation")
+    return models.find(request.model, "generation", "extractive_qa")
+
+
+async def generate_answer(
     service: ModelService, library: Library, request: QuestionRequest, count: int, least_relevance: float
 ) -> Response:
-    """Find ``count`` passages, put them before the question, and answer; or say that none has to do with it.
+    """Put passages before the question, and answer; or say that none has to do with it.
 
     Raises:
         RequestError: there is no such collection, or the question alone fills the context.
     """
-    with refusals():
-        matches = await library.search(request.collection, request.question, count)
+    if request.context is not None:
+        given = Passage("context", "", request.context, start=0, end=len(request.context))
+        matches = [Match(given, 1.0, 1.0)]
+    else:
+        with refusals():
+            matches = await library.search(request.collection, request.question, count)
     if max((match.relevance for match in matches), default=0.0) < least_relevance:
         return refuse(request, QuestionReply(service, matches, 0))
     wanted = request.max_tokens

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,13 +21,17 @@ from raylm.config.loading import validate
 from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.errors import UserError
-from raylm.models.loading import load_tokenizer, resolve_model
+from raylm.evaluation.reading import fitted
+from raylm.models.encoders import encoder_positions, encoder_task, label_names
+from raylm.models.loading import load_config, load_tokenizer, resolve_model
 from raylm.serving import request_log
 from raylm.serving.access import ENVIRONMENT_VARIABLE, load_key_hashes
+from raylm.serving.encoders import EncoderService
 from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.opening import context_length
 from raylm.serving.gate import Gate, Limits
 from raylm.serving.metrics import ServerMetrics
+from raylm.serving.retrieval.encoder import encoder_length, encoder_pooling
 from raylm.serving.retrieval.opening import open_library
 from raylm.serving.routes import create_app
 from raylm.serving.service import Models, ModelService
@@ -98,18 +103,34 @@ def open_service(config: ServeConfig, name: str, threads: int, metrics: ServerMe
     model = model_sources(config)[name]
     serving = config.serving.model_copy(update={"engine": model.engine})
     source = resolve_model(model.path)
-    return ModelService(
-        name=name,
-        engine=start_engine(source, serving, threads=threads),
-        tokenizer=load_tokenizer(source),
-        context_length=context_length(source),
-        max_new_tokens=serving.max_new_tokens,
-        capacity=serving.max_concurrent_requests + serving.max_queued_requests,
-        queue_seconds=serving.max_queue_seconds,
-        request_seconds=serving.request_seconds,
-        pooling=model.pooling,
-        metrics=metrics,
+    model_config = load_config(source)
+    task = encoder_task(model_config)
+    common: dict[str, Any] = {
+        "name": name,
+        "engine": start_engine(source, serving, threads=threads, encoder=task),
+        "tokenizer": load_tokenizer(source),
+        "max_new_tokens": serving.max_new_tokens,
+        "capacity": serving.max_concurrent_requests + serving.max_queued_requests,
+        "queue_seconds": serving.max_queue_seconds,
+        "request_seconds": serving.request_seconds,
+        "pooling": choose_pooling(model.pooling, source),
+        "metrics": metrics,
+    }
+    if task is None:
+        return ModelService(**common, context_length=context_length(source))
+    positions = encoder_positions(model_config)
+    return EncoderService(
+        **common,
+        task=task,
+        context_length=encoder_length(Path(source), positions) if task == "embedding" else positions,
+        labels=label_names(model_config) if task == "classification" else (),
+        reading=fitted(serving.reading, positions),
     )
+
+
+def choose_pooling(pooling: str, source: str) -> str:
+    """``pooling``, where auto is what the directory of a sentence encoder says, else the mean."""
+    return encoder_pooling(Path(source)) if pooling == "auto" else pooling
 
 
 def build_application(config: ServeConfig) -> Application:

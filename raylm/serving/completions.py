@@ -12,6 +12,7 @@ from raylm.serving.logprobs import chat_logprobs, completion_logprobs, describe
 from raylm.serving.replies import ChatReply, CompletionReply, send_reply
 from raylm.serving.requests import ChatRequest, CompletionRequest
 from raylm.serving.service import ModelService, Piece, Usage
+from raylm.serving.structured import wanted_schema
 
 # OpenAI's default for completions; chat answers run as long as they may.
 COMPLETION_TOKENS = 16
@@ -25,7 +26,8 @@ async def complete(service: ModelService, request: CompletionRequest) -> Respons
         return await _score(service, request, prompts, echoes)
     choices = request.n or 1
     wanted = request.max_tokens or min(COMPLETION_TOKENS, service.max_new_tokens)
-    parameters = [service.parameters(request, wanted, len(prompt)) for prompt in prompts]
+    schema = await wanted_schema(request.response_format)
+    parameters = [service.parameters(request, wanted, len(prompt), schema=schema) for prompt in prompts]
     repeated = [echo for echo in echoes for _ in range(choices)] if request.echo else ()
     logprobs = None
     if request.logprobs is not None:
@@ -37,7 +39,9 @@ async def complete(service: ModelService, request: CompletionRequest) -> Respons
 async def chat(service: ModelService, request: ChatRequest) -> Response:
     """The assistant's next message in a conversation."""
     prompt = service.encode_messages([message.plain() for message in request.messages])
-    parameters = service.parameters(request, request.max_completion_tokens or request.max_tokens, len(prompt))
+    wanted = request.max_completion_tokens or request.max_tokens
+    schema = await wanted_schema(request.response_format)
+    parameters = service.parameters(request, wanted, len(prompt), schema=schema)
     logprobs = functools.partial(chat_logprobs, service, top=request.top_logprobs or 0) if request.logprobs else None
     return await send_reply(service, request, ChatReply(service), [prompt], [parameters], request.n or 1, logprobs)
 
@@ -51,8 +55,9 @@ def only_scores(request: CompletionRequest) -> bool:
         return False
     if request.max_tokens == 0:
         return True
-    plain = request.temperature == 0 and not (request.stops or request.presence_penalty or request.frequency_penalty)
-    return request.max_tokens == 1 and request.logprobs is not None and plain
+    forced = request.response_format is not None and request.response_format.type != "text"
+    changed = forced or request.stops or request.presence_penalty or request.frequency_penalty
+    return request.max_tokens == 1 and request.logprobs is not None and request.temperature == 0 and not changed
 
 
 async def _score(

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from raylm.serving.engines.base import EngineFailure, EngineTimeout
+from raylm.serving.engines.base import EngineFailure, EngineRefusal, EngineTimeout
 
 INVALID = "invalid_request_error"
 
@@ -103,6 +103,10 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(EngineTimeout)
     async def too_slow(request: Request, error: EngineTimeout) -> JSONResponse:
         return JSONResponse(error_body(str(error), "server_error", code="timeout"), status_code=504)
+
+    @app.exception_handler(EngineRefusal)
+    async def engine_refused(request: Request, error: EngineRefusal) -> JSONResponse:
+        return JSONResponse(error_body(str(error), INVALID, code="not_supported"), status_code=400)
 
     @app.exception_handler(EngineFailure)
     async def engine_failed(request: Request, error: EngineFailure) -> JSONResponse:

@@ -108,7 +108,12 @@ class ChatReply(Reply):
 
     def _delta(self, piece: Piece) -> dict[str, Any]:
         delta = {"content": piece.text} if piece.text else {}
-        return {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": piece.finish_reason}
+        return {
+            "index": piece.index,
+            "delta": delta,
+            "logprobs": piece.logprobs,
+            "finish_reason": piece.finish_reason,
+        }
 
 
 async def send_reply(
@@ -126,10 +131,9 @@ async def send_reply(
         prompts: token ids of each prompt.
         parameters: of each prompt; further choices of it get the seeds that follow.
         choices: texts for each prompt.
-        logprobs: makes the object of that name from a prompt's ids and those of the text after it.
+        logprobs: makes the object of that name from a prompt's ids and those of the text after it; in a stream it comes
+            with a text's last piece, as the whole text is read for it.
     """
-    if logprobs is not None and request.stream:
-        raise RequestError("logprobs are not supported together with stream", parameter="logprobs")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is allowed only together with stream", parameter="stream_options")
     service.admit(len(prompts) * choices)
@@ -140,6 +144,8 @@ async def send_reply(
         for choice in range(choices)
     ]
     pieces = service.generate([job[0] for job in jobs], [job[1] for job in jobs], request.stops, usage)
+    if logprobs is not None:
+        pieces = _with_logprobs(pieces, [job[0] for job in jobs], logprobs)
     if request.stream:
         return stream_reply(request, reply, pieces, usage, len(jobs))
     texts = [""] * len(jobs)
@@ -149,12 +155,22 @@ async def send_reply(
             texts[piece.index] += piece.text
             ends[piece.index] = piece
     whole = [dataclasses.replace(end, text=text) for end, text in zip(ends, texts, strict=True)]
-    if logprobs is not None:
-        whole = [
-            dataclasses.replace(piece, logprobs=await logprobs(job[0], piece.tokens))
-            for piece, job in zip(whole, jobs, strict=True)
-        ]
     return JSONResponse(reply.whole(whole, usage))
+
+
+async def _with_logprobs(
+    pieces: AsyncIterator[Piece],
+    prompts: Sequence[list[int]],
+    logprobs: Callable[[list[int], Sequence[int]], Awaitable[dict[str, Any]]],
+) -> AsyncIterator[Piece]:
+    """``pieces``, the last one of each text with its log-probabilities."""
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            if piece.finish_reason is None:
+                yield piece
+            else:
+                found = await logprobs(prompts[piece.index], piece.tokens)
+                yield dataclasses.replace(piece, logprobs=found)
 
 
 def stream_reply(

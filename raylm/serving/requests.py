@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raylm.serving.bodies import RequestBody
+from raylm.serving.structured import ResponseFormat
 
 # Texts that one request may ask for: its prompts times n.
 MOST_CHOICES = 64
@@ -121,8 +122,10 @@ class CompletionRequest(GenerationRequest):
     """Completions of each prompt; default 1."""
     echo: bool | None = None
     """Put the prompt before the completion; with max_tokens 0 nothing is generated."""
+    response_format: ResponseFormat | None = None
+    """JSON that the text must be: ``{"type": "json_schema", "json_schema": {"schema": ...}}`` or json_object."""
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
-    """Give each token's log-probability, and those of this many likeliest ones; not while streaming."""
+    """Give each token's log-probability, and those of this many likeliest ones; streaming, all with the last piece."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:
@@ -174,8 +177,10 @@ class ChatRequest(GenerationRequest):
     """OpenAI's newer name of max_tokens."""
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     """Answers to give; default 1."""
+    response_format: ResponseFormat | None = None
+    """JSON that the answer must be: ``{"type": "json_schema", "json_schema": {"schema": ...}}`` or json_object."""
     logprobs: bool | None = None
-    """Give each token's log-probability; not while streaming."""
+    """Give each token's log-probability; streaming, all with the last piece."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     """With logprobs: those of this many likeliest tokens too."""
 
@@ -213,11 +218,25 @@ class EmbeddingRequest(RequestBody):
 
 
 class QuestionRequest(GenerationRequest):
-    """``POST /v1/qa``: a question to the served collection."""
+    """``POST /v1/qa``: a question to a collection, or about a given context."""
 
     question: str = Field(min_length=1)
     """The question."""
     collection: str | None = None
     """Where to look; by default in the collection that the server was started with."""
+    context: str | None = Field(default=None, min_length=1)
+    """A text to answer from, instead of a collection."""
+    mode: Literal["extractive", "generative"] | None = None
+    """extractive: a reader points at the answer (sampling has no effect). generative: a model writes it. By default
+    extractive for a context where there is a reader, else generative."""
+    null_threshold: float | None = None
+    """extractive: say that there is no answer where its score (a logit) is above the best answer's by more than this;
+    by default what the server is set to."""
     passages: int | None = Field(default=None, ge=1, le=20)
     """Passages to answer from; by default what the server is set to."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> QuestionRequest:
+        if self.context is not None and (self.collection is not None or self.passages is not None):
+            raise ValueError("context: leave out collection and passages, which are for what is not given")
+        return self

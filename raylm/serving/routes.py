@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, Response
 
 import raylm
 from raylm.serving.answering import answer_question
+from raylm.serving.classification import ClassifyRequest, classify
 from raylm.serving.collections import collection_routes
 from raylm.serving.completions import chat, complete
 from raylm.serving.embeddings import embed
@@ -78,24 +79,27 @@ def create_app(
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest) -> Response:
         """Text that goes on from each prompt."""
-        return await complete(models.find(request.model), request)
+        return await complete(models.find(request.model, "generation"), request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest) -> Response:
         """The assistant's next message in a conversation."""
-        return await chat(models.find(request.model), request)
+        return await chat(models.find(request.model, "generation"), request)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
         """One vector for each text."""
-        return await embed(models.find(request.model), request)
+        return await embed(models.find(request.model, "generation", "embedding"), request)
 
     @app.post("/v1/qa")
     async def question_answering(request: QuestionRequest) -> Response:
-        """An answer generated from the collection's passages, with its sources."""
-        return await answer_question(
-            models.find(request.model), library, request, request.passages or passages, least_relevance
-        )
+        """An answer from a collection's passages, with its sources, or from a given context."""
+        return await answer_question(models, library, request, request.passages or passages, least_relevance)
+
+    @app.post("/v1/classify")
+    async def classification(request: ClassifyRequest) -> dict[str, Any]:
+        """The label of each text."""
+        return await classify(models.find(request.model, "classification"), request)
 
     app.include_router(collection_routes(library))
     return app
@@ -107,5 +111,6 @@ def _model_object(service: ModelService) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "raylm",
+        "task": service.task,
         "max_model_len": service.context_length,
     }

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
@@ -25,6 +25,13 @@ from raylm.serving.text import IncrementalDecoder, StopStrings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Task = Literal["generation", "extractive_qa", "classification", "embedding"]
+TASKS: dict[Task, str] = {
+    "generation": "a text generator",
+    "extractive_qa": "a reader",
+    "classification": "a classifier",
+    "embedding": "an encoder",
+}
 # Seeds are taken modulo this: engines want them in 63 bits, clients may send any integer.
 SEEDS = 2**63
 
@@ -73,6 +80,7 @@ class ModelService:
         request_seconds: a text that takes longer is ended.
         pooling: how hidden states become an embedding.
         metrics: counts the texts.
+        task: what the model does.
     """
 
     name: str
@@ -85,6 +93,7 @@ class ModelService:
     request_seconds: float = 600.0
     pooling: Pooling = "mean"
     metrics: ServerMetrics | None = None
+    task: Task = "generation"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def load(self) -> EngineStats:
@@ -137,13 +146,20 @@ class ModelService:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def parameters(
-        self, request: GenerationRequest, max_tokens: int | None, prompt_tokens: int, *, temperature: float = 1.0
+        self,
+        request: GenerationRequest,
+        max_tokens: int | None,
+        prompt_tokens: int,
+        *,
+        temperature: float = 1.0,
+        schema: str | None = None,
     ) -> SamplingParameters:
         """How to decode ``request`` after a prompt of ``prompt_tokens``.
 
         Args:
             max_tokens: what the request asks for; None takes what is allowed and fits.
             temperature: of a request that does not say.
+            schema: JSON schema that the text must follow.
 
         Raises:
             RequestError: more than the server allows, or than the model's context holds.
@@ -174,6 +190,7 @@ class ModelService:
             seed=seed % SEEDS,
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
+            schema=schema,
         )
 
     def check_length(self, ids: Sequence[int], parameter: str) -> None:
@@ -323,14 +340,23 @@ class Models:
         self.services = list(services)
         self._by_name = {service.name: service for service in services}
 
-    def find(self, name: str | None) -> ModelService:
-        """The model called ``name``.
+    def find(self, name: str | None, *tasks: Task) -> ModelService:
+        """The model called ``name``, or the first one; where ``tasks`` are given, one that does any of them.
 
         Raises:
-            RequestError: status 404.
+            RequestError: status 404, or 400 where the named model does something else.
         """
+        allowed = tasks or tuple(TASKS)
         if name is None:
-            return self.services[0]
+            for task in allowed:
+                if (found := next((s for s in self.services if s.task == task), None)) is not None:
+                    return found
+            raise RequestError(
+                f"This server does not serve {' or '.join(TASKS[task] for task in allowed)}; serving.models takes more",
+                status=404,
+                parameter="model",
+                code="model_not_found",
+            )
         if name not in self._by_name:
             served = ", ".join(f"'{known}'" for known in self._by_name)
             raise RequestError(
@@ -339,4 +365,11 @@ class Models:
                 parameter="model",
                 code="model_not_found",
             )
-        return self._by_name[name]
+        found = self._by_name[name]
+        if found.task not in allowed:
+            raise RequestError(
+                f"The model '{name}' is {TASKS[found.task]}; this needs {' or '.join(TASKS[task] for task in allowed)}",
+                parameter="model",
+                code="model_not_supported",
+            )
+        return found

@@ -19,7 +19,8 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.errors import RunFailure, UserError
-from raylm.models.loading import first_line, load_tokenizer, resolve_model
+from raylm.models.encoders import encoder_positions, encoder_task
+from raylm.models.loading import first_line, load_config, load_tokenizer, resolve_model
 from raylm.serving.access import ENVIRONMENT_VARIABLE, load_key_hashes
 
 APPLICATION = "raylm"
@@ -194,11 +195,21 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
     if directory.is_dir():
         for name in ("config.json", "generation_config.json"):
             _check_json(directory / name, key)
-        if choose_engine(source, serving.model_copy(update={"engine": model.engine})) == "openvino":
+        chosen = serving.model_copy(update={"engine": model.engine})
+        engine_key = key.removesuffix("path") + "engine" if key != "model.path" else "serving.engine"
+        generates = encoder_task(load_config(source, key)) is None
+        if choose_engine(source, chosen, engine_key, generates=generates) == "openvino":
             check_export(source, key)
         else:
             _check_weights(directory, key)
-    load_tokenizer(source, key)
+    tokenizer = load_tokenizer(source, key)
+    model_config = load_config(source, key)
+    if encoder_task(model_config) == "extractive_qa":
+        from raylm.data.windows import check_reader_tokenizer
+        from raylm.evaluation.reading import check_window
+
+        check_window(serving.reading, encoder_positions(model_config), "serving.reading.sequence_length")
+        check_reader_tokenizer(tokenizer, model.path)
 
 
 def _check_encoder(path: str, key: str = "serving.encoder") -> None:
@@ -223,7 +234,14 @@ def health(url: str, timeout: float = 5.0) -> dict[str, Any] | None:
 def example_request(config: ServeConfig, url: str, name: str) -> str:
     """A curl line that asks the server something."""
     route, body = "completions", {"model": name, "prompt": "The", "max_tokens": 32}
-    if config.serving.collection is not None:
+    task = encoder_task(load_config(config.model.path))
+    if task == "classification":
+        route, body = "classify", {"model": name, "input": ["What a fine day."]}
+    elif task == "embedding":
+        route, body = "embeddings", {"model": name, "input": ["What a fine day."]}
+    elif task == "extractive_qa":
+        route, body = "qa", {"question": "Who has stripes?", "context": "The zebra has stripes. The lion has none."}
+    elif config.serving.collection is not None:
         route, body = "qa", {"question": "What does json.dumps do?"}
     return f"curl -s {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 

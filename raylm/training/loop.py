@@ -73,6 +73,7 @@ class TrainingLoop:
         self.bf16 = training.precision == "bf16"
         self.model_config = self._model_config()
         self.objective = make_objective(self.config.objective, self.model_config.model_type)
+        self.model_config.update(self.objective.settings(job.data_directory))
         self.samples, self.validation = (
             self.objective.samples(job.data_directory, split, training.sequence_length, run.seed)
             for split in ("train", "validation")

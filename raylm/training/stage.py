@@ -14,6 +14,7 @@ from raylm.data.sources import MANIFEST
 from raylm.errors import UserError
 
 if TYPE_CHECKING:
+    from raylm.data.labelled import LabelledInput
     from raylm.data.prepare import Input
     from raylm.data.question_sets import QuestionInput
     from raylm.objectives.base import Objective
@@ -29,7 +30,7 @@ def finetune(config: FinetuneConfig) -> None:
     run_training("finetune", config)
 
 
-def validate(config: TrainConfig) -> Input | QuestionInput | None:
+def validate(config: TrainConfig) -> Input | QuestionInput | LabelledInput | None:
     """Refuse what can be seen to be wrong before Ray starts; call once a run, on the driver.
 
     Returns:
@@ -52,6 +53,8 @@ def validate(config: TrainConfig) -> Input | QuestionInput | None:
     checked = None
     if objective.reads == "questions":
         checked = check_questions(config, objective)
+    elif objective.reads == "labelled":
+        checked = check_labelled(config, objective)
     elif source is not None:
         if config.tokenizer is not None:
             raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
@@ -93,6 +96,25 @@ def check_questions(config: TrainConfig, objective: Objective) -> QuestionInput 
         verify_questions(config.run.directory / "data")
         return None
     return QuestionInput(config.data)
+
+
+def check_labelled(config: TrainConfig, objective: Objective) -> LabelledInput | None:
+    """The labelled texts of the sources; None where an interrupted start of the same run has prepared them.
+
+    Raises:
+        UserError: one line.
+    """
+    from raylm.data.labelled import LabelledInput, verify_labelled
+    from raylm.models.encoders import encoder_task, label_names
+    from raylm.models.loading import load_config
+
+    if config.model.path is None:
+        raise UserError(f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from")
+    if (config.run.directory / "data" / MANIFEST).is_file():
+        verify_labelled(config.run.directory / "data")
+        return None
+    model = load_config(config.model.path)
+    return LabelledInput(config.data, label_names(model) if encoder_task(model) == "classification" else None)
 
 
 def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
@@ -146,7 +168,7 @@ def check_samples(config: TrainConfig, directory: Path, objective: Objective) ->
         objective.samples(directory, split, config.training.sequence_length, config.run.seed)
 
 
-def ensure_data(config: TrainConfig, directory: Path, checked: Input | QuestionInput | None) -> tuple[Path, Path]:
+def ensure_data(config: TrainConfig, directory: Path, checked: Any) -> tuple[Path, Path]:
     """Prepare raw sources into ``<run>/data``; returns the data's and the tokenizer's directories.
 
     Args:
@@ -155,13 +177,17 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Input | QuestionI
     """
     from raylm.data.prepare import prepare_directory, prepared_directory
 
-    if training_objective(config).reads == "questions":
+    reads = training_objective(config).reads
+    if reads != "tokens":
         from raylm.models.loading import load_tokenizer
 
         source = directory / "data"
         if checked is not None:
-            tokenizer = load_tokenizer(config.model.path)
-            checked.write(source, tokenizer, config.training.sequence_length, config.objective.overlap)
+            tokenizer, length = load_tokenizer(config.model.path), config.training.sequence_length
+            if reads == "questions":
+                checked.write(source, tokenizer, length, config.objective.overlap)
+            else:
+                checked.write(source, tokenizer, length)
         return source, source / "tokenizer"
     source = prepared_directory(config.data)
     if source is None:

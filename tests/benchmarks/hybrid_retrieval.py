@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from raylm.config.serving import ServingSection
+from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.encoder import open_encoder
 from raylm.serving.retrieval.library import Library
-from raylm.serving.retrieval.store import CollectionStore, StoredDocument
+from raylm.serving.retrieval.store import StoredDocument
 
 WEIGHTS = {"BM25 alone": 0.0, "dense alone": 1.0, "hybrid": 0.5}
 OTHER_WEIGHTS = (0.2, 0.3, 0.4, 0.6, 0.7)

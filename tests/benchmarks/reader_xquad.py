@@ -1,7 +1,7 @@
 """An encoder fine-tuned to a reader on one part of a SQuAD-format file and measured on the rest.
 
 Paragraphs are shuffled by a seed and the last fifth is held out, so that no context is in both. Prints and writes exact
-match and F1 of the held-out questions, by ``raylm finetune`` and ``raylm evaluate``.
+match and F1 of the held-out questions, by ``raylm finetune`` and ``raylm evaluate``, and after ``raylm compress``.
 
     python tests/benchmarks/reader_xquad.py FILE.json ENCODER_DIRECTORY --output reader.json
 """
@@ -84,12 +84,22 @@ def main() -> None:
         },
         directory,
     )
+    small, _ = run(
+        "compress",
+        {
+            "run": {"name": "compressed", "storage": str(directory)},
+            "data": {"train": str(files["validation"]), "format": "squad"},
+            "model": {"path": str(directory / "reader")},
+        },
+        directory,
+    )
     result = {
         "file": arguments.file.name, "seed": arguments.seed, "epochs": arguments.epochs, "steps": tuned["step"],
-        "finetune_seconds": tune_seconds, **read,
+        "finetune_seconds": tune_seconds, **read, "compressed": small,
     }  # fmt: skip
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"exact match {read['exact_match']:.1f}, F1 {read['f1']:.1f} on {read['questions']} held-out questions")
+    print(f"with 8-bit weights {small['after']['exact_match']:.1f} and {small['after']['f1']:.1f}")
 
 
 if __name__ == "__main__":

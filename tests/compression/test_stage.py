@@ -15,6 +15,7 @@ from raylm.compression.openvino import OpenVINOScorer
 from raylm.compression.stage import agreement, compress
 from raylm.config import load_config
 from raylm.errors import UserError
+from raylm.models.openvino import has_tokenizer
 
 
 @pytest.mark.slow
@@ -46,6 +47,8 @@ def test_compresses_and_reports(tiny_model: Path, tmp_path: Path, capsys: pytest
         expected = model(ids).logits.numpy()
     found = OpenVINOScorer(tmp_path / "small" / "model", threads=1).logits(ids.numpy())
     assert np.abs(found - expected).max() < 0.1
+    # What the engine needs to make an answer follow a schema.
+    assert has_tokenizer(tmp_path / "small" / "model")
     compress(load_config("compress", path))
     assert "done already" in capsys.readouterr().out
 

@@ -12,9 +12,10 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from raylm.config.serving import ServingSection
 from raylm.errors import UserError
+from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.encoder import open_encoder
 from raylm.serving.retrieval.library import Library
-from raylm.serving.retrieval.store import CollectionStore, StoredDocument
+from raylm.serving.retrieval.store import StoredDocument
 from raylm.serving.stage import _check_encoder
 
 DOCUMENTS = [StoredDocument("zebra", "Zebra", "It has stripes."), StoredDocument("北京", "", "北京是中国的首都。")]

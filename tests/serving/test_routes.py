@@ -139,6 +139,12 @@ def test_logprobs_of_what_was_generated(server: SimpleNamespace) -> None:
     )
     content = chat.choices[0].logprobs.content
     assert [len(entry.top_logprobs) for entry in content] == [3] * chat.usage.completion_tokens
+    chunks = server.client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3, stream=True
+    )
+    streamed = [entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert [entry.token for entry in streamed] == [entry.token for entry in content]
+    assert [entry.logprob for entry in streamed] == pytest.approx([entry.logprob for entry in content], abs=1e-4)
 
 
 def test_embeddings(server: SimpleNamespace, model: Any, tokenizer: Any) -> None:
@@ -174,7 +180,6 @@ def test_embeddings(server: SimpleNamespace, model: Any, tokenizer: Any) -> None
         ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "invalid_value", "temperature"),
         ("/v1/completions", {"prompt": "a", "temperature": float("nan")}, 400, "invalid_value", "temperature"),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"1": 5}}, 400, "unsupported_parameter", "logit_bias"),
-        ("/v1/completions", {"prompt": "a", "logprobs": 1, "stream": True}, 400, None, "stream"),
         ("/v1/completions", {"prompt": ["a"] * 40, "n": 2}, 400, "invalid_value", "64"),
         (
             "/v1/completions",
@@ -363,3 +368,47 @@ def test_the_page_in_a_browser(server: SimpleNamespace, tmp_path: Path) -> None:
     if server.engine != "openvino":
         pytest.skip("the page is the same for every engine")
     asyncio.run(asyncio.wait_for(use_the_page(server, tmp_path), 3 * browser.SECONDS))
+
+
+def schema_format(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "test", "schema": schema, "strict": True}}
+
+
+def test_answers_follow_a_schema(server: SimpleNamespace) -> None:
+    colours = ["red", "green", "a blue that is like the sea"]
+    values = []
+    for seed in range(6):
+        reply = server.client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "colour?"}], seed=seed, max_tokens=64,
+            response_format=schema_format({"enum": colours}),
+        )  # fmt: skip
+        assert reply.choices[0].finish_reason == "stop"
+        values.append(json.loads(reply.choices[0].message.content))
+    assert set(values) <= set(colours)
+    # Chance still decides.
+    assert len(set(values)) > 1
+    stream = server.client.completions.create(
+        model="tiny", prompt="the", stream=True, temperature=0, max_tokens=32,
+        extra_body={"response_format": schema_format({"type": "boolean"})},
+    )  # fmt: skip
+    assert "".join(chunk.choices[0].text for chunk in stream) in ("true", "false")
+    opened = server.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "?"}], max_tokens=4, response_format={"type": "json_object"}
+    )
+    assert opened.choices[0].message.content.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "nonsense"}, "nonsense"),
+        ({"$ref": "#/nowhere"}, "nowhere"),
+        ({"type": "string", "pattern": "(("}, "paren"),
+    ],
+)
+def test_bad_schemas_are_refused_and_hurt_nobody(server: SimpleNamespace, schema: dict, message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        server.client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "?"}], response_format=schema_format(schema)
+        )
+    assert server.client.completions.create(model="tiny", prompt="the", max_tokens=3).usage.completion_tokens == 3

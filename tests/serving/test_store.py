@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.store import (
     CollectionError,
     CollectionExists,
-    CollectionStore,
     NoSuchCollection,
     StoredDocument,
 )  # fmt: skip
@@ -112,7 +112,8 @@ def test_writers_take_turns(animals: CollectionStore) -> None:
 KILLED = """
 import sys, threading
 from pathlib import Path
-from raylm.serving.retrieval.store import CollectionStore, StoredDocument
+from raylm.serving.retrieval.collection_store import CollectionStore
+from raylm.serving.retrieval.store import StoredDocument
 collection = CollectionStore(Path(sys.argv[1])).get("animals")
 print("ready", flush=True)
 number = 0

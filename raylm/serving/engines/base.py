@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,8 +25,20 @@ class EngineFailure(Exception):
     """A request, or the whole engine, failed; the text says why."""
 
 
+class EngineRefusal(EngineFailure):
+    """The engine cannot do what the request asks for; the text says why."""
+
+
 class EngineTimeout(EngineFailure):
     """A request took longer than it may."""
+
+
+def reason_of(error: Exception) -> str:
+    """What the grammar library's C++ says, without its place in the source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1].rpartition(".cc:")[2].partition(": ")[2] or lines[-1]
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class SamplingParameters:
         seed: of the request's own random numbers; the same seed draws the same tokens whatever runs beside it.
         presence_penalty: taken from the logit of every token that was generated before.
         frequency_penalty: taken from a token's logit as many times as it was generated before.
+        schema: JSON schema that the text must follow.
     """
 
     max_new_tokens: int
@@ -48,6 +61,7 @@ class SamplingParameters:
     seed: int = 0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    schema: str | None = None
 
     @property
     def greedy(self) -> bool:
@@ -84,6 +98,8 @@ class Event:
     finish_reason: FinishReason | None = None
     error: str | None = None
     result: Any = None
+    refused: bool = False
+    """With an error: it is the request's own fault."""
 
     @property
     def last(self) -> bool:
@@ -119,6 +135,19 @@ class Embed:
 
 
 @dataclass(frozen=True)
+class Encode:
+    """Command of an encoder with a task: read ``ids``; answered by fp32 [tokens, 2] (reader) or [labels] (classifier).
+
+    Attributes:
+        types: which of two texts each id belongs to; all the first where it is None.
+    """
+
+    number: int
+    ids: list[int]
+    types: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class Cancel:
     """Command: drop a request, wherever it stands."""
 
@@ -144,7 +173,7 @@ class Ready:
     name: str
 
 
-Command = Generate | Score | Embed | Cancel | Close
+Command = Generate | Score | Embed | Encode | Cancel | Close
 
 
 class Backend(abc.ABC):
@@ -156,7 +185,7 @@ class Backend(abc.ABC):
         sequences: requests decoded together; more wait their turn.
     """
 
-    name: ClassVar[str]
+    name: str
 
     def __init__(self, sequences: int) -> None:
         self.sequences = sequences

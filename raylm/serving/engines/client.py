@@ -24,12 +24,15 @@ from typing import Any
 import raylm
 from raylm.cluster import worker_environment
 from raylm.config.serving import ServingSection
+from raylm.models.encoders import EncoderTask
 from raylm.serving.engines.base import (
     Cancel,
     Close,
     Command,
     Embed,
+    Encode,
     EngineFailure,
+    EngineRefusal,
     Event,
     FinishReason,
     Generate,
@@ -128,7 +131,7 @@ class TokenStream:
         self._tokens += event.tokens
         self.finish_reason = event.finish_reason
         if event.error is not None:
-            self._error = EngineFailure(event.error)
+            self._error = EngineRefusal(event.error) if event.refused else EngineFailure(event.error)
         # A reader that is awake already takes these as well. A timer set now would fire after it has: uvloop's timers
         # come up to a millisecond early.
         if self._ended or self._arrived.is_set() or self._loop.time() >= self._due:
@@ -217,6 +220,15 @@ class Engine:
         """
         return await self._ask(Embed(next(self._numbers), list(ids), pooling))
 
+    async def encode(self, ids: Sequence[int], types: Sequence[int] | None = None) -> Any:
+        """What an encoder with a task says of ``ids``: scores fp32 [tokens, 2] of a reader, logits [labels] of a
+        classifier.
+
+        Raises:
+            EngineFailure: the text cannot be read, or the engine has stopped.
+        """
+        return await self._ask(Encode(next(self._numbers), list(ids), None if types is None else list(types)))
+
     def stats(self) -> EngineStats:
         """Counters and current load."""
         in_work = len(self._waiting)
@@ -258,7 +270,7 @@ class Engine:
         self._reader.join(CLOSE_SECONDS)
         self._connection.close()
 
-    async def _ask(self, command: Score | Embed) -> Any:
+    async def _ask(self, command: Score | Embed | Encode) -> Any:
         answer = _Answer()
         self._enter(command.number, answer, command, len(command.ids))
         try:
@@ -329,14 +341,14 @@ class Engine:
                 loop.call_soon_threadsafe(_receive_all, deliveries)
 
 
-def start_engine(source: str, serving: ServingSection, *, threads: int, encoder: bool = False) -> Engine:
+def start_engine(source: str, serving: ServingSection, *, threads: int, encoder: EncoderTask | None = None) -> Engine:
     """Start a process that loads the model, and wait until it can be asked.
 
     Args:
         source: Hugging Face directory or hub name.
         serving: limits and the choice of engine.
         threads: threads that the model computes with.
-        encoder: the model reads texts for their hidden states alone.
+        encoder: what the model does with texts, where it generates none.
 
     Raises:
         EngineFailure: the model could not be loaded; says why.

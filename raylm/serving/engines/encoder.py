@@ -1,31 +1,40 @@
-"""An encoder such as MiniLM as an engine: it reads texts for their hidden states and generates nothing."""
+"""An encoder as an engine: it reads texts for their scores or hidden states, several together, and generates nothing.
+
+Texts that wait are read in one batch where they are of about one length: padding costs what text costs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
-from raylm.serving.engines.base import Backend, Event, Generate, Reading
+from raylm.models.encoders import Encoder
+from raylm.serving.engines.base import Backend, Embed, Encode, Event, Generate, Reading, Score
+
+# Texts of one batch, and what padding may add to its tokens.
+MOST_TOGETHER = 8
+MOST_PADDING = 1.25
+# Widths of batches: every new one costs the engine some milliseconds, once.
+WIDTH_MULTIPLE = 32
 
 
 class EncoderBackend(Backend):
     """Serves a loaded encoder.
 
     Args:
-        model: gives ``last_hidden_state``, on the device it is to run on.
+        encoder: reads batches.
+        pad_id: fills up short texts.
+        most: tokens of a text at most.
     """
 
-    name = "encoder"
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(sequences=1)
-        self._model = model.eval()
+    def __init__(self, encoder: Encoder, pad_id: int, most: int | None = None) -> None:
+        super().__init__(sequences=MOST_TOGETHER)
+        self.name = encoder.name
+        self._encoder, self._pad_id, self._most = encoder, pad_id, most
 
     def admit(self, request: Generate) -> None:
-        raise ValueError("an encoder generates no text")
+        raise ValueError("this model reads and does not generate text")
 
     def advance(self) -> list[Event]:
         return []
@@ -33,21 +42,41 @@ class EncoderBackend(Backend):
     def drop(self, number: int) -> None:
         pass
 
-    @torch.inference_mode()
     def read(self, ids: list[int]) -> Reading:
-        """Read a whole text in one pass."""
-        input_ids = torch.tensor([ids], device=self._model.device)
-        return _EncoderReading(self._model(input_ids=input_ids).last_hidden_state[0])
+        raise ValueError("this model gives no probabilities of tokens")
 
+    def next_batch(self, waiting: deque[Score | Embed | Encode]) -> list[Encode | Embed]:
+        """Take the oldest text of ``waiting``, and others that cost little padding beside it."""
+        batch = [waiting.popleft()]
+        longest = total = len(batch[0].ids)
+        for command in list(waiting):
+            if len(batch) == MOST_TOGETHER:
+                break
+            wider, more = max(longest, len(command.ids)), total + len(command.ids)
+            if wider * (len(batch) + 1) <= MOST_PADDING * more:
+                batch.append(command)
+                waiting.remove(command)
+                longest, total = wider, more
+        return batch
 
-class _EncoderReading(Reading):
-    """Last hidden states [tokens, hidden size] of one text."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self._hidden = hidden
-
-    def logits(self) -> Iterator[np.ndarray]:
-        raise ValueError("an encoder gives no probabilities")
-
-    def hidden(self) -> np.ndarray:
-        return self._hidden.float().cpu().numpy()
+    def encode(self, batch: list[Encode | Embed]) -> list[np.ndarray]:
+        """What the encoder says of each text: scores [T, 2], logits [labels] or hidden states [T, width]."""
+        longest = max(len(command.ids) for command in batch)
+        width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        if self._most is not None:
+            width = max(longest, min(width, self._most))
+        arrays = {
+            "input_ids": np.full((len(batch), width), self._pad_id, dtype=np.int64),
+            "token_type_ids": np.zeros((len(batch), width), dtype=np.int64),
+            "attention_mask": np.zeros((len(batch), width), dtype=np.int64),
+        }
+        for row, command in enumerate(batch):
+            length = len(command.ids)
+            arrays["input_ids"][row, :length] = command.ids
+            arrays["attention_mask"][row, :length] = 1
+            if isinstance(command, Encode) and command.types is not None:
+                arrays["token_type_ids"][row, :length] = command.types
+        outputs = self._encoder.outputs(arrays)
+        if outputs.ndim == 2:
+            return list(outputs)
+        return [row[: len(command.ids)] for command, row in zip(batch, outputs, strict=True)]

@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from raylm.config.serving import ServingSection
 from raylm.errors import UserError
-from raylm.models.loading import first_line, load_model
+from raylm.models.encoders import EncoderTask, encoder_positions, open_encoder
+from raylm.models.loading import load_config, load_model, load_tokenizer
 from raylm.models.openvino import find_export
 from raylm.serving.engines.base import Backend
 
 
-def choose_engine(source: str, serving: ServingSection, key: str = "serving.engine") -> str:
-    """``openvino`` or ``transformers``: what ``serving.engine`` says, where ``auto`` goes by artifact and hardware.
+def choose_engine(source: str, serving: ServingSection, key: str = "serving.engine", *, generates: bool = True) -> str:
+    """``openvino``, ``transformers`` or ``vllm``: what ``serving.engine`` says, where ``auto`` goes by artifact and
+    hardware.
+
+    Args:
+        generates: the model generates text; vLLM is for no other here.
 
     Raises:
-        UserError: OpenVINO is asked for where there is no export, or together with a GPU.
+        UserError: OpenVINO is asked for where there is no export, or together with a GPU; vLLM without a GPU, where it
+            is not installed, or for an encoder.
     """
-    exported = find_export(source) is not None
+    exported, on_gpu = find_export(source) is not None, bool(serving.gpus_per_replica)
     if serving.engine == "auto":
-        return "openvino" if exported and not serving.gpus_per_replica else "transformers"
+        if on_gpu:
+            return "vllm" if generates and _has_vllm() else "transformers"
+        return "openvino" if exported else "transformers"
     if serving.engine == "openvino":
         if not exported:
             raise UserError(
                 f"{key}: found openvino, allowed: transformers, as {source} has no OpenVINO export "
                 "(`raylm compress` makes one)"
             )
-        if serving.gpus_per_replica:
+        if on_gpu:
             raise UserError(f"{key}: found openvino, allowed: transformers where serving.gpus_per_replica is not 0")
+    if serving.engine == "vllm":
+        if not generates:
+            raise UserError(f"{key}: found vllm, allowed: auto, openvino, transformers, as {source} generates no text")
+        if not on_gpu:
+            raise UserError(f"{key}: found vllm, allowed: auto, openvino, transformers where gpus_per_replica is 0")
+        if not _has_vllm():
+            raise UserError(f"{key}: found vllm, which is not installed: pip install 'raylm[gpu]'")
     return serving.engine
+
+
+def _has_vllm() -> bool:
+    return find_spec("vllm") is not None
 
 
 def load_backend(source: str, serving: ServingSection, *, threads: int) -> Backend:
@@ -57,36 +77,26 @@ def load_backend(source: str, serving: ServingSection, *, threads: int) -> Backe
 
     torch.set_num_threads(threads)
     model = load_model(source).to("cuda" if serving.gpus_per_replica else "cpu")
-    return TransformersBackend(model, end_ids, sequences=serving.max_concurrent_requests)
+    return TransformersBackend(
+        model, end_ids, sequences=serving.max_concurrent_requests, tokenizer=load_tokenizer(source)
+    )
 
 
-def load_encoder(source: str, serving: ServingSection, *, threads: int) -> Backend:
-    """Load a model without a head, to make vectors of texts; arguments as in :func:`load_backend`.
+def load_encoder(source: str, serving: ServingSection, task: EncoderTask, *, threads: int) -> Backend:
+    """Load an encoder; arguments as in :func:`load_backend`.
+
+    Args:
+        task: what it does with texts.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModel
-    from transformers.utils import logging
-
     from raylm.serving.engines.encoder import EncoderBackend
 
-    torch.set_num_threads(threads)
-    logging.disable_progress_bar()
-    # Checkpoints of encoders carry buffers of old versions, which transformers reports at length.
-    logging.set_verbosity_error()
-    try:
-        model = AutoModel.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, add_pooling_layer=False
-        )
-    except TypeError:
-        # Only BERT's relatives have a pooling layer to leave out.
-        model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"serving.encoder: {source} cannot be loaded: {first_line(error)}") from None
-    return EncoderBackend(model.to("cuda" if serving.gpus_per_replica else "cpu"))
+    config = load_config(source)
+    device = "cuda" if serving.gpus_per_replica else "cpu"
+    encoder = open_encoder(source, task, threads, engine=serving.engine, device=device)
+    return EncoderBackend(encoder, config.pad_token_id or 0, encoder_positions(config))
 
 
 def end_token_ids(source: str) -> frozenset[int]:

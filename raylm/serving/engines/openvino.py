@@ -14,8 +14,17 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from raylm.models.openvino import EXPORT_MODEL, find_export, open_pipeline
-from raylm.serving.engines.base import Backend, EngineFailure, Event, FinishReason, Generate, Reading
+from raylm.models.openvino import EXPORT_MODEL, find_export, has_tokenizer, open_pipeline
+from raylm.serving.engines.base import (
+    Backend,
+    EngineFailure,
+    EngineRefusal,
+    Event,
+    FinishReason,
+    Generate,
+    Reading,
+    reason_of,
+)  # fmt: skip
 
 # Tokens of a text that are read at once: with 50,000 words their logits take 50 MB.
 TOKENS_PER_PART = 256
@@ -47,6 +56,9 @@ class OpenVinoBackend(Backend):
         self._directory, self._threads = directory, threads
         self._reader: TextReader | None = None
         self._pipeline = open_pipeline(directory, cache_gigabytes, threads, sequences=sequences)
+        self._has_tokenizer = has_tokenizer(directory)
+        # Requests with a schema that no step has seen yet.
+        self._unproven: set[int] = set()
         # A handle that goes out of scope ends its request in the pipeline: they must be held.
         self._handles: dict[int, openvino_genai.py_openvino_genai.GenerationHandle] = {}
 
@@ -65,11 +77,24 @@ class OpenVinoBackend(Backend):
             config.temperature = parameters.temperature
             config.top_p = parameters.top_p
             config.rng_seed = parameters.seed
+        if parameters.schema is not None:
+            if not self._has_tokenizer:
+                raise EngineRefusal(
+                    "response_format: this export has no tokenizer of OpenVINO's; `raylm compress` makes one now"
+                )
+            config.structured_output_config = openvino_genai.StructuredOutputConfig(json_schema=parameters.schema)
+            self._unproven.add(request.number)
         prompt = openvino.Tensor(np.array([request.prompt_ids], dtype=np.int64))
         self._handles[request.number] = self._pipeline.add_request(request.number, prompt, config)
 
     def advance(self) -> list[Event]:
-        self._pipeline.step()
+        try:
+            self._pipeline.step()
+        except RuntimeError as error:
+            if not self._unproven:
+                raise
+            return self._refuse_unproven(error)
+        self._unproven.clear()
         events = []
         for number, handle in list(self._handles.items()):
             event = Event(number)
@@ -85,7 +110,23 @@ class OpenVinoBackend(Backend):
                 events.append(event)
         return events
 
+    def _refuse_unproven(self, error: RuntimeError) -> list[Event]:
+        """End the requests whose schema may have made the step fail.
+
+        Schemas were checked before (:mod:`raylm.serving.structured`), by the nearest release of the same library. Where
+        other requests are in work too, the pipeline does not recover: the next step fails, and the engine with it.
+        """
+        reason = f"response_format: cannot be followed by this engine: {reason_of(error)}"
+        events = [Event(number, error=reason, refused=True) for number in self._unproven]
+        for number in self._unproven:
+            if (handle := self._handles.pop(number, None)) is not None:
+                handle.cancel()
+        self._unproven.clear()
+        self._pipeline.step()
+        return events
+
     def drop(self, number: int) -> None:
+        self._unproven.discard(number)
         handle = self._handles.pop(number, None)
         if handle is not None:
             handle.cancel()

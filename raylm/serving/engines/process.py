@@ -22,7 +22,9 @@ from raylm.serving.engines.base import (
     Close,
     Command,
     Embed,
+    Encode,
     EngineFailure,
+    EngineRefusal,
     Event,
     Generate,
     Load,
@@ -31,6 +33,7 @@ from raylm.serving.engines.base import (
     Score,
     TokenScores,
 )  # fmt: skip
+from raylm.serving.engines.encoder import EncoderBackend
 
 # Between two messages about the cache.
 LOAD_SECONDS = 0.5
@@ -51,7 +54,7 @@ class Decoding:
         self._backend, self._connection = backend, connection
         self._generating: set[int] = set()
         self._silent: set[int] = set()
-        self._reading: deque[Score | Embed] = deque()
+        self._reading: deque[Score | Embed | Encode] = deque()
         self._load, self._load_due = Load(0.0), 0.0
 
     def run(self) -> None:
@@ -63,11 +66,17 @@ class Decoding:
                     self._deliver(events)
                     self._make_way(events)
                 if self._reading:
-                    # One text between two steps: those that generate wait for it no longer than for a prompt.
-                    self._deliver([_read(self._backend, self._reading.popleft())])
+                    self._deliver(self._read_next())
                 self._tell_load()
         except (EOFError, ConnectionError):
             return
+
+    def _read_next(self) -> list[Event]:
+        """Read the text that has waited longest; an encoder takes others along."""
+        if isinstance(self._backend, EncoderBackend):
+            return _encode(self._backend, self._backend.next_batch(self._reading))
+        # One text between two steps: those that generate wait for it no longer than for a prompt.
+        return [_read(self._backend, self._reading.popleft())]
 
     def _take_commands(self) -> bool:
         """Do what was asked for; wait for it while there is nothing in work. False to stop."""
@@ -104,6 +113,8 @@ class Decoding:
     def _join(self, request: Generate) -> None:
         try:
             self._backend.admit(request)
+        except EngineRefusal as error:
+            self._deliver([Event(request.number, error=str(error), refused=True)])
         except (RuntimeError, ValueError) as error:
             self._deliver([Event(request.number, error=str(error))])
         else:
@@ -124,8 +135,21 @@ class Decoding:
             self._connection.send(events)
 
 
-def _read(backend: Backend, command: Score | Embed) -> Event:
+def _encode(backend: EncoderBackend, batch: list[Encode | Embed]) -> list[Event]:
     try:
+        outputs = backend.encode(batch)
+    except (RuntimeError, ValueError) as error:
+        return [Event(command.number, error=str(error)) for command in batch]
+    return [
+        Event(command.number, result=pool(output, command.pooling) if isinstance(command, Embed) else output)
+        for command, output in zip(batch, outputs, strict=True)
+    ]
+
+
+def _read(backend: Backend, command: Score | Embed | Encode) -> Event:
+    try:
+        if isinstance(command, Encode):
+            raise ValueError("this model generates text: it is no reader and no classifier")
         reading = backend.read(command.ids)
         if isinstance(command, Embed):
             return Event(command.number, result=pool(reading.hidden(), command.pooling))
@@ -168,12 +192,19 @@ def main(descriptor: int) -> None:
     # Ctrl-C in a terminal reaches every process; the replica decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(descriptor) as connection:
-        from raylm.serving.engines.opening import load_backend, load_encoder
+        from raylm.serving.engines.opening import choose_engine, end_token_ids, load_backend, load_encoder
 
         source, serving, threads, encoder = connection.recv()
         try:
-            load = load_encoder if encoder else load_backend
-            backend = load(source, serving, threads=threads)
+            if encoder is None and choose_engine(source, serving) == "vllm":
+                from raylm.serving.engines import vllm
+
+                vllm.run(connection, source, serving, end_token_ids(source))
+                return
+            if encoder is None:
+                backend = load_backend(source, serving, threads=threads)
+            else:
+                backend = load_encoder(source, serving, encoder, threads=threads)
         except (UserError, RuntimeError, ValueError, OSError) as error:
             connection.send(EngineFailure(str(error)))
             return

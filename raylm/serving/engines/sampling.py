@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import torch
 
 from raylm.serving.engines.base import FinishReason, SamplingParameters
+
+if TYPE_CHECKING:
+    from raylm.serving.engines.grammar import Grammar
 
 
 class Sampler:
@@ -15,11 +19,13 @@ class Sampler:
     Args:
         parameters: temperature, top_p, seed and the length.
         end_ids: token ids that end a text.
+        grammar: what the text must follow.
     """
 
-    def __init__(self, parameters: SamplingParameters, end_ids: frozenset[int]) -> None:
+    def __init__(self, parameters: SamplingParameters, end_ids: frozenset[int], grammar: Grammar | None = None) -> None:
         # Whether the likeliest token is always the one.
-        self.plain = parameters.greedy and not parameters.penalizes
+        self.plain = parameters.greedy and not parameters.penalizes and grammar is None
+        self._grammar = grammar
         self._parameters = parameters
         self._end_ids = end_ids
         self._generated = 0
@@ -29,6 +35,8 @@ class Sampler:
     def draw(self, logits: torch.Tensor) -> int:
         """A token id drawn from ``logits`` [vocabulary] by temperature and nucleus (Holtzman et al. 2020)."""
         logits = self._penalize(logits.float().cpu())
+        if self._grammar is not None:
+            logits = self._grammar.allowed(logits)
         if self._parameters.greedy:
             return int(logits.argmax())
         logits = logits / self._parameters.temperature
@@ -44,7 +52,9 @@ class Sampler:
         """Count ``token``; the reason if the request ends with it."""
         self._generated += 1
         self._counts[token] += 1
-        if token in self._end_ids:
+        if self._grammar is not None:
+            self._grammar.accept(token)
+        if token in self._end_ids or (self._grammar is not None and self._grammar.ended):
             return "stop"
         return "length" if self._generated >= self._parameters.max_new_tokens else None
 

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from raylm.serving.engines.base import Backend, Event, Generate, Reading
+from raylm.serving.engines.base import Backend, EngineRefusal, Event, Generate, Reading
+from raylm.serving.engines.grammar import Grammar, Grammars
 from raylm.serving.engines.rows import Rows, is_plain, left_pad, plain_cache
 from raylm.serving.engines.sampling import Sampler
 
@@ -30,12 +31,24 @@ class TransformersBackend(Backend):
         model: a causal model, on the device it is to run on.
         end_ids: token ids that end a text.
         sequences: requests decoded together.
+        tokenizer: of the model, for requests whose text must follow a schema; without it they are refused.
     """
 
     name = "transformers"
 
-    def __init__(self, model: PreTrainedModel, end_ids: frozenset[int], *, sequences: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        end_ids: frozenset[int],
+        *,
+        sequences: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         super().__init__(sequences)
+        self._tokenizer = tokenizer
+        self._grammars: Grammars | None = None
+        # Of requests that wait: where their text is to begin.
+        self._begun: dict[int, Grammar] = {}
         self._model = model.eval()
         self._end_ids = end_ids
         self._takes = frozenset(inspect.signature(model.forward).parameters)
@@ -47,13 +60,16 @@ class TransformersBackend(Backend):
         self._alone: dict[int, _Alone] = {}
 
     def admit(self, request: Generate) -> None:
+        if request.parameters.schema is not None:
+            self._begun[request.number] = self._grammar(request.parameters.schema)
         self._waiting.append(request)
 
     @torch.inference_mode()
     def advance(self) -> list[Event]:
         newcomers = self._next_newcomers()
         for request in newcomers:
-            self._samplers[request.number] = Sampler(request.parameters, self._end_ids)
+            grammar = self._begun.pop(request.number, None)
+            self._samplers[request.number] = Sampler(request.parameters, self._end_ids, grammar)
         if not self.batches:
             self._alone |= {request.number: _Alone(request.prompt_ids) for request in newcomers}
             return [self._advance_alone(number) for number in list(self._alone)]
@@ -65,6 +81,7 @@ class TransformersBackend(Backend):
     def drop(self, number: int) -> None:
         self._waiting = deque(request for request in self._waiting if request.number != number)
         self._samplers.pop(number, None)
+        self._begun.pop(number, None)
         self._alone.pop(number, None)
         self._rows.keep(lambda row: row != number)
 
@@ -74,6 +91,17 @@ class TransformersBackend(Backend):
         input_ids = torch.tensor([ids], device=self._model.device)
         output = self._model(input_ids=input_ids, output_hidden_states=True)
         return _TransformersReading(output.logits[0], output.hidden_states[-1][0])
+
+    def _grammar(self, schema: str) -> Grammar:
+        if self._tokenizer is None:
+            raise EngineRefusal("response_format: this model is served without its tokenizer")
+        try:
+            if self._grammars is None:
+                columns = self._model.get_output_embeddings().weight.shape[0]
+                self._grammars = Grammars(self._tokenizer, columns, self._end_ids)
+            return self._grammars.begin(schema)
+        except (RuntimeError, ValueError, ImportError, AttributeError) as error:
+            raise EngineRefusal(f"response_format: cannot be followed with this model: {error}") from None
 
     def _next_newcomers(self) -> list[Generate]:
         """The waiting requests that there is room for, oldest first."""

@@ -35,7 +35,8 @@ def open_encoder(path: str, serving: ServingSection, threads: int) -> Encoder:
     source = Path(resolve_model(path, "serving.encoder"))
     tokenizer = load_tokenizer(source, "serving.encoder")
     longest = encoder_length(source, context_length(str(source)))
-    engine = start_engine(str(source), serving, threads=threads, encoder=True)
+    serving = serving.model_copy(update={"engine": "auto"})
+    engine = start_engine(str(source), serving, threads=threads, encoder="embedding")
     return Encoder(engine, tokenizer, encoder_pooling(source), longest, fingerprint(source))
 
 
@@ -86,12 +87,12 @@ def encoder_length(directory: Path, positions: int | None) -> int:
 
 
 def fingerprint(directory: Path) -> str:
-    """Tells encoders apart by their configuration, tokenizer, and both ends of their weights."""
+    """Tells encoders apart by their configuration, tokenizer, and both ends of their weights, exported or not."""
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json", "1_Pooling/config.json", "sentence_bert_config.json"):
         path = directory / name
         digest.update(path.read_bytes() if path.is_file() else b"")
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("openvino/*.bin")]):
         size = path.stat().st_size
         with path.open("rb") as stream:
             digest.update(str(size).encode() + stream.read(FINGERPRINT_BYTES))

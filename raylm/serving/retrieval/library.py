@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylm.serving.engines.base import EngineFailure
+from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.encoder import Encoder
 from raylm.serving.retrieval.index import DENSE_WEIGHT
 from raylm.serving.retrieval.store import (
     NAME,
     CollectionError,
     CollectionExists,
-    CollectionStore,
     Facts,
     Match,
     NoSuchCollection,

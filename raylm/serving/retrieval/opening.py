@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from raylm.config.stages import ServeConfig
+from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.encoder import open_encoder
 from raylm.serving.retrieval.library import DEFAULT, Library
 from raylm.serving.retrieval.prepared import open_prepared
-from raylm.serving.retrieval.store import CollectionStore
 
 # In the run's directory: the index of serving.collection, and what clients upload.
 PREPARED, UPLOADED = "prepared", "collections"

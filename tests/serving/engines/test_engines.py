@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from transformers import (
 )
 
 from raylm.config.serving import ServingSection
-from raylm.serving.engines.base import Backend, Close, EngineFailure, SamplingParameters
+from raylm.errors import UserError
+from raylm.serving.engines.base import Backend, Close, EngineFailure, EngineRefusal, SamplingParameters
 from raylm.serving.engines.client import Engine, start_engine
 from raylm.serving.engines.opening import choose_engine
 from raylm.serving.engines.process import Decoding
@@ -320,3 +322,32 @@ def test_auto_goes_by_artifact_and_hardware(exported_model: Path, tiny_model: Pa
     assert choose_engine(str(tiny_model), ServingSection()) == "transformers"
     assert choose_engine(str(exported_model), ServingSection(gpus_per_replica=1.0)) == "transformers"
     assert choose_engine(str(exported_model), ServingSection(engine="transformers")) == "transformers"
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_is_for_gpus_and_has_to_be_there(
+    exported_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, on_gpu = str(exported_model), ServingSection(engine="vllm", gpus_per_replica=1.0)
+    with pytest.raises(UserError, match=r"serving\.engine: found vllm, allowed: .* where gpus_per_replica is 0"):
+        choose_engine(model, ServingSection(engine="vllm"))
+    with pytest.raises(UserError, match=r"which is not installed: pip install 'raylm\[gpu\]'"):
+        choose_engine(model, on_gpu)
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert choose_engine(model, on_gpu) == "vllm"
+    assert choose_engine(model, ServingSection(gpus_per_replica=1.0)) == "vllm"
+    assert choose_engine(model, ServingSection()) == "openvino"
+    # Encoders stay where they are.
+    assert choose_engine(model, ServingSection(gpus_per_replica=1.0), generates=False) == "transformers"
+    with pytest.raises(UserError, match="generates no text"):
+        choose_engine(model, on_gpu, generates=False)
+
+
+def test_a_schema_that_fails_in_the_engine_is_refused_there(engine: Engine) -> None:
+    """What the check before the engine would let through."""
+    expected = greedy(engine, PROMPTS[0], 24)
+    with pytest.raises(EngineRefusal, match="nonsense"):
+        asyncio.run(collect(engine, PROMPTS[1], SamplingParameters(8, schema='{"type": "nonsense"}')))
+    assert greedy(engine, PROMPTS[0], 24) == expected

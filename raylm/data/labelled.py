@@ -1,0 +1,245 @@
+"""Texts with a class each: from rows of JSONL, CSV or Parquet files, and as training samples on disk.
+
+In: the ``data`` section and a model's tokenizer. Out: :class:`LabelledText`, in the order of the files; or a directory
+with ``tokenizer/``, flat arrays of each split, and ``manifest.json``, which is written last and names the labels. The
+order of the samples is a function of (seed, number of the sample).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylm.config.data import DataSection
+from raylm.config.run_directory import write_atomically
+from raylm.data.blocks import Block
+from raylm.data.documents import Split, hash_share
+from raylm.data.permutation import permute
+from raylm.data.readers import read_block
+from raylm.data.samples import PAD_MULTIPLE
+from raylm.data.shards import FORMAT_VERSION, file_hash, read_manifest
+from raylm.data.sources import MANIFEST, open_sources
+from raylm.data.streams import InputErrors
+from raylm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS: tuple[Split, ...] = ("train", "validation")
+FORMATS = ("jsonl", "csv", "parquet", "hub")
+ARRAYS = ("tokens", "rows")
+KIND = "labelled"
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text and the name of its class."""
+
+    text: str
+    label: str
+
+
+def read_labelled(data: DataSection) -> Iterator[tuple[Split, LabelledText]]:
+    """All texts with their side; where there is no ``data.validation`` a share is held out by the texts' hash.
+
+    Raises:
+        UserError: a source is wrong or of another format; names the file and the place.
+    """
+    sides: list[tuple[str, list[Any], Split | None]] = [
+        ("data.train", data.train_sections, "train" if data.validation_sources else None),
+        ("data.validation", data.validation_sources, "validation"),
+    ]
+    for key, names, sole in sides:
+        for row in _of_sources(data, names, key):
+            held_out = hash_share(row.text, b"raylm-split") < data.validation_fraction
+            yield sole or ("validation" if held_out else "train"), row
+
+
+def evaluation_labelled(data: DataSection, split: Split = "validation") -> list[LabelledText]:
+    """The texts that a classifier is measured on: ``data.validation`` where it is given, else all of ``data.train``.
+
+    Raises:
+        UserError: a source is wrong, or holds no text.
+    """
+    use_validation = split == "validation" and bool(data.validation_sources)
+    key = "data.validation" if use_validation else "data.train"
+    found = list(_of_sources(data, data.validation_sources if use_validation else data.train_sections, key))
+    if not found:
+        raise UserError(f"{key}: found no text with a label")
+    return found
+
+
+def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[LabelledText]:
+    errors = InputErrors(data.errors)
+    fields = data.fields.model_copy(update={"label": data.fields.label or "label"})
+    labelled = data.model_copy(update={"fields": fields})
+    for source in open_sources(data, names, key):
+        for segment in source.segments:
+            if segment.format not in FORMATS:
+                raise UserError(
+                    f"{key}: {source.name}: found the format {segment.format}, allowed with labels: "
+                    f"{', '.join(FORMATS)}"
+                )
+            for document in read_block(Block(0, 0, None, (segment,)), labelled, errors):
+                if document.text.strip() and document.label.strip():
+                    yield LabelledText(document.text, document.label.strip())
+
+
+def in_order(labels: set[str]) -> list[str]:
+    """Labels sorted: numbers by value, others by name."""
+    if all(label.lstrip("-").isdecimal() for label in labels):
+        return sorted(labels, key=int)
+    return sorted(labels)
+
+
+class LabelledInput:
+    """All texts of the ``data`` section, read and checked; make one before anything is written.
+
+    Args:
+        data: the section.
+        known: the labels of a classifier that is trained further; None for a new one.
+
+    Raises:
+        UserError: bad input, a side without a text, fewer than two labels, or labels that are not ``known``.
+    """
+
+    def __init__(self, data: DataSection, known: Sequence[str] | None = None) -> None:
+        self.texts: dict[Split, list[LabelledText]] = {"train": [], "validation": []}
+        for side, text in read_labelled(data):
+            self.texts[side].append(text)
+        for side in SPLITS:
+            if not self.texts[side]:
+                raise UserError(
+                    f"data: no text with a label is left for {side}; allowed: more rows, another "
+                    "data.validation_fraction, or a data.validation source"
+                )
+        found = {text.label for text in self.texts["train"]}
+        self.labels = in_order(found) if known is None else list(known)
+        if len(self.labels) < 2:
+            raise UserError(f"data.train: found the only label '{self.labels[0]}', allowed: two or more labels")
+        for side in SPLITS:
+            unknown = sorted({text.label for text in self.texts[side]} - set(self.labels))
+            if unknown:
+                source = "data.train has" if known is None else "model.path was trained with"
+                raise UserError(
+                    f"data: found the label '{unknown[0]}' in the {side} texts, allowed: the labels that {source} "
+                    f"({_named(self.labels)})"
+                )
+
+    def write(self, directory: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> dict[str, Any]:
+        """Write the directory; returns the manifest."""
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        tokenizer.save_pretrained(directory / "tokenizer")
+        splits = {side: self._write_split(directory, side, tokenizer, sequence_length) for side in SPLITS}
+        manifest = {
+            "version": FORMAT_VERSION,
+            "kind": KIND,
+            "labels": self.labels,
+            "sequence_length": sequence_length,
+            "pad_id": tokenizer.pad_token_id,
+            "splits": splits,
+        }
+        write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        return manifest
+
+    def _write_split(
+        self, directory: Path, split: Split, tokenizer: PreTrainedTokenizerBase, sequence_length: int
+    ) -> dict[str, Any]:
+        texts = self.texts[split]
+        ids = encode_texts(tokenizer, [text.text for text in texts], sequence_length)
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        arrays = {
+            "tokens": np.concatenate(ids).astype(np.int32),
+            "rows": np.stack([starts, lengths, np.array([numbers[text.label] for text in texts])], axis=1),
+        }
+        files = []
+        for name in ARRAYS:
+            path = directory / f"{split}-{name}.npy"
+            np.save(path, arrays[name])
+            files.append({"path": path.name, "sha256": file_hash(path)})
+        return {"texts": len(texts), "tokens": int(lengths.sum()), "files": files}
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], most: int) -> list[np.ndarray]:
+    """Token ids int64 [T] of each text; what is beyond ``most`` tokens is left out."""
+    found = tokenizer(texts, truncation=True, max_length=most, padding=False, verbose=False)["input_ids"]
+    return [np.array(ids, dtype=np.int64) for ids in found]
+
+
+def pad_ids(rows: Sequence[np.ndarray], pad_id: int, most: int | None = None) -> dict[str, np.ndarray]:
+    """Token ids as one batch, padded on the right to a multiple of 8, at most to ``most`` tokens.
+
+    Returns:
+        input_ids, token_type_ids (all 0), attention_mask: int64 [n, T].
+    """
+    longest = max(map(len, rows))
+    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    if most is not None:
+        width = max(longest, min(width, most))
+    batch = {
+        "input_ids": np.full((len(rows), width), pad_id, dtype=np.int64),
+        "token_type_ids": np.zeros((len(rows), width), dtype=np.int64),
+        "attention_mask": np.zeros((len(rows), width), dtype=np.int64),
+    }
+    for place, ids in enumerate(rows):
+        batch["input_ids"][place, : len(ids)] = ids
+        batch["attention_mask"][place, : len(ids)] = 1
+    return batch
+
+
+def verify_labelled(directory: Path) -> dict[str, Any]:
+    """Compare every file with its checksum; returns the manifest.
+
+    Raises:
+        UserError: the directory holds something else, or a file is missing or differs.
+    """
+    manifest = read_manifest(directory)
+    if manifest["kind"] != KIND:
+        raise UserError(f"{directory}: found {manifest['kind']}, allowed with objective classification: {KIND}")
+    for split in manifest["splits"].values():
+        for entry in split["files"]:
+            path = directory / entry["path"]
+            if not path.is_file() or file_hash(path) != entry["sha256"]:
+                raise UserError(f"{path}: missing or damaged; remove {directory}, and it is prepared again")
+    return manifest
+
+
+class LabelledSamples:
+    """Texts with the number of their class; see :class:`raylm.data.samples.Samples`.
+
+    Args:
+        directory: what :meth:`LabelledInput.write` wrote.
+        split: train (shuffled) or validation (in order).
+        seed: decides the order.
+    """
+
+    def __init__(self, directory: Path | str, split: Split, seed: int) -> None:
+        directory = Path(directory)
+        manifest = read_manifest(directory)
+        self._tokens, self._rows = (np.load(directory / f"{split}-{name}.npy", mmap_mode="r") for name in ARRAYS)
+        self._seed, self._shuffle = seed, split == "train"
+        self._pad_id, self._length = manifest["pad_id"], manifest["sequence_length"]
+        self.count = len(self._rows)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """What :func:`pad_ids` returns, and ``targets`` int64 [n, 1]."""
+        epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), self.count)
+        if self._shuffle:
+            places = permute(places, epochs, self.count, self._seed)
+        rows = np.asarray(self._rows[places])
+        ids = [np.asarray(self._tokens[start : start + length], dtype=np.int64) for start, length, _ in rows.tolist()]
+        return {**pad_ids(ids, self._pad_id, self._length), "targets": rows[:, 2:]}
+
+
+def _named(labels: Sequence[str]) -> str:
+    shown = ", ".join(labels[:20])
+    return f"{shown}, ..." if len(labels) > 20 else shown

@@ -1,0 +1,199 @@
+"""Encoders: models that read a whole text and generate none, in fp32 in this process or as an OpenVINO export.
+
+A batch of token ids goes in, an array comes out: of a reader the scores of each token as an answer's first and last, of
+a classifier the logits of its labels, of any other encoder the last hidden states.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from raylm.config.model import ENCODERS
+from raylm.errors import UserError
+from raylm.models.loading import first_line, load_config, load_model, resolve_model
+from raylm.models.openvino import EXPORT_MODEL, check_export, find_export
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+EncoderTask = Literal["extractive_qa", "classification", "embedding"]
+
+_HEADS: dict[str, EncoderTask] = {
+    "ForQuestionAnswering": "extractive_qa",
+    "ForSequenceClassification": "classification",
+}
+WHAT: dict[EncoderTask, str] = {
+    "extractive_qa": "reader",
+    "classification": "classifier",
+    "embedding": "encoder",
+}
+
+
+class Encoder(Protocol):
+    """What reads batches, whatever computes it.
+
+    Attributes:
+        name: of the engine.
+    """
+
+    name: str
+
+    def outputs(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """A batch to scores, fp32.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``token_type_ids``, int64 [n, T].
+
+        Returns:
+            [n, T, 2] of a reader, [n, labels] of a classifier, hidden states [n, T, width] of another encoder.
+        """
+
+
+def encoder_task(config: PretrainedConfig) -> EncoderTask | None:
+    """What an encoder of this configuration is trained for; None of any other model."""
+    for name in config.architectures or ():
+        for ending, task in _HEADS.items():
+            if name.endswith(ending):
+                return task
+    return "embedding" if config.model_type in ENCODERS else None
+
+
+def check_task(path: str, task: EncoderTask, key: str = "model.path") -> PretrainedConfig:
+    """The configuration of an encoder that is trained for ``task``.
+
+    Raises:
+        UserError: there is no model, or it is another: transformers would put a random head on it.
+    """
+    config = load_config(path, key)
+    if encoder_task(config) != task:
+        found = ", ".join(config.architectures or ()) or config.model_type
+        made = "" if task == "embedding" else f" (finetune with objective.type={task} makes one)"
+        raise UserError(f"{key}: found {path}, a {found}, allowed: a {WHAT[task]}{made}")
+    return config
+
+
+def encoder_positions(config: Any) -> int | None:
+    """Most tokens of a text, or None where the model has no limit; RoBERTa counts from behind the padding token."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        return positions - (config.pad_token_id or 0) - 1
+    return positions
+
+
+def label_names(config: PretrainedConfig) -> list[str]:
+    """The labels of a classifier, in the order of its logits."""
+    return [config.id2label[number] for number in range(config.num_labels)]
+
+
+class TransformersEncoder:
+    """An encoder in fp32 in this process.
+
+    Args:
+        path: what :func:`raylm.models.loading.resolve_model` takes.
+        task: what it is trained for.
+        device: where it runs.
+    """
+
+    name = "transformers"
+
+    def __init__(self, path: str, task: EncoderTask, key: str = "model.path", device: str = "cpu") -> None:
+        config = check_task(path, task, key)
+        self._model = _load_body(path, key) if task == "embedding" else load_model(path, key=key, head=task)
+        self._model = self._model.eval().to(device)
+        self._task = task
+        self._names = ["input_ids", "attention_mask"]
+        if getattr(config, "type_vocab_size", 0) > 1:
+            self._names.append("token_type_ids")
+
+    def outputs(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """See :class:`Encoder`."""
+        import torch
+
+        with torch.inference_mode():
+            device = self._model.device
+            output = self._model(**{name: torch.from_numpy(batch[name]).to(device) for name in self._names})
+            if self._task == "extractive_qa":
+                found = torch.stack([output.start_logits, output.end_logits], dim=-1)
+            else:
+                found = output.logits if self._task == "classification" else output.last_hidden_state
+            return found.float().cpu().numpy()
+
+
+class OpenVinoEncoder:
+    """An encoder's OpenVINO export on the CPU.
+
+    Args:
+        directory: model directory with ``openvino/`` inside.
+        task: what it is trained for.
+        threads: threads to compute with.
+
+    Raises:
+        UserError: there is no export, it is damaged, or it is one of another kind of model.
+    """
+
+    name = "openvino"
+
+    def __init__(self, directory: str | Path, task: EncoderTask, threads: int, key: str = "model.path") -> None:
+        export = check_export(directory, key)
+        import openvino
+
+        # Activations in fp32: left to itself the plugin computes in bf16 where the CPU can.
+        properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(export / EXPORT_MODEL, "CPU", properties)
+        self._inputs = {name for port in compiled.inputs for name in port.get_names()}
+        given = {name for port in compiled.outputs for name in port.get_names()}
+        self._outputs = {
+            "extractive_qa": ["start_logits", "end_logits"],
+            "classification": ["logits"],
+            "embedding": ["last_hidden_state"],
+        }[task]
+        if missing := [name for name in self._outputs if name not in given]:
+            raise UserError(f"{key}: {export} gives no {', '.join(missing)}: it is not the export of a {WHAT[task]}")
+        self._request = compiled.create_infer_request()
+
+    def outputs(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """See :class:`Encoder`."""
+        result = self._request.infer({name: batch[name] for name in batch if name in self._inputs})
+        found = [np.array(result[name]) for name in self._outputs]
+        return np.stack(found, axis=-1) if len(found) > 1 else found[0]
+
+
+def open_encoder(
+    path: str, task: EncoderTask, threads: int, *, engine: str = "auto", key: str = "model.path", device: str = "cpu"
+) -> Encoder:
+    """An encoder on the engine of that name; ``auto`` takes the OpenVINO export where there is one, on a CPU.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    source = resolve_model(path, key)
+    if engine == "openvino" or (engine == "auto" and device == "cpu" and find_export(source) is not None):
+        return OpenVinoEncoder(source, task, threads, key)
+    import torch
+
+    torch.set_num_threads(threads)
+    return TransformersEncoder(path, task, key, device)
+
+
+def _load_body(path: str, key: str) -> Any:
+    """An encoder without a head."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # Checkpoints of encoders carry buffers of old versions, which transformers reports at length.
+    logging.set_verbosity_error()
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        try:
+            return AutoModel.from_pretrained(resolve_model(path, key), add_pooling_layer=False, **options)
+        except TypeError:
+            # Only BERT's relatives have a pooling layer to leave out.
+            return AutoModel.from_pretrained(resolve_model(path, key), **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{key}: {path} cannot be loaded: {first_line(error)}") from None

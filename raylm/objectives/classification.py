@@ -1,0 +1,72 @@
+"""The classification objective: say which class a text belongs to.
+
+Devlin et al. 2019, "BERT", section 4.1: a linear layer over the (pooled) class token gives a logit a label, and the
+loss is the cross-entropy with the right one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.nn import functional
+
+from raylm.data.documents import Split
+from raylm.data.labelled import LabelledSamples
+from raylm.data.samples import IGNORED, Samples
+from raylm.data.shards import read_manifest
+from raylm.errors import UserError
+from raylm.objectives.base import Batch, Objective
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+SHORTEST = 4
+
+
+class ClassificationObjective(Objective):
+    """Cross-entropy of the class; one target a text."""
+
+    name: ClassVar[str] = "classification"
+    head: ClassVar[str] = "classification"
+    reads: ClassVar[str] = "labelled"
+    measures: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
+        """See :class:`Objective`; the directory is one of labelled texts, which have their length already."""
+        return LabelledSamples(directory, split, seed)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, place: str) -> None:
+        """See :class:`Objective`."""
+        if sequence_length < SHORTEST:
+            raise UserError(f"training.sequence_length: found {sequence_length}, allowed: {SHORTEST} or more")
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"model.path: {place} has no tokenizer with a padding token, which classification needs")
+
+    def settings(self, directory: Path | str) -> dict[str, Any]:
+        """See :class:`Objective`: the labels by number."""
+        labels = read_manifest(directory)["labels"]
+        return {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: number for number, label in enumerate(labels)},
+        }
+
+    def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
+        """See :class:`Objective`; token types where the model knows any."""
+        names = ["input_ids", "attention_mask"]
+        if getattr(config, "type_vocab_size", 0) > 1:
+            names.append("token_type_ids")
+        return {name: batch[name] for name in names}
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """``logits`` [batch, labels] and ``targets`` [batch, 1] to the summed cross-entropy in nats."""
+        return functional.cross_entropy(logits.float(), targets[:, 0], ignore_index=IGNORED, reduction="sum")
+
+    def tokens(self, batch: Batch) -> torch.Tensor:
+        """All input tokens that are no padding, of the rows that count."""
+        return (batch["attention_mask"].sum(dim=1) * (batch["targets"][:, 0] != IGNORED)).sum()
+
+    def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Texts whose likeliest class is the right one."""
+        return (logits.argmax(dim=1) == batch["targets"][:, 0]).sum().double()[None]

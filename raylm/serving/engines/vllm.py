@@ -1,0 +1,176 @@
+"""vLLM (Kwon et al. 2023) as an engine on a GPU: its asynchronous engine behind the same pipe as the others.
+
+Written to the documentation of ``AsyncLLM`` (https://docs.vllm.ai, "Async LLM Streaming"); not run yet, as no GPU was
+at hand. vLLM batches, caches prefixes and samples by itself: here a task a request hands its tokens on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from raylm.config.serving import ServingSection
+from raylm.serving.engines.base import (
+    Cancel,
+    Close,
+    Command,
+    EngineFailure,
+    Event,
+    FinishReason,
+    Generate,
+    Ready,
+    SamplingParameters,
+    Score,
+    TokenScores,
+)  # fmt: skip
+
+NAME = "vllm"
+REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+def run(connection: Connection, source: str, serving: ServingSection, end_ids: frozenset[int]) -> None:
+    """Load the model, answer ``Ready`` or the reason against it, and work until told to close.
+
+    Args:
+        connection: commands come from here, lists of events go there.
+        source: Hugging Face directory or hub name.
+        serving: limits.
+        end_ids: token ids that end a text.
+    """
+    asyncio.run(_Work(connection, end_ids).run(source, serving))
+
+
+class _Work:
+    """Everything that one vLLM engine has in work."""
+
+    def __init__(self, connection: Connection, end_ids: frozenset[int]) -> None:
+        self._connection, self._end_ids = connection, end_ids
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._events: list[Event] = []
+        self._closed = asyncio.Event()
+
+    async def run(self, source: str, serving: ServingSection) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = AsyncEngineArgs(
+            model=source,
+            trust_remote_code=False,
+            tensor_parallel_size=max(1, int(serving.gpus_per_replica)),
+            gpu_memory_utilization=serving.gpu_memory_utilization,
+            max_num_seqs=serving.max_concurrent_requests,
+            enable_prefix_caching=True,
+        )
+        self._engine = AsyncLLM.from_engine_args(arguments)
+        self._connection.send(Ready(NAME))
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._receive, daemon=True).start()
+        try:
+            await self._closed.wait()
+        finally:
+            self._engine.shutdown()
+
+    def _receive(self) -> None:
+        """Hand commands to the event loop; runs on a thread."""
+        try:
+            while not isinstance(command := self._connection.recv(), Close):
+                self._loop.call_soon_threadsafe(self._take, command)
+        except (EOFError, OSError):
+            # Nobody is at the other end any more.
+            pass
+        self._loop.call_soon_threadsafe(self._closed.set)
+
+    def _take(self, command: Command) -> None:
+        if isinstance(command, Cancel):
+            # vLLM drops a request whose generator is closed.
+            if (task := self._tasks.pop(command.number, None)) is not None:
+                task.cancel()
+            return
+        self._tasks[command.number] = self._loop.create_task(self._answer(command))
+
+    async def _answer(self, command: Command) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        try:
+            if isinstance(command, Generate):
+                async for event in self._generate(command):
+                    self._deliver(event)
+            elif isinstance(command, Score):
+                self._deliver(Event(command.number, result=await self._score(command)))
+            else:
+                raise ValueError("vLLM serves this model for generation; serve it with engine: transformers as well")
+        except EngineDeadError as error:
+            # Without its engine this process is of no use: the replica sees it end, and is replaced.
+            self._deliver(Event(command.number, error=str(error)))
+            self._loop.call_soon(self._closed.set)
+        except (EngineGenerateError, RuntimeError, ValueError, TypeError, EngineFailure) as error:
+            self._deliver(Event(command.number, error=str(error)))
+        finally:
+            self._tasks.pop(command.number, None)
+
+    async def _generate(self, command: Generate) -> AsyncIterator[Event]:
+        reason = None
+        async for output in self._outputs(command.number, command.prompt_ids, self._sampling(command.parameters)):
+            part = output.outputs[0]
+            reason = REASONS.get(part.finish_reason or "")
+            yield Event(command.number, list(part.token_ids), reason)
+        if reason is None:
+            yield Event(command.number, error="vLLM ended the text without a reason")
+
+    async def _score(self, command: Score) -> TokenScores:
+        """Log-probabilities of the prompt's tokens, and of what may follow the last."""
+        from vllm import SamplingParams
+
+        wanted = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=command.top, logprobs=command.top)
+        last = None
+        async for output in self._outputs(command.number, command.ids, wanted):
+            last = output
+        if last is None:
+            raise EngineFailure("vLLM gave no scores")
+        # Of each place the likeliest tokens, and the one that stands there: {token id: Logprob}. The first has none.
+        places = [*last.prompt_logprobs[1:], last.outputs[0].logprobs[0]]
+        chosen = [place[token].logprob for place, token in zip(places, command.ids[1:], strict=False)]
+        top = [sorted(((-entry.logprob, token) for token, entry in place.items()))[: command.top] for place in places]
+        return TokenScores(
+            np.array(chosen, dtype=np.float32),
+            np.array([[token for _, token in row] for row in top], dtype=np.int64),
+            np.array([[-value for value, _ in row] for row in top], dtype=np.float32),
+        )
+
+    def _outputs(self, number: int, ids: list[int], wanted: Any) -> AsyncIterator[Any]:
+        from vllm.inputs import TokensPrompt
+
+        return self._engine.generate(TokensPrompt(prompt_token_ids=ids), wanted, request_id=str(number))
+
+    def _sampling(self, parameters: SamplingParameters) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        schema = parameters.schema
+        return SamplingParams(
+            max_tokens=parameters.max_new_tokens,
+            temperature=0.0 if parameters.greedy else parameters.temperature,
+            top_p=parameters.top_p,
+            seed=parameters.seed,
+            presence_penalty=parameters.presence_penalty,
+            frequency_penalty=parameters.frequency_penalty,
+            stop_token_ids=sorted(self._end_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+        )
+
+    def _deliver(self, event: Event) -> None:
+        """Send what one turn of the loop brought in one message."""
+        if not self._events:
+            self._loop.call_soon(self._flush)
+        self._events.append(event)
+
+    def _flush(self) -> None:
+        events, self._events = self._events, []
+        self._connection.send(events)

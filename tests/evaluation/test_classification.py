@@ -1,0 +1,80 @@
+"""Classifiers: labelled texts, what is wrong with them, and the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raylm.config.data import DataSection
+from raylm.data.labelled import LabelledInput, LabelledSamples, LabelledText, evaluation_labelled, in_order
+from raylm.errors import UserError
+from raylm.evaluation.classification import TextSet
+from raylm.models.loading import load_tokenizer
+from tests.reading import write_encoder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "model")
+
+
+def test_reads_rows_and_numbers(encoder: Path, tmp_path: Path) -> None:
+    csv, jsonl = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    csv.write_text("text,label\nanna lives,10\nbert works,9\n")
+    jsonl.write_text(
+        '{"text": "much rain fell", "label": 10}\n{"text": "a baker", "label": 9}\n{"text": " ", "label": 9}\n'
+    )
+    data = DataSection(train=[str(csv), str(jsonl)])
+    assert [(row.text, row.label) for row in evaluation_labelled(data)] == [
+        ("anna lives", "10"), ("bert works", "9"), ("much rain fell", "10"), ("a baker", "9"),
+    ]  # fmt: skip
+    assert in_order({"10", "9"}) == ["9", "10"]
+    assert in_order({"b", "10", "9"}) == ["10", "9", "b"]
+    read = LabelledInput(DataSection(train=str(csv), validation=str(jsonl)))
+    manifest = read.write(tmp_path / "set", load_tokenizer(encoder), 16)
+    assert manifest["labels"] == ["9", "10"]
+    batch = LabelledSamples(tmp_path / "set", "validation", 0).batch(np.arange(2))
+    assert batch["targets"].tolist() == [[1], [0]]
+    assert batch["input_ids"].shape == (2, 8)
+    shuffled = LabelledSamples(tmp_path / "set", "train", 0)
+    assert sorted(shuffled.batch(np.arange(2))["targets"][:, 0].tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"text": "a"}\n', r"bad\.jsonl:1: no column 'label'; columns found: text"),
+        ('{"text": "a", "label": ["x"]}\n', r"bad\.jsonl:1: column 'label': found list, allowed: text"),
+        ('{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}\n', r"the only label 'x', allowed: two or more"),
+        ('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n{nonsense\n', r"bad\.jsonl:3: malformed JSON"),
+    ],
+)
+def test_bad_input_is_named(rows: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(rows)
+    with pytest.raises(UserError, match=message):
+        LabelledInput(DataSection(train=str(path), validation=str(path)))
+
+
+def test_unknown_labels_are_named(tmp_path: Path) -> None:
+    train, other = tmp_path / "a.csv", tmp_path / "b.csv"
+    train.write_text("text,label\na,x\nb,y\n")
+    other.write_text("text,label\na,x\nb,z\n")
+    with pytest.raises(UserError, match=r"the label 'z' in the validation texts, allowed: .*data\.train has \(x, y\)"):
+        LabelledInput(DataSection(train=str(train), validation=str(other)))
+    with pytest.raises(UserError, match=r"the label 'x' in the train texts, allowed: .*model\.path was trained with"):
+        LabelledInput(DataSection(train=str(train), validation=str(train)), ["y", "z"])
+
+
+def test_figures(encoder: Path) -> None:
+    texts = [LabelledText(*pair) for pair in [("a", "x"), ("b", "x"), ("c", "y"), ("d", "y")]]
+    read = TextSet(texts, ["x", "y", "z"], load_tokenizer(encoder), 8, 2)
+    # x, y, y, y: precision of y 2/3, recall 1; of x 1 and 1/2; z stands nowhere and does not count.
+    found = read.figures(np.eye(3)[[0, 1, 1, 1]])
+    assert found["accuracy"] == 75.0
+    assert found["macro_f1"] == pytest.approx(100 * (2 / 3 + 0.8) / 2)
+    assert set(found["labels"]) == {"x", "y"}
+    with pytest.raises(UserError, match="found the label 'y', allowed: the model's own"):
+        TextSet(texts, ["x"], load_tokenizer(encoder), 8, 2)
