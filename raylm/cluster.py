@@ -7,13 +7,25 @@ at the end. Ray is imported only inside the functions.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
-# Large activations are freed and taken again each step; by default glibc returns them to the kernel in between and
-# pays for the page faults (https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html).
+from raylm.parallel.capacity import Capacity, Node
+
+# Large activations are freed and taken again each step. By default glibc returns them to the kernel in between and pays
+# for the page faults (https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html); told to keep
+# them, its heap breaks up into holes and grows to twice of what is in use. jemalloc does neither.
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+
+# Ray's names of GPUs (ray.util.accelerators) -> GiB of memory, the smallest that is sold under the name.
+GPU_MEMORY = {
+    "K80": 12, "P4": 8, "P100": 12, "V100": 16, "T4": 16, "L4": 24, "A10G": 24, "L40S": 48, "A100": 40, "A100-40G": 40,
+    "A100-80G": 80, "H100": 80, "H200": 141, "B200": 180,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -55,3 +67,37 @@ def cluster_resources() -> dict[str, float]:
 def worker_environment(cpus: float) -> dict[str, str]:
     """Environment variables of a process that computes with ``cpus`` CPUs."""
     return {"OMP_NUM_THREADS": str(max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false", **MALLOC_ENVIRONMENT}
+
+
+def training_environment(cpus: float) -> dict[str, str]:
+    """Environment variables of a process that trains on ``cpus`` CPUs: with the jemalloc that comes with Ray.
+
+    A preload of the user's own stays alone. Where a node lacks the library, glibc's settings hold.
+    """
+    environment = worker_environment(cpus)
+    spec = importlib.util.find_spec("ray")
+    library = Path(spec.origin).parent / "core" / "libjemalloc.so" if spec and spec.origin else None
+    if library is not None and library.is_file() and "LD_PRELOAD" not in os.environ:
+        environment["LD_PRELOAD"] = str(library)
+    return environment
+
+
+def cluster_capacity() -> Capacity:
+    """The nodes of the joined cluster: CPUs, GPUs, and memory as far as it is known."""
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        resources = node["Resources"]
+        if node["Alive"] and resources.get("CPU", 0) > 0:
+            gpus = resources.get("GPU", 0.0)
+            nodes.append(
+                Node(resources["CPU"], gpus, resources.get("memory"), _gpu_memory(resources) if gpus else None)
+            )
+    return Capacity(tuple(nodes))
+
+
+def _gpu_memory(resources: dict[str, float]) -> float | None:
+    """Of a GPU of a node, by the name of it that Ray gives; None if it is not known."""
+    named = (name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
+    return next((GPU_MEMORY[name] * 2.0**30 for name in named if name in GPU_MEMORY), None)

@@ -64,6 +64,11 @@ class ResourcesSection(Section):
     """CPUs that a worker reserves; a fraction lets several workers share a core."""
     gpus_per_worker: int | Literal["auto"] = "auto"
     """GPUs that a worker holds, 0 or 1; ``auto`` is 1 where the cluster has GPUs."""
+    workers_per_node: int | None = Field(default=None, ge=1)
+    """Workers of one node, for planning; by default what each node of the cluster holds."""
+    memory_per_worker_gb: float | None = Field(default=None, gt=0)
+    """Memory that a worker may take, in 10^9 bytes, for planning; by default its GPU's, or else its share of the
+    node's."""
     elastic: list[int] | None = Field(default=None, min_length=2, max_length=2)
     """Least and most workers: training goes on with as many as the cluster holds, and follows it up and down."""
     elastic_check_seconds: float = Field(default=60.0, ge=1)

@@ -63,15 +63,18 @@ class RunDirectory:
                 "Choose another run.name, or restore these values to resume"
             )
 
-    def create(self) -> None:
+    def create(self, resolved: Section | None = None) -> None:
         """Make the directory and write ``config.yaml``; call after everything else was validated.
+
+        Args:
+            resolved: what stands in it; by default the configuration as it was given.
 
         Raises:
             UserError: the storage is read-only or full.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.yaml", f"stage: {self.stage}\n{to_yaml(self._config)}")
+            write_atomically(self.path / "config.yaml", f"stage: {self.stage}\n{to_yaml(resolved or self._config)}")
         except OSError as error:
             raise UserError(f"run.storage: {self.path} cannot be written: {error.strerror}") from None
 

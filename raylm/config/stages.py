@@ -84,12 +84,18 @@ class TrainConfig(Section):
                 f"resources.workers: found {workers}, allowed: auto or a multiple of parallel.tensor x "
                 f"parallel.pipeline ({cut})"
             )
-        if isinstance(workers, int) and isinstance(data, int) and workers != data * cut:
+        automatic = "auto" in (self.parallel.tensor, self.parallel.pipeline)
+        if isinstance(workers, int) and isinstance(data, int) and automatic and workers % (data * cut):
+            raise ValueError(
+                f"parallel.data: found {data}, allowed: auto or a divisor of {workers // cut}, as data x tensor x "
+                f"pipeline must equal resources.workers ({workers})"
+            )
+        if isinstance(workers, int) and isinstance(data, int) and not automatic and workers != data * cut:
             raise ValueError(
                 f"parallel.data: found {data}, allowed: auto or {workers // cut}, as data x tensor x pipeline must "
                 f"equal resources.workers ({workers})"
             )
-        if cut > 1 and self.parallel.zero_stage >= 2:
+        if cut > 1 and self.parallel.zero_stage in (2, 3):
             raise ValueError(
                 f"parallel.zero_stage: found {self.parallel.zero_stage}, allowed with parallel.tensor or "
                 "parallel.pipeline above 1: 0, 1, as gradients are then whole until all micro-batches are through"
@@ -104,7 +110,7 @@ class TrainConfig(Section):
                 f"objective.document_boundaries: found {self.objective.document_boundaries}, allowed with "
                 "parallel.tensor or parallel.pipeline above 1: ignore, as stages pass no positions on"
             )
-        known = workers // cut if isinstance(workers, int) else data
+        known = workers // cut if isinstance(workers, int) and not automatic else data
         if isinstance(known, int):
             if self.training.batch_size % known:
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raylm.config.base import Section
 
@@ -107,11 +107,12 @@ class ParallelSection(Section):
 
     data: int | Literal["auto"] = "auto"
     """Replicas that share a batch; auto is the number of workers."""
-    tensor: int = Field(default=1, ge=1)
-    """Processes that share each layer; workers = data x tensor x pipeline."""
-    pipeline: int = Field(default=1, ge=1)
+    tensor: int | Literal["auto"] = 1
+    """Processes that share each layer; workers = data x tensor x pipeline. auto here and below takes what the memory of
+    a worker needs and the estimated time of a step favours; ``raylm plan`` shows what, and why."""
+    pipeline: int | Literal["auto"] = 1
     """Stages, each of which holds some of the blocks; micro-batches pass through them one forward, one backward."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = 1
     """DeepSpeed ZeRO: 0 replicates all, 1 shards optimizer state, 2 gradients too, 3 parameters too; 2 and 3 go with
     data parallelism only."""
     micro_batch_size: int | Literal["auto"] = "auto"
@@ -119,13 +120,20 @@ class ParallelSection(Section):
     balance: Literal["parameters", "time"] = "parameters"
     """What pipeline stages are to have equally much of: parameters, or the time that each layer is measured to take
     when the run first starts (kept in stages.json)."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass to save memory; auto does where they do not fit."""
+
+    @field_validator("data", "tensor", "pipeline", "micro_batch_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or auto")
+        return value
 
     @property
     def cut(self) -> int:
-        """Processes that hold one copy of the model between them."""
-        return self.tensor * self.pipeline
+        """Processes that hold one copy of the model between them, as far as the file says."""
+        return (1 if self.tensor == "auto" else self.tensor) * (1 if self.pipeline == "auto" else self.pipeline)
 
 
 class CheckpointSection(Section):

@@ -76,6 +76,16 @@ class Objective(ABC):
         """Tokens of a sample's input and, for a model with a decoder of its own, of its target (else 0)."""
         return sequence_length, 0
 
+    def example(self, sequence_length: int) -> Batch | None:
+        """A batch of one sample without content, to find the memory of a pass with; None where none is known."""
+        if self.head not in ("causal", "masked", "sequence_to_sequence"):
+            return None
+        length, target_length = self.lengths(sequence_length)
+        return {
+            "input_ids": torch.zeros((1, length), dtype=torch.long),
+            "targets": torch.zeros((1, target_length or length), dtype=torch.long),
+        }
+
     def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
         """The tensors of ``batch`` that the model's forward pass takes, by its names for them."""
         return {"input_ids": batch["input_ids"]}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Of each of the two buckets in which data-parallel gradients and weights travel on a GPU while others are computed.
+BUCKET_ELEMENTS = 100_000_000
+
 
 @dataclass(frozen=True)
 class Cut:

@@ -19,6 +19,7 @@ from torch import nn
 from raylm.models.weights import Weights
 from raylm.objectives.base import IGNORED, Batch, ObjectiveModule
 from raylm.parallel.compilation import compile_blocks
+from raylm.parallel.cut import BUCKET_ELEMENTS
 from raylm.parallel.filling import fill, share_out_by_deepspeed
 from raylm.parallel.fragments import Fragment, partition_fragments, pieces, replicated_fragments
 from raylm.parallel.slicing import Slicing
@@ -43,7 +44,6 @@ class StepResult:
 
 # What DeepSpeed's documentation (deepspeed.ai/docs/config-json) has for overlapping the reduction of gradients with the
 # backward pass. The buffers take 4.5 times both buckets; its default of 5e8 elements would be 9 GB of a GPU in bf16.
-BUCKET_ELEMENTS = 100_000_000
 OVERLAP = {
     "overlap_comm": True,
     "contiguous_gradients": True,

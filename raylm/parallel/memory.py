@@ -1,4 +1,4 @@
-"""Memory of the fullest rank of a layout: weights, gradients, optimizer, activations, logits.
+"""Memory and communication of a layout: what each rank holds at the moment when it holds the most.
 
 Activations and logits come from the model's own code (:mod:`raylm.parallel.footprint`), cut into the stages and parts
 that the engines make. What DeepSpeed holds beside them follows Rajbhandari et al. 2020 ("ZeRO", section 3), with the
@@ -7,27 +7,31 @@ buffers of its implementation added.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PretrainedConfig
 
 from raylm.models.families import auto_class
-from raylm.objectives.base import Objective, ObjectiveModule
-from raylm.parallel.cut import Cut
-from raylm.parallel.footprint import Footprint, measure
+from raylm.objectives.base import Batch, Objective, ObjectiveModule
+from raylm.parallel.cut import BUCKET_ELEMENTS, Cut
+from raylm.parallel.families import PLANS
+from raylm.parallel.footprint import KINDS, Footprint, Passage, chain, measure, whole
+from raylm.parallel.stages import StageLayer, Steps, balanced_stages, step_weights
+from raylm.parallel.tensor import TensorGroup, vocabulary_cross_entropy
 
 FP32 = 4
-# ZeRO 3, in elements: stage3_max_live_parameters and reduce_bucket_size of DeepSpeed.
+# ZeRO 3, in elements: stage3_max_live_parameters of DeepSpeed; and its reduce_bucket_size.
 GATHERED_LIMIT, BUCKET_LIMIT = 1_000_000_000, 500_000_000
-# What glibc's malloc keeps of blocks that come and go, as a share of them: measured, tests/benchmarks/plan_memory.py.
-# Handing each back to the system instead (MALLOC_MMAP_THRESHOLD_=131072) keeps nothing, and is 1.3 to 1.7 times slower.
-ALLOCATOR_SHARE = 0.6
+# What an allocator holds beyond what comes and goes, as a share of it; tests/benchmarks/plan_memory.py measures it.
+ALLOCATOR_SHARE = 0.05
+# Those that the families' steps end with.
+PLANNED_HEADS = ("causal", "masked", "sequence_to_sequence")
 MOMENTS = {"adamw": 2, "muon": 2, "sgd": 1}
 
 
@@ -37,60 +41,170 @@ class StageMemory:
 
     Attributes:
         parameters: how many it holds before ZeRO shards them.
+        largest: elements of its largest parameter.
         footprint: of one micro-batch.
         in_flight: micro-batches whose activations it keeps at a time.
         reduced: bytes that it adds up with the other tensor-parallel ranks for one micro-batch, forward and backward.
+        received: bytes of activations that come from the stage before for one micro-batch.
         sent: bytes of activations that it sends to the next stage for one micro-batch; as many gradients come back.
     """
 
     parameters: int
+    largest: int
     footprint: Footprint
     in_flight: int
     reduced: int
+    received: int
     sent: int
 
 
-def stage_memories(config: PretrainedConfig, objective: Objective, sequence_length: int, cut: Cut) -> list[StageMemory]:
-    """Every stage's parameters and activations, found without allocating either."""
-    dtype = torch.bfloat16 if cut.bf16 else torch.float32
-    with FakeTensorMode():
-        model = auto_class(objective.head).from_config(config, dtype=dtype).train()
-        length, target_length = objective.lengths(sequence_length)
-        batch = {
-            "input_ids": torch.zeros((cut.micro_batch_size, length), dtype=torch.long),
-            "targets": torch.zeros((cut.micro_batch_size, target_length or length), dtype=torch.long),
-        }
-        if cut.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if cut.tensor * cut.pipeline == 1:
-            group = None
-            stages: list[nn.Module] = [_Whole(ObjectiveModule(model, objective))]
-            values: Any = tuple(batch.values())
+@dataclass(frozen=True)
+class _Piece:
+    """Steps that are measured together: those before the blocks, a block, or those after the blocks and the loss."""
+
+    passage: Passage
+    sizes: tuple[int, ...]
+    reduced: int
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """A model as one tensor-parallel rank holds it: ``pieces`` in order, and how stages are cut from them.
+
+    ``tied`` is the elements of a weight that the first and the last piece share.
+    """
+
+    pieces: list[_Piece]
+    steps: Steps
+    weights: list[float]
+    tied: int
+
+    def stages(self, cut: Cut) -> list[StageMemory]:
+        """The pieces as pipeline stages."""
+        before = len(self.steps.before)
+        inner = [bound - before + 1 for bound in balanced_stages(self.steps, self.weights, cut.pipeline)[1:-1]]
+        found = []
+        for number, (first, stop) in enumerate(pairwise([0, *inner, len(self.pieces)])):
+            pieces = self.pieces[first:stop]
+            passages = [piece.passage for piece in pieces]
+            sizes = [size for piece in pieces for size in piece.sizes]
+            if self.tied and cut.pipeline == 1:
+                # A stage that uses a tied weight twice holds it once.
+                sizes.remove(self.tied)
+                element = passages[0].gradients // max(1, sum(pieces[0].sizes))
+                passages[0] = replace(passages[0], gradients=passages[0].gradients - self.tied * element)
+            last = number == cut.pipeline - 1
+            found.append(
+                StageMemory(
+                    parameters=sum(sizes),
+                    largest=max(sizes),
+                    footprint=chain(passages),
+                    in_flight=min(cut.pipeline - number, cut.accumulation),
+                    reduced=sum(piece.reduced for piece in pieces),
+                    received=passages[0].given if number else 0,
+                    sent=0 if last else passages[-1].made,
+                )
+            )
+        return found
+
+
+class ModelMemory:
+    """Parameters and activations of a model, cut in whatever way; nothing is allocated, and nothing measured twice."""
+
+    def __init__(self, config: PretrainedConfig, objective: Objective, sequence_length: int, *, bf16: bool) -> None:
+        self._config, self._objective, self._length, self._bf16 = config, objective, sequence_length, bf16
+        self._pieces: dict[tuple[int, bool], _Pieces] = {}
+        self._whole: dict[bool, StageMemory] = {}
+
+    def stages(self, cut: Cut) -> list[StageMemory]:
+        """What the ranks of each pipeline stage hold."""
+        checkpointing, count = cut.activation_checkpointing, cut.micro_batch_size
+        if self._config.model_type not in PLANS or self._objective.head not in PLANNED_HEADS:
+            if checkpointing not in self._whole:
+                self._whole[checkpointing] = self._measure_whole(checkpointing)
+            stages = [self._whole[checkpointing]]
         else:
-            group = _lone_group(cut.tensor)
-            stages = _stages(model, cut, batch["targets"], group)
-            values = tuple(objective.inputs(batch, model.config).values())
-        width = -(-config.vocab_size // cut.tensor)
-        found, before = [], 0
-        for number, stage in enumerate(stages):
-            footprint, values = measure(stage, values if isinstance(values, tuple) else (values,), width)
-            in_flight = min(cut.pipeline - number, cut.accumulation)
-            sent = sum(t.nbytes for t in tree_leaves(values)) if number < cut.pipeline - 1 else 0
-            reduced, before = (group.added - before, group.added) if group is not None else (0, 0)
-            parameters = sum(p.numel() for p in stage.parameters())
-            found.append(StageMemory(parameters, footprint, in_flight, reduced, sent))
-    return found
+            if (cut.tensor, checkpointing) not in self._pieces:
+                self._pieces[cut.tensor, checkpointing] = self._measure_pieces(cut.tensor, checkpointing)
+            stages = self._pieces[cut.tensor, checkpointing].stages(cut)
+        # Measured with one sequence; what does not grow with their number (a mask, positions) is small.
+        return [
+            replace(
+                stage,
+                footprint=stage.footprint.times(count),
+                reduced=stage.reduced * count,
+                received=stage.received * count,
+                sent=stage.sent * count,
+            )
+            for stage in stages
+        ]
+
+    def _build(self, checkpointing: bool) -> tuple[Any, Batch | None]:
+        """The model and a batch of one sequence; within a ``FakeTensorMode``."""
+        dtype = torch.bfloat16 if self._bf16 else torch.float32
+        model = auto_class(self._objective.head).from_config(self._config, dtype=dtype).train()
+        if checkpointing and model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model, self._objective.example(self._length)
+
+    def _measure_whole(self, checkpointing: bool) -> StageMemory:
+        with FakeTensorMode():
+            model, batch = self._build(checkpointing)
+            sizes = [p.numel() for p in model.parameters()]
+            footprint = Footprint(dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0), 0)
+            if batch is not None:
+                module = _Whole(ObjectiveModule(model, self._objective), list(batch))
+                # What a model does next may depend on values, which are not there: then only weights are counted.
+                with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
+                    footprint = whole(measure(module, tuple(batch.values()), self._config.vocab_size)[0])
+        return StageMemory(sum(sizes), max(sizes), footprint, 1, 0, 0, 0)
+
+    def _measure_pieces(self, tensor: int, checkpointing: bool) -> _Pieces:
+        """The parts of the first of ``tensor`` ranks, each different one passed once."""
+        with FakeTensorMode():
+            model, batch = self._build(checkpointing)
+            group, plan = _lone_group(tensor), PLANS[model.config.model_type]
+            steps, vocab_size = plan.steps(model), model.config.vocab_size
+            weights = step_weights(model, [*steps.before, *steps.blocks, *steps.after])
+            given = self._objective.inputs(batch, model.config)
+            values: Any = tuple(given[name] for name in plan.inputs)
+
+            def loss(logits: torch.Tensor) -> torch.Tensor:
+                return vocabulary_cross_entropy(logits, batch["targets"], group, vocab_size)
+
+            parts = [steps.before, *([block] for block in steps.blocks), steps.after]
+            known: dict[str, tuple[_Piece, Any]] = {}
+            pieces, tied = [], 0
+            for number, part in enumerate(parts):
+                stage = _Stage(
+                    [StageLayer(step, model, plan, group) for step in part], loss if part is steps.after else None
+                )
+                shapes = [(name, tuple(p.shape)) for name, p in stage.named_parameters()]
+                key = str(
+                    (part is steps.after, [s.forward for s in part], shapes, [(t.shape, t.dtype) for t in values])
+                )
+                if key not in known:
+                    group.added = 0
+                    passage, made = measure(stage, values, -(-vocab_size // tensor))
+                    sizes = tuple(p.numel() for p in stage.parameters())
+                    known[key] = _Piece(passage, sizes, group.added), made
+                if number == 0 and steps.before[0].tied is not None:
+                    tied = stage.layers[0].get_parameter(steps.before[0].tied).numel()
+                piece, made = known[key]
+                values = made if isinstance(made, tuple) else (made,)
+                pieces.append(piece)
+        return _Pieces(pieces, steps, weights, tied)
 
 
 class _Whole(nn.Module):
-    """A model in its objective, called with ``input_ids`` and ``targets``."""
+    """A model in its objective, called with the entries of a batch in order."""
 
-    def __init__(self, module: ObjectiveModule) -> None:
+    def __init__(self, module: ObjectiveModule, names: list[str]) -> None:
         super().__init__()
-        self.module = module
+        self.module, self._names = module, names
 
-    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.module(input_ids=input_ids, targets=targets)
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        return self.module(**dict(zip(self._names, values, strict=True)))
 
 
 class _Stage(nn.Module):
@@ -109,7 +223,6 @@ class _Stage(nn.Module):
 
 def _lone_group(size: int) -> Any:
     """The first rank of a tensor-parallel group whose others are not there: what they would add changes no size."""
-    from raylm.parallel.tensor import TensorGroup
 
     class Lone(TensorGroup):
         added = 0
@@ -124,67 +237,66 @@ def _lone_group(size: int) -> Any:
     return Lone(0, size)
 
 
-def _stages(model: Any, cut: Cut, targets: torch.Tensor, group: Any) -> list[nn.Module]:
-    """The stages that the pipeline engine makes, with the first tensor-parallel rank's parts."""
-    from raylm.parallel.families import PLANS
-    from raylm.parallel.stages import StageLayer, balanced_stages, step_weights
-    from raylm.parallel.tensor import vocabulary_cross_entropy
-
-    plan = PLANS[model.config.model_type]
-    steps = plan.steps(model)
-    in_order = [*steps.before, *steps.blocks, *steps.after]
-    bounds = balanced_stages(steps, step_weights(model, in_order), cut.pipeline)
-    vocab_size = model.config.vocab_size
-    ties: dict[str, nn.Module] = {}
-    stages: list[nn.Module] = []
-    for number, (first, stop) in enumerate(pairwise(bounds)):
-        layers: list[nn.Module] = []
-        ties.clear()
-        for step in in_order[first:stop]:
-            layer = StageLayer(step, model, plan, group)
-            if step.tied is not None:
-                key = next(iter(step.modules.values()))
-                if key in ties:
-                    # A stage that uses a tied weight twice holds it once.
-                    layer.embedding = ties[key].embedding
-                ties[key] = layer
-            layers.append(layer)
-        last = number == cut.pipeline - 1
-        loss = (lambda logits: vocabulary_cross_entropy(logits, targets, group, vocab_size)) if last else None
-        stages.append(_Stage(layers, loss))
-    return stages
+def held_bytes(parameters: int, cut: Cut) -> dict[str, float]:
+    """Bytes that a rank with so many parameters (before ZeRO shards them) holds from one micro-batch to the next."""
+    low = 2 if cut.bf16 else FP32
+    data, zero = cut.data, cut.zero_stage
+    gradients = parameters * low / (data if zero >= 2 else 1)
+    if cut.bf16 and cut.tensor * cut.pipeline > 1:
+        # Micro-batches are added up in fp32.
+        gradients += parameters * FP32
+    return {
+        "weights": parameters * low / (data if zero == 3 else 1),
+        "gradients": gradients,
+        # ZeRO keeps an fp32 copy of its share of the weights beside the moments.
+        "optimizer": parameters * FP32 * (MOMENTS[cut.optimizer] + (1 if zero else 0)) / (data if zero else 1),
+    }
 
 
 def rank_bytes(stage: StageMemory, cut: Cut, *, use_gpu: bool) -> dict[str, float]:
-    """Bytes of one rank at the moment when they are the most, by kind."""
-    low = 2 if cut.bf16 else FP32
-    parameters, data, zero = stage.parameters, cut.data, cut.zero_stage
-    weights = parameters * low / (data if zero == 3 else 1)
-    # ZeRO keeps an fp32 copy of its share of the weights beside the moments.
-    optimizer = parameters * FP32 * (MOMENTS[cut.optimizer] + (1 if zero else 0)) / (data if zero else 1)
-    gradients = parameters * low / (data if zero >= 2 else 1)
-    if cut.accumulation > 1 or zero >= 2:
-        # Gradients of the micro-batches before are there when this one's activations are the most.
-        now = stage.footprint.without_gradients
-    else:
-        now = stage.footprint.peak
-        gradients = now["gradients"]
-    gathered = 0.0
-    if zero == 3:
-        # DeepSpeed's limits on gathered weights and on gradients that wait to be reduced, in elements.
-        gathered = min(parameters, GATHERED_LIMIT) * low
-        gradients += min(parameters, BUCKET_LIMIT) * low
+    """Bytes of one rank at the moment when they are the most, by kind.
+
+    That is in the last micro-batch's pass, or after it, when gradients are added up between the replicas.
+    """
+    parameters, data, zero, low = stage.parameters, cut.data, cut.zero_stage, 2 if cut.bf16 else FP32
+    weights, gradients, optimizer = held_bytes(parameters, cut).values()
+    # Gradients are copied into a bucket to be added up between replicas.
+    bucket = min(parameters, BUCKET_LIMIT)
+    if zero == 0 and data == 1:
+        # None is needed; a new gradient of the largest is added to what the micro-batches before gave.
+        bucket = stage.largest
+    if use_gpu and zero:
+        # There memory that is asked for is taken, whether it is filled or not: 4.5 times both buckets with overlap
+        # (deepspeed.ai/docs/config-json), which the pipeline has not.
+        bucket = 9 * BUCKET_ELEMENTS if cut.tensor * cut.pipeline == 1 else 2 * BUCKET_LIMIT
+    # Else gradients of the micro-batches before are there when this one's activations are the most.
+    fresh = cut.accumulation == 1 and zero < 2
+    now = stage.footprint.without_gradients
+    if fresh:
+        now = max(now, stage.footprint.peak, key=lambda kinds: sum(kinds.values()))
+    # DeepSpeed's limit on gathered weights.
+    gathered = min(parameters, GATHERED_LIMIT) * low if zero == 3 else 0
     activations = now["activations"] + (stage.in_flight - 1) * stage.footprint.kept
-    kinds = {
+    if cut.pipeline > 1:
+        # What came in is held twice over, in a buffer for each micro-batch; so is what the next stage sends back.
+        activations += stage.received * (1 + max(2, stage.in_flight)) + stage.sent
+    passed = {
         "weights": weights + gathered,
-        "gradients": gradients,
+        "gradients": now["gradients"] if fresh else gradients + (bucket * low if zero >= 2 or use_gpu else 0),
         "optimizer": optimizer,
         "activations": activations,
         "logits": now["logits"],
     }
-    if not use_gpu:
-        kinds["allocator"] = ALLOCATOR_SHARE * (gathered + gradients + activations + now["logits"])
-    return kinds
+    added_up = {
+        "weights": weights,
+        "gradients": gradients + bucket * low,
+        "optimizer": optimizer,
+        "activations": 0.0,
+        "logits": 0.0,
+    }
+    kinds = max(passed, added_up, key=lambda moment: sum(moment.values()))
+    come_and_go = sum(kinds.values()) - optimizer - weights
+    return kinds | {"allocator": ALLOCATOR_SHARE * come_and_go}
 
 
 def traffic_bytes(stage: StageMemory, cut: Cut) -> dict[str, float]:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 from transformers import PreTrainedModel
@@ -238,6 +239,9 @@ class PipelineTensorEngine:
             # Validation is not what idle time is asked about.
             with self._working.measure() if engine.module.training else contextlib.nullcontext():
                 MethodType(method, engine)(**arguments)
+            if method is PipelineEngine._exec_forward_pass and engine.is_last_stage() and engine.module.training:
+                # DeepSpeed would hold on to these logits, and to the ones before, for nothing.
+                engine.pipe_buffers["outputs"][arguments["buffer_id"]] = None
 
         return run
 

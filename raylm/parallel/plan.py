@@ -1,12 +1,11 @@
 """The plan of a training run: who does what, how much memory it takes, and what is refused.
 
 In: a training configuration and what the cluster has. Out: the configuration with every ``auto`` as a number, and a
-description for ``raylm plan``.
+description for ``raylm plan``. How ``auto`` is decided stands in :mod:`raylm.parallel.search`.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from raylm.errors import UserError
 from raylm.models.families import build_config, check_positions, parameter_count
 from raylm.models.loading import load_config, load_tokenizer
 from raylm.objectives import make_objective
+from raylm.parallel.capacity import Capacity, planned_cluster, this_machine
 from raylm.parallel.cut import Cut
 from raylm.parallel.refusals import check_cuts
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from raylm.objectives.base import Objective
-    from raylm.parallel.memory import StageMemory
+    from raylm.parallel.memory import ModelMemory, StageMemory
+    from raylm.parallel.search import Candidate, Space
 
-# Tokens of one micro-batch beyond which a bigger one gains nothing on a CPU but takes memory.
-AUTO_MICRO_BATCH_TOKENS = 16384
+# How many of the other layouts ``raylm plan`` shows.
+SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -37,74 +38,195 @@ class Layout:
     """How a run is cut.
 
     Attributes:
-        workers: processes: data x tensor x pipeline.
-        micro_batch_size: sequences that a worker takes at once.
-        accumulation: micro-batches of a step on each worker.
+        cut: everything in numbers.
         use_gpu: whether each worker holds a GPU.
-        precision: fp32 or bf16.
-        tensor: tensor-parallel ranks.
-        pipeline: stages.
     """
 
-    workers: int
-    micro_batch_size: int
-    accumulation: int
+    cut: Cut
     use_gpu: bool
-    precision: str
-    tensor: int = 1
-    pipeline: int = 1
 
     @property
-    def data(self) -> int:
-        """Replicas that share a batch."""
-        return self.workers // (self.tensor * self.pipeline)
+    def workers(self) -> int:
+        """Processes: data x tensor x pipeline."""
+        return self.cut.data * self.cut.tensor * self.cut.pipeline
+
+    @property
+    def precision(self) -> str:
+        """fp32 or bf16."""
+        return "bf16" if self.cut.bf16 else "fp32"
+
+    @property
+    def warning(self) -> str:
+        """What is allowed but slow; empty where nothing is."""
+        if self.cut.accumulation >= self.cut.pipeline:
+            return ""
+        return (
+            f"{self.cut.accumulation} micro-batches for {self.cut.pipeline} pipeline stages: some are never at work "
+            "together; a smaller parallel.micro_batch_size, or a larger training.batch_size, helps"
+        )
 
 
-def make_layout(config: TrainConfig, cpus: float, gpus: float) -> Layout:
-    """Turn every ``auto`` into a number for a cluster of ``cpus`` and ``gpus``.
+def apply_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
+    """A copy of ``config`` in which the layout's numbers stand in place of ``auto``."""
+    cut = layout.cut
+    names = ("data", "tensor", "pipeline", "zero_stage", "micro_batch_size", "activation_checkpointing")
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update={name: getattr(cut, name) for name in names}),
+            "training": config.training.model_copy(update={"precision": layout.precision}),
+            "resources": config.resources.model_copy(update={"workers": layout.workers}),
+        }
+    )
+
+
+def recorded(config: TrainConfig, layout: Layout) -> TrainConfig:
+    """What a run's ``config.yaml`` holds: the layout in numbers, but for what must follow the cluster."""
+    resolved = apply_layout(config, layout)
+    update = {"training": config.training}
+    if config.resources.elastic is not None:
+        update["resources"] = config.resources
+        update["parallel"] = resolved.parallel.model_copy(update={"data": config.parallel.data})
+    return resolved.model_copy(update=update)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``raylm plan`` shows, and what a run is started by.
+
+    Attributes:
+        candidates: the layouts that were weighed, the taken one first; at least that one.
+    """
+
+    space: Space
+    memory: ModelMemory
+    objective: Objective
+    candidates: list[Candidate]
+
+    @property
+    def config(self) -> TrainConfig:
+        """The file's."""
+        return self.space.config
+
+    @property
+    def model_config(self) -> PretrainedConfig:
+        """Of the model."""
+        return self.space.model_config
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, tied weights once."""
+        return self.space.parameters
+
+    @property
+    def layout(self) -> Layout:
+        """The taken one."""
+        return Layout(self.candidates[0].cut, self.space.use_gpu)
+
+    @cached_property
+    def stages(self) -> list[StageMemory]:
+        """Parameters and activations of each pipeline stage."""
+        return self.memory.stages(self.layout.cut)
+
+    def memory_bytes(self) -> dict[str, float]:
+        """Estimated bytes on the fullest rank, by kind."""
+        return self.candidates[0].bytes
+
+    def traffic_bytes(self) -> dict[str, float]:
+        """Bytes that the busiest rank sends in a step, by the kind of parallelism."""
+        from raylm.parallel.memory import traffic_bytes
+
+        ranks = [traffic_bytes(stage, self.layout.cut) for stage in self.stages]
+        return max(ranks, key=lambda kinds: sum(kinds.values()))
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which a pipeline stage waits."""
+        return self.candidates[0].bubble
+
+    @property
+    def warning(self) -> str:
+        """What may go wrong with the layout; empty where nothing is known to."""
+        taken = self.candidates[0]
+        if taken.reason:
+            return f"the estimated memory does not fit: the layout {taken.reason}"
+        return self.layout.warning
+
+    def describe(self) -> str:
+        """The plan as lines of text."""
+        training, cut, memory = self.config.training, self.layout.cut, self.memory_bytes()
+        tokens = training.batch_size * training.sequence_length
+        length = next(
+            f"{getattr(training, name):g} {name}"
+            for name in ("steps", "tokens", "epochs")
+            if getattr(training, name) is not None
+        )
+        limit = self.space.limit
+        room = f"; a worker may hold {limit / 1e9:,.1f} GB, its libraries included" if limit is not None else ""
+        lines = [
+            f"layout          {_name(cut)}, {'GPU' if self.layout.use_gpu else 'CPU'}, {self.layout.precision}",
+            f"parameters      {self.parameters:,} (vocabulary {self.model_config.vocab_size:,})",
+            f"batch           {training.batch_size} sequences = {cut.data} replicas x {cut.accumulation} "
+            f"micro-batches x {cut.micro_batch_size}; {tokens:,} tokens a step",
+            f"length          {length}",
+            "memory per rank " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in memory.items()),
+            f"                {sum(memory.values()) / 1e6:,.1f} MB in all (an estimate, of the fullest rank){room}",
+            "sent per rank   "
+            + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.traffic_bytes().items())
+            + " a step",
+            f"bubble          {self.bubble:.1%} of a step",
+        ]
+        if self.warning:
+            lines.append(f"warning         {self.warning}")
+        return "\n".join([*lines, *self._choice()])
+
+    def _choice(self) -> list[str]:
+        """Why this layout, and what speaks against the others; nothing where there was no choice."""
+        taken, *others = self.candidates
+        if not others:
+            return []
+        fitting = [other for other in others if other.seconds < float("inf") and "needs" not in other.reason]
+        full = [other for other in others if other not in fitting]
+        if taken.reason:
+            why = "needs the least memory, none fits"
+        else:
+            why = (
+                f"the simplest within a tenth of the least estimated time of a step, of {1 + len(fitting)} layouts "
+                f"that fit and {len(full)} that do not"
+            )
+        lines = [f"chosen          {why}"]
+        for other in [*fitting[:SHOWN], *full[:SHOWN]]:
+            lines.append(
+                f"not             {_name(other.cut)}, micro-batches of {other.cut.micro_batch_size}: {other.reason}"
+            )
+        return lines
+
+
+def _name(cut: Cut) -> str:
+    recomputed = ", activations recomputed" if cut.activation_checkpointing else ""
+    return f"{cut.data} data x {cut.tensor} tensor x {cut.pipeline} pipeline, ZeRO {cut.zero_stage}{recomputed}"
+
+
+def plan_training(config: TrainConfig, capacity: Capacity) -> Plan:
+    """The plan of a run on a cluster of ``capacity``; starts nothing.
 
     Raises:
-        UserError: more is asked for than the cluster has, or the batch does not divide.
+        UserError: what is refused, with the reason.
     """
+    from raylm.parallel.memory import ModelMemory
+    from raylm.parallel.search import Space, candidates
+
+    model_config, objective = check_model(config)
     resources, training, parallel = config.resources, config.training, config.parallel
-    per_worker_gpus = resources.gpus_per_worker
-    use_gpu = gpus >= 1 if per_worker_gpus == "auto" else per_worker_gpus == 1
-    available = int(gpus) if use_gpu else int(cpus / resources.cpus_per_worker + 1e-9)
-    if use_gpu:
-        available = min(available, int(cpus / resources.cpus_per_worker + 1e-9))
+    use_gpu, places = capacity.uses_gpus(resources), capacity.places(resources)
     cut = parallel.cut
-    wanted = resources.workers // cut if resources.workers != "auto" else parallel.data
-    if resources.elastic is not None:
-        # What a worker group of another size than the layout's leaves of a batch is filled up (training.batches).
-        replicas = max(resources.elastic[0], min(resources.elastic[1], available))
-    elif wanted == "auto":
-        # The largest number of replicas that the batch divides over.
-        replicas = next((n for n in range(max(1, available // cut), 0, -1) if training.batch_size % n == 0), 1)
-    else:
-        replicas = int(wanted)
-    workers = replicas * cut
-    if workers > available:
+    least = (
+        resources.workers if resources.workers != "auto" else cut * (1 if parallel.data == "auto" else parallel.data)
+    )
+    if least > places:
         unit = "1 GPU and " if use_gpu else ""
         raise UserError(
-            f"resources.workers: found {workers} with {unit}{resources.cpus_per_worker:g} CPUs each, allowed: at most "
-            f"{available}, as the cluster has {cpus:g} CPUs and {gpus:g} GPUs"
-        )
-    if training.batch_size % replicas and resources.elastic is None:
-        raise UserError(
-            f"training.batch_size: found {training.batch_size}, allowed: a multiple of the {replicas} data-parallel "
-            f"workers"
-        )
-    share = -(-training.batch_size // replicas)
-    micro = parallel.micro_batch_size
-    if micro == "auto":
-        limit = max(1, AUTO_MICRO_BATCH_TOKENS // training.sequence_length)
-        if parallel.pipeline > 1:
-            # Stages stand idle for (stages - 1) / (micro-batches + stages - 1) of a step.
-            limit = min(limit, max(1, share // (4 * parallel.pipeline)))
-        micro = next(n for n in range(min(share, limit), 0, -1) if share % n == 0)
-    if share % int(micro) and resources.elastic is None:
-        raise UserError(
-            f"parallel.micro_batch_size: found {micro}, allowed: a divisor of each worker's share ({share})"
+            f"resources.workers: found {least} with {unit}{resources.cpus_per_worker:g} CPUs each, allowed: at most "
+            f"{places}, as the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs"
         )
     precision = training.precision if training.precision != "auto" else ("bf16" if use_gpu else "fp32")
     if precision == "bf16" and parallel.zero_stage == 0:
@@ -114,119 +236,53 @@ def make_layout(config: TrainConfig, cpus: float, gpus: float) -> Layout:
                 "master weights"
             )
         precision = "fp32"
-    accumulation = -(-share // int(micro))
-    return Layout(workers, int(micro), accumulation, use_gpu, precision, parallel.tensor, parallel.pipeline)
-
-
-def apply_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
-    """A copy of ``config`` in which the layout's numbers stand in place of ``auto``."""
-    return config.model_copy(
-        update={
-            "parallel": config.parallel.model_copy(
-                update={"data": layout.data, "micro_batch_size": layout.micro_batch_size}
-            ),
-            "training": config.training.model_copy(update={"precision": layout.precision}),
-            "resources": config.resources.model_copy(update={"workers": layout.workers}),
-        }
+    space = Space(
+        config=config,
+        model_config=model_config,
+        objective=objective.name,
+        places=least if isinstance(resources.workers, int) else places,
+        per_node=capacity.places_per_node(resources),
+        limit=capacity.memory_per_worker(resources),
+        use_gpu=use_gpu,
+        bf16=precision == "bf16",
+        parameters=parameter_count(model_config, objective.head),
     )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What ``raylm plan`` shows."""
-
-    config: TrainConfig
-    layout: Layout
-    parameters: int
-    model_config: PretrainedConfig
-    objective: Objective
-
-    @cached_property
-    def stages(self) -> list[StageMemory]:
-        """Parameters and activations of each pipeline stage; takes seconds, as the model's code is run for it."""
-        from raylm.parallel.memory import stage_memories
-
-        length = self.config.training.sequence_length
-        return stage_memories(self.model_config, self.objective, length, self._cut())
-
-    def _cut(self) -> Cut:
-        parallel, layout = self.config.parallel, self.layout
-        return Cut(
-            data=layout.data,
-            tensor=layout.tensor,
-            pipeline=layout.pipeline,
-            zero_stage=parallel.zero_stage,
-            micro_batch_size=layout.micro_batch_size,
-            accumulation=layout.accumulation,
-            activation_checkpointing=bool(parallel.activation_checkpointing),
-            bf16=layout.precision == "bf16",
-            optimizer=self.config.training.optimizer,
-        )
-
-    def memory_bytes(self) -> dict[str, float]:
-        """Estimated bytes on the fullest rank, by kind."""
-        from raylm.parallel.memory import rank_bytes
-
-        ranks = [rank_bytes(stage, self._cut(), use_gpu=self.layout.use_gpu) for stage in self.stages]
-        return max(ranks, key=lambda kinds: sum(kinds.values()))
-
-    def traffic_bytes(self) -> dict[str, float]:
-        """Bytes that the busiest rank sends in a step, by the kind of parallelism."""
-        from raylm.parallel.memory import traffic_bytes
-
-        ranks = [traffic_bytes(stage, self._cut()) for stage in self.stages]
-        return max(ranks, key=lambda kinds: sum(kinds.values()))
-
-    @property
-    def bubble(self) -> float:
-        """Share of a step in which a pipeline stage waits: (p - 1) / (m + p - 1) (Huang et al. 2019, GPipe)."""
-        waits = self.layout.pipeline - 1
-        return waits / (self.layout.accumulation + waits)
-
-    def describe(self) -> str:
-        """The plan as lines of text."""
-        training, layout, memory = self.config.training, self.layout, self.memory_bytes()
-        tokens = training.batch_size * training.sequence_length
-        length = next(
-            f"{getattr(training, name):g} {name}"
-            for name in ("steps", "tokens", "epochs")
-            if getattr(training, name) is not None
-        )
-        lines = [
-            f"layout          {layout.data} data x {layout.tensor} tensor x {layout.pipeline} pipeline, "
-            f"ZeRO {self.config.parallel.zero_stage}, {'GPU' if layout.use_gpu else 'CPU'}, {layout.precision}",
-            f"parameters      {self.parameters:,} (vocabulary {self.model_config.vocab_size:,})",
-            f"batch           {training.batch_size} sequences = {layout.data} replicas x {layout.accumulation} "
-            f"micro-batches x {layout.micro_batch_size}; {tokens:,} tokens a step",
-            f"length          {length}",
-            "memory per rank " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in memory.items()),
-            f"                {sum(memory.values()) / 1e6:,.1f} MB in all (an estimate, of the fullest rank)",
-            "sent per rank   "
-            + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.traffic_bytes().items())
-            + " a step",
-            f"bubble          {self.bubble:.1%} of a step",
-        ]
-        if layout.accumulation < layout.pipeline:
-            lines.append(
-                f"warning         {layout.accumulation} micro-batches for {layout.pipeline} pipeline stages: some are "
-                "never at work together; a smaller parallel.micro_batch_size, or a larger training.batch_size, helps"
+    for replicas in space.replicas(cut) if "auto" not in (parallel.tensor, parallel.pipeline) else []:
+        share = -(-training.batch_size // replicas)
+        if parallel.micro_batch_size != "auto" and share % parallel.micro_batch_size and resources.elastic is None:
+            raise UserError(
+                f"parallel.micro_batch_size: found {parallel.micro_batch_size}, allowed: a divisor of each worker's "
+                f"share ({share})"
             )
-        return "\n".join(lines)
+    memory = ModelMemory(model_config, objective, training.sequence_length, bf16=space.bf16)
+    found = candidates(space, memory)
+    if not found:
+        raise UserError(
+            f"training.batch_size: found {training.batch_size}, allowed: what the data-parallel workers and "
+            f"parallel.micro_batch_size divide, with {space.places} workers in all"
+        )
+    return Plan(space, memory, objective, found)
 
 
-def make_plan(config: TrainConfig, cpus: float | None = None, gpus: float | None = None) -> Plan:
-    """The plan for this machine, or for a cluster of ``cpus`` and ``gpus``; starts nothing.
+def make_plan(config: TrainConfig) -> Plan:
+    """The plan for this machine, or for the cluster that ``resources`` describes; starts nothing.
 
     Raises:
         UserError: what is refused, with the reason.
     """
     import torch
 
-    layout = make_layout(
-        config,
-        cpus if cpus is not None else float(os.cpu_count() or 1),
-        gpus if gpus is not None else float(torch.cuda.device_count()),
-    )
+    gpus = torch.cuda.device_count()
+    memory = float(torch.cuda.get_device_properties(0).total_memory) if gpus else None
+    return plan_training(config, planned_cluster(config.resources, this_machine(gpus, memory)))
+
+
+def check_model(config: TrainConfig) -> tuple[PretrainedConfig, Objective]:
+    """The configuration of the model that is trained, and its objective.
+
+    Raises:
+        UserError: the model is not what the file says of it, or cannot be cut so.
+    """
     if config.model.path is not None:
         model_config = load_config(config.model.path)
     else:
@@ -236,14 +292,8 @@ def make_plan(config: TrainConfig, cpus: float | None = None, gpus: float | None
         )
     check_positions(model_config, config.training.sequence_length)
     objective = make_objective(config.objective, model_config.model_type)
-    check_cuts(model_config, config.parallel)
-    return Plan(
-        config,
-        layout,
-        parameter_count(model_config, objective.head),
-        model_config,
-        objective,
-    )
+    check_cuts(model_config, config.parallel, objective.name)
+    return model_config, objective
 
 
 class _PlannedTokenizer:

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING
 from raylm.config.training import ParallelSection
 from raylm.errors import UserError
 
+# What the engine of cut models computes the loss of.
+PLANNED_OBJECTIVES = ("causal", "masked", "span")
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def check_cuts(config: PretrainedConfig, parallel: ParallelSection) -> None:
-    """Refuse a model that cannot be cut as ``parallel`` says.
+def check_cuts(config: PretrainedConfig, parallel: ParallelSection, objective: str) -> None:
+    """Refuse a model that cannot be cut as ``parallel`` says; ``auto`` takes only what can be.
+
+    Args:
+        objective: its name.
 
     Raises:
         UserError: names the key, what was found and what is allowed.
@@ -21,19 +27,19 @@ def check_cuts(config: PretrainedConfig, parallel: ParallelSection) -> None:
         return
     from raylm.parallel.families import PLANS
 
+    tensor, pipeline = (1 if n == "auto" else n for n in (parallel.tensor, parallel.pipeline))
+    found = f"parallel.tensor: found {tensor}" if tensor > 1 else f"parallel.pipeline: found {pipeline}"
     if config.model_type not in PLANS:
         raise UserError(
-            f"parallel.{'tensor' if parallel.tensor > 1 else 'pipeline'}: found "
-            f"{max(parallel.tensor, parallel.pipeline)}, allowed for {config.model_type}: 1; cut over processes are "
-            f"{', '.join(sorted(PLANS))}"
+            f"{found}, allowed for {config.model_type}: 1; cut over processes are {', '.join(sorted(PLANS))}"
         )
+    if objective not in PLANNED_OBJECTIVES:
+        raise UserError(f"{found}, allowed with objective.type {objective}: 1")
     plan = PLANS[config.model_type]
     for name in plan.shared_out:
         value = plan.shared_out[name](config)
-        if value % parallel.tensor:
-            raise UserError(
-                f"parallel.tensor: found {parallel.tensor}, allowed: a divisor of the model's {name} ({value})"
-            )
+        if value % tensor:
+            raise UserError(f"parallel.tensor: found {tensor}, allowed: a divisor of the model's {name} ({value})")
     blocks = plan.block_count(config)
-    if parallel.pipeline > blocks:
-        raise UserError(f"parallel.pipeline: found {parallel.pipeline}, allowed: at most the model's {blocks} blocks")
+    if pipeline > blocks:
+        raise UserError(f"parallel.pipeline: found {pipeline}, allowed: at most the model's {blocks} blocks")

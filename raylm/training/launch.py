@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster import worker_environment
+from raylm.cluster import training_environment, worker_environment
 from raylm.errors import RunFailure, UserError
 from raylm.progress import ProgressBar
 from raylm.training.worker import TrainingJob, Worker
@@ -124,6 +124,7 @@ def launch(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     job.progress = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     resources = job.config.resources
+    environment = worker_environment if job.use_gpu else training_environment
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -141,7 +142,7 @@ def launch(
             name=f"attempt-{job.attempt}",
             storage_path=(Storage(job.storage) / "ray-train").uri,
             failure_config=FailureConfig(max_failures=max_failures),
-            worker_runtime_env={"env_vars": worker_environment(cpus_per_worker)},
+            worker_runtime_env={"env_vars": environment(cpus_per_worker)},
             callbacks=[SaveBeforeResize(job.progress)] if resources.elastic is not None else None,
         ),
     )

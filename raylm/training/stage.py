@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster import cluster_resources, ray_session
+from raylm.cluster import cluster_capacity, ray_session
 from raylm.config.data import TokenizerSection
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
@@ -41,10 +42,10 @@ def validate(config: TrainConfig) -> Input | QuestionInput | LabelledInput | Non
     """
     from raylm.data.prepare import Input, prepared_directory
     from raylm.data.shards import verify_prepared
-    from raylm.models.families import check_head, check_positions
+    from raylm.models.families import check_head
     from raylm.models.loading import load_config, load_tokenizer
     from raylm.parallel.compilation import check_compilation
-    from raylm.parallel.refusals import check_cuts
+    from raylm.parallel.plan import check_model
 
     if config.training.compile:
         check_compilation(config.parallel.zero_stage)
@@ -67,16 +68,10 @@ def validate(config: TrainConfig) -> Input | QuestionInput | LabelledInput | Non
         # Reads all of it, so that a bad row is found before anything is written.
         checked = Input(config.data, tokenizer_section(config))
     if config.model.path is not None:
-        model_config = load_config(config.model.path)
-        check_head(model_config, objective.head, config.model.path)
-        check_positions(model_config, config.training.sequence_length)
+        check_head(load_config(config.model.path), objective.head, config.model.path)
         objective.check_tokenizer(load_tokenizer(config.model.path), config.training.sequence_length, config.model.path)
-        check_cuts(model_config, config.parallel)
-    else:
-        from raylm.parallel.plan import make_plan
-
-        # CPUs and GPUs of the cluster are checked once it is joined.
-        make_plan(config, cpus=1e6, gpus=0.0 if config.resources.gpus_per_worker != 1 else 1e6)
+    # CPUs, GPUs and memory of the cluster are looked at once it is joined.
+    check_model(config)
     return checked
 
 
@@ -197,6 +192,19 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Any) -> tuple[Pat
     return source, source / "tokenizer"
 
 
+def shared_inputs(config: TrainConfig) -> dict[str, Path]:
+    """The folders of this machine that every worker reads, by key of the configuration."""
+    from raylm.data.prepare import prepared_directory
+    from raylm.models.loading import resolve_model
+
+    inputs = {}
+    if (source := prepared_directory(config.data)) is not None:
+        inputs["data.train"] = source.resolve()
+    if config.model.path is not None and (model := Path(resolve_model(config.model.path))).is_dir():
+        inputs["model.path"] = model.resolve()
+    return inputs
+
+
 def bits_per_byte(config: TrainConfig, directory: Path, final: dict[str, Any]) -> dict[str, float | int]:
     """The exported model's validation loss in bits per byte of text, with the bytes; empty where only a part counted.
 
@@ -238,14 +246,18 @@ def run_training(stage: str, config: TrainConfig) -> None:
     checked = validate(config)
 
     from raylm.models.loading import resolve_model
-    from raylm.parallel.plan import apply_layout, make_layout
+    from raylm.parallel.plan import apply_layout, plan_training, recorded
     from raylm.training.launch import exclusive, launch, new_attempt
+    from raylm.training.sharing import check_shared
     from raylm.training.worker import TrainingJob
 
     with ray_session():
-        cluster = cluster_resources()
-        layout = make_layout(config, cluster["CPU"], cluster["GPU"])
-        run.create()
+        plan = plan_training(config, cluster_capacity())
+        layout = plan.layout
+        if plan.warning:
+            print(f"{stage}: {plan.warning}", file=sys.stderr, flush=True)
+        check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
+        run.create(recorded(config, layout))
         with exclusive(run.path):
             attempt = new_attempt()
             mirror.own(attempt)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raylm.cluster import cluster_resources, ray_session
+from raylm.cluster import cluster_capacity, ray_session
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import TuneConfig
 from raylm.errors import RunFailure
@@ -17,6 +17,9 @@ from raylm.tuning.search import (
     trial_config,
     trial_directory,
 )
+
+if TYPE_CHECKING:
+    from raylm.parallel.capacity import Capacity
 
 
 def tune(config: TuneConfig) -> None:
@@ -45,8 +48,8 @@ def tune(config: TuneConfig) -> None:
 
     # Without the dashboard, stopped trials leak their placement groups.
     with ray_session(dashboard=True):
-        cluster = cluster_resources()
-        configs, at_a_time, use_gpu = _resolve(config, candidates, cluster)
+        capacity = cluster_capacity()
+        configs, at_a_time, use_gpu = _resolve(config, candidates, capacity)
         run.create()
         with exclusive(run.path):
             data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
@@ -77,18 +80,24 @@ def tune(config: TuneConfig) -> None:
     print(f"  model in {run.path / 'model'}, trials in {run.path / 'trials'}")
 
 
-def _resolve(config: TuneConfig, candidates: list[dict[str, Any]], cluster: dict[str, float]):
-    from raylm.parallel.plan import apply_layout, make_layout
+def _resolve(config: TuneConfig, candidates: list[dict[str, Any]], capacity: Capacity):
+    from raylm.parallel.plan import Layout, apply_layout, plan_training
 
     # A search runs many trials; one worker (or one copy of the model) each is what uses a small machine best.
     workers = config.parallel.cut if config.resources.workers == "auto" else config.resources.workers
     single = config.resources.model_copy(update={"workers": workers})
     configs = []
+    layouts: dict[tuple, Layout] = {}
     for candidate in candidates:
         one = trial_config(config, candidate).model_copy(update={"resources": single})
-        layout = make_layout(one, cluster["CPU"], cluster["GPU"])
-        configs.append(apply_layout(one, layout))
-    return configs, concurrency(config, cluster["CPU"], cluster["GPU"], layout.use_gpu, workers), layout.use_gpu
+        # What of a trial a layout follows from.
+        section = one.training
+        key = (section.batch_size, section.sequence_length, section.optimizer, section.precision)
+        if key not in layouts:
+            layouts[key] = plan_training(one, capacity).layout
+        configs.append(apply_layout(one, layouts[key]))
+    use_gpu = layouts[key].use_gpu
+    return configs, concurrency(config, capacity.cpus, capacity.gpus, use_gpu, workers), use_gpu
 
 
 def _search(config: TuneConfig, base, configs, candidates, at_a_time: int) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The plan's memory estimate against the peak of real processes: ``python plan_memory.py OUTPUT.json [LAYOUT...]``.
 
-A layout is ``FAMILY:dpNxtpNxppN:zeroN[:checkpointing]``. Each runs as many processes as it has ranks, three optimizer
+A layout is ``FAMILY:dpNxtpNxppN:zeroN[:checkpointing]``. Each runs as many processes as it has ranks, two optimizer
 steps with the engine and optimizer of ``raylm pretrain``; each process's peak resident memory above what it held once
 everything was imported and the process groups were up is compared with ``Plan.memory_bytes``. Writes raw JSON.
 """
@@ -13,9 +13,15 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-LAYOUTS = ["llama:dp1xtp1xpp1:zero0", "llama:dp2xtp1xpp1:zero1", "llama:dp2xtp1xpp1:zero3", "llama:dp1xtp1xpp2:zero1"]
+LAYOUTS = [
+    "llama:dp1xtp2xpp1:zero1", "llama:dp1xtp2xpp2:zero1", "gpt2:dp2xtp1xpp1:zero1", "bert:dp1xtp2xpp1:zero1",
+    "t5:dp2xtp1xpp1:zero2", "llama:dp2xtp1xpp1:zero1", "llama:dp1xtp1xpp2:zero1", "llama:dp2xtp1xpp1:zero3",
+    "llama:dp1xtp1xpp1:zero0", "gpt2:dp1xtp2xpp1:zero0", "bert:dp1xtp1xpp2:zero1",
+    "llama:dp1xtp1xpp1:zero1:checkpointing",
+]  # fmt: skip
 CONFIGS = {
     "llama": {
         "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -25,7 +31,8 @@ CONFIGS = {
     "bert": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8},
     "t5": {"d_model": 512, "d_kv": 64, "num_heads": 8, "num_layers": 4, "d_ff": 1536},
 }  # fmt: skip
-STEPS, BATCH, TIME, VOCABULARY = 3, 16, 256, 8192
+# The optimizer's moments come with the first step.
+STEPS, BATCH, TIME, VOCABULARY = 2, 16, 256, 8192
 
 
 def configuration(layout: str, directory: str):
@@ -61,7 +68,7 @@ def rank(layout: str, directory: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from raylm.models.families import build_model
+    from raylm.models.weights import DrawnWeights, make_outline
     from raylm.objectives import make_objective
     from raylm.objectives.base import ObjectiveModule
     from raylm.parallel.engine import DataParallelEngine
@@ -74,24 +81,26 @@ def rank(layout: str, directory: str) -> None:
     prepare_deepspeed(use_gpu=False)
     dist.init_process_group("gloo")
     config = configuration(layout, directory)
-    plan = make_plan(config, cpus=64.0, gpus=0.0)
+    plan = make_plan(config)
     dist.all_reduce(torch.zeros(1))
     objective = make_objective(config.objective, config.model.family)
-    me, parallel = dist.get_rank(), config.parallel
+    me, parallel, cut = dist.get_rank(), config.parallel, plan.layout.cut
     warm_up = torch.randn(64, 64, requires_grad=True)
     (warm_up @ warm_up).sum().backward()
     dist.barrier()
     baseline = status("VmRSS")
-    model = build_model(plan.model_config, 0, objective.head)
+    outline = make_outline(plan.model_config, objective.head)
+    model = outline.model
     if parallel.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = {
         "zero_stage": parallel.zero_stage,
-        "micro_batch_size": plan.layout.micro_batch_size,
-        "accumulation": plan.layout.accumulation,
+        "micro_batch_size": cut.micro_batch_size,
+        "accumulation": cut.accumulation,
         "clipping": config.training.gradient_clipping,
         "bf16": False,
         "device": torch.device("cpu"),
+        "weights": DrawnWeights(outline, 0),
     }
 
     def optimizer(named):
@@ -107,20 +116,20 @@ def rank(layout: str, directory: str) -> None:
     inputs, outputs = objective.lengths(TIME)
     for step in range(STEPS):
         batches = []
-        for index in range(plan.layout.accumulation):
+        for index in range(cut.accumulation):
             generator = torch.Generator().manual_seed((step * 64 + index) * 64 + engine.data_rank)
             batches.append(
                 {
-                    "input_ids": torch.randint(
-                        0, VOCABULARY, (plan.layout.micro_batch_size, inputs), generator=generator
-                    ),
+                    "input_ids": torch.randint(0, VOCABULARY, (cut.micro_batch_size, inputs), generator=generator),
                     "targets": torch.randint(
-                        0, VOCABULARY, (plan.layout.micro_batch_size, outputs or inputs), generator=generator
+                        0, VOCABULARY, (cut.micro_batch_size, outputs or inputs), generator=generator
                     ),
                 }
             )
         engine.set_learning_rate(1.0)
+        began = time.perf_counter()
         engine.train_step(batches)
+        held[f"seconds_{step + 1}"] = time.perf_counter() - began
         held[f"after_{step + 1}"] = status("VmRSS") - baseline
     held["peak"] = status("VmHWM") - baseline
     ranks: list = [None] * dist.get_world_size()
@@ -133,14 +142,15 @@ def rank(layout: str, directory: str) -> None:
 
 def run(layout: str) -> dict:
     """Run ``layout`` and compare."""
+    from raylm.cluster import training_environment
     from raylm.parallel.plan import make_plan
 
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "text.txt").write_text("text")
-        plan = make_plan(configuration(layout, directory), cpus=64.0, gpus=0.0)
+        plan = make_plan(configuration(layout, directory))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc-per-node={plan.layout.workers}", __file__, "--rank", layout, directory]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        environment = os.environ | training_environment(1) | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
         if result.returncode:
             raise SystemExit(f"{layout}:\n{result.stderr[-3000:]}")
@@ -156,8 +166,10 @@ def run(layout: str) -> dict:
 
 def main() -> None:
     output, *layouts = sys.argv[1:]
-    results = [run(layout) for layout in layouts or LAYOUTS]
-    Path(output).write_text(json.dumps(results, indent=2))
+    results = []
+    for layout in layouts or LAYOUTS:
+        results.append(run(layout))
+        Path(output).write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

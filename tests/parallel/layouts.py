@@ -11,6 +11,7 @@ from typing import Any
 SCRIPT = Path(__file__).parent / "layout_process.py"
 # name -> (data, tensor, pipeline)
 LAYOUTS = {
+    "one": (1, 1, 1),
     "dp2": (2, 1, 1),
     "tp2": (1, 2, 1),
     "pp2": (1, 1, 2),

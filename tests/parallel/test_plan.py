@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from transformers import BertConfig, PretrainedConfig, RobertaConfig, T5Config
 
 from raylm.config import load_config
 from raylm.config.stages import PretrainConfig
+from raylm.config.training import ParallelSection
 from raylm.errors import UserError
 from raylm.models.families import build_model
 from raylm.objectives.base import ObjectiveModule
-from raylm.parallel.plan import apply_layout, make_layout, make_plan
+from raylm.parallel.capacity import PROCESS_BYTES, Capacity, Node
+from raylm.parallel.cut import Cut
+from raylm.parallel.plan import Plan, apply_layout, make_plan, plan_training, recorded
+from raylm.parallel.refusals import check_cuts
 
 
 @pytest.fixture
@@ -31,60 +37,182 @@ def config(tmp_path: Path) -> PretrainConfig:
     return load_config("pretrain", path)
 
 
-def changed(config: PretrainConfig, section: str, **values) -> PretrainConfig:
+def changed(config: PretrainConfig, section: str, /, **values) -> PretrainConfig:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
+def capacity(cpus: float, gpus: float = 0.0, memory: float | None = None) -> Capacity:
+    """One node."""
+    return Capacity((Node(cpus, gpus, memory, memory),))
+
+
+def planned(config: PretrainConfig, cpus: float, gpus: float = 0.0, memory: float | None = None) -> Plan:
+    return plan_training(config, capacity(cpus, gpus, memory))
+
+
 def test_auto_takes_what_the_batch_divides_over(config: PretrainConfig) -> None:
-    layout = make_layout(config, cpus=8, gpus=0)
-    assert (layout.workers, layout.micro_batch_size, layout.accumulation) == (6, 2, 1)
-    assert (layout.use_gpu, layout.precision) == (False, "fp32")
-    on_gpu = make_layout(config, cpus=8, gpus=4)
+    layout = planned(config, 8).layout
+    assert (layout.workers, layout.cut.micro_batch_size, layout.cut.accumulation) == (6, 2, 1)
+    assert (layout.use_gpu, layout.precision, layout.cut.activation_checkpointing) == (False, "fp32", False)
+    on_gpu = planned(config, 8, 4).layout
     assert (on_gpu.workers, on_gpu.use_gpu, on_gpu.precision) == (4, True, "bf16")
     resolved = apply_layout(config, layout)
     assert (resolved.resources.workers, resolved.parallel.data, resolved.training.precision) == (6, 6, "fp32")
+    assert resolved.parallel.activation_checkpointing is False
+    # What is written down can be started again, on a cluster of another kind too.
+    written = recorded(config, layout)
+    assert (written.parallel, written.training) == (resolved.parallel, config.training)
+    assert type(config).model_validate(written.model_dump()) == written
 
 
 def test_micro_batches_are_accumulated(config: PretrainConfig) -> None:
-    layout = make_layout(changed(config, "parallel", micro_batch_size=3), cpus=2, gpus=0)
-    assert (layout.workers, layout.micro_batch_size, layout.accumulation) == (2, 3, 2)
+    layout = planned(changed(config, "parallel", micro_batch_size=3), 2).layout
+    assert (layout.workers, layout.cut.micro_batch_size, layout.cut.accumulation) == (2, 3, 2)
+    with pytest.raises(UserError, match=r"parallel\.micro_batch_size: found 4, allowed: a divisor of .* share \(6\)"):
+        planned(changed(config, "parallel", micro_batch_size=4), 2)
 
 
 def test_fractions_of_a_cpu_hold_more_workers(config: PretrainConfig) -> None:
-    layout = make_layout(changed(config, "resources", cpus_per_worker=0.25), cpus=1, gpus=0)
-    assert layout.workers == 4
+    assert planned(changed(config, "resources", cpus_per_worker=0.25), 1).layout.workers == 4
 
 
 def test_too_many_workers_are_refused(config: PretrainConfig) -> None:
     with pytest.raises(UserError, match=r"resources\.workers: found 3 .* at most 2, as the cluster has 2 CPUs"):
-        make_layout(changed(config, "resources", workers=3), cpus=2, gpus=0)
+        planned(changed(config, "resources", workers=3), 2)
+    with pytest.raises(
+        UserError, match=r"found 4 with 1 GPU and 1 CPUs each, allowed: at most 2, .* 8 CPUs and 2 GPUs"
+    ):
+        planned(changed(config, "resources", workers=4, gpus_per_worker=1), 8, 2)
 
 
 def test_bf16_needs_master_weights(config: PretrainConfig) -> None:
     half = changed(changed(config, "training", precision="bf16"), "parallel", zero_stage=0)
     with pytest.raises(UserError, match=r"parallel\.zero_stage: found 0"):
-        make_layout(half, cpus=1, gpus=0)
+        planned(half, 1)
+
+
+def test_auto_takes_the_simplest_layout_that_fits(config: PretrainConfig) -> None:
+    values = {"n_embd": 256, "n_layer": 4, "n_head": 2}
+    big = changed(config, "model", config=values)
+    free = {"tensor": "auto", "pipeline": "auto", "zero_stage": "auto", "micro_batch_size": "auto"}
+    free = changed(changed(big, "parallel", **free), "training", batch_size=64)
+    at_ease = planned(free, 4)
+    assert at_ease.layout.cut == Cut(4, 1, 1, 0, 16, 1, False, False, "adamw")
+    needed = sum(at_ease.memory_bytes().values())
+
+    def within(share: float, **values: object) -> Plan:
+        # Four workers on the node, each with its libraries.
+        memory = 4 * (share * needed + PROCESS_BYTES[False])
+        return planned(changed(free, "parallel", **values) if values else free, 4, memory=memory)
+
+    tight = within(0.6)
+    assert sum(tight.memory_bytes().values()) <= 0.6 * needed
+    assert tight.layout != at_ease.layout
+    assert not tight.warning
+    # With ZeRO 0 and one replica as given, only smaller micro-batches and recomputation are left to it.
+    least = within(0.75, tensor=1, pipeline=1, zero_stage=0)
+    assert (least.layout.cut.data, least.layout.cut.zero_stage) == (4, 0)
+    assert least.layout.cut.micro_batch_size < 16 or least.layout.cut.activation_checkpointing
+    nothing = within(0.01)
+    assert "the estimated memory does not fit" in nothing.warning
+    assert "none fits" in nothing.describe()
+    described = tight.describe()
+    assert "chosen          the simplest within a tenth of the least estimated time" in described
+    # What speaks against each of the others is said.
+    assert all(other.reason for other in tight.candidates[1:])
+    assert all("needs" in other.reason for other in nothing.candidates)
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    def refused(config: PretrainedConfig, objective: str, **parallel: int) -> str:
+        with pytest.raises(UserError) as caught:
+            check_cuts(config, ParallelSection(**parallel), objective)
+        return str(caught.value)
+
+    assert refused(RobertaConfig(), "masked", pipeline=2).startswith(
+        "parallel.pipeline: found 2, allowed for roberta: 1; cut over processes are bert, gpt2, llama, t5"
+    )
+    assert refused(BertConfig(), "extractive_qa", tensor=2).startswith("parallel.tensor: found 2, allowed with obj")
+    assert "a divisor of the model's d_ff (9)" in refused(T5Config(num_heads=8, d_ff=9), "span", tensor=2)
+    assert "at most the model's 4 blocks" in refused(T5Config(num_layers=2), "span", pipeline=5)
+    check_cuts(RobertaConfig(), ParallelSection(tensor="auto", pipeline="auto"), "masked")
+
+
+def test_auto_follows_what_a_model_allows(config: PretrainConfig) -> None:
+    free = changed(config, "parallel", tensor="auto", pipeline="auto")
+    cuts = {(candidate.cut.tensor, candidate.cut.pipeline) for candidate in planned(free, 4).candidates}
+    # Two heads, two blocks.
+    assert cuts == {(1, 1), (2, 1), (1, 2), (2, 2)}
+    muon = planned(changed(free, "training", optimizer="muon"), 4)
+    assert {(candidate.cut.tensor, candidate.cut.pipeline) for candidate in muon.candidates} == {(1, 1)}
+    # Tensor parallelism stays within a node.
+    nodes = Capacity((Node(1.0), Node(1.0)))
+    assert {candidate.cut.tensor for candidate in plan_training(free, nodes).candidates} == {1}
+
+
+def test_seven_billion_parameters_on_gpus(config: PretrainConfig) -> None:
+    gpus = 64
+    shape = {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    }  # fmt: skip
+    big = changed(config, "model", family="llama", config=shape)
+    big = changed(big, "training", batch_size=512, sequence_length=4096)
+    big = changed(big, "parallel", tensor="auto", pipeline="auto", zero_stage="auto")
+    big = changed(big, "resources", workers=gpus, gpus_per_worker=1, workers_per_node=8, memory_per_worker_gb=80.0)
+    plan = make_plan(big)
+    assert plan.layout.workers == gpus
+    assert plan.layout.precision == "bf16"
+    assert sum(plan.memory_bytes().values()) < 80e9
+    assert not plan.warning
+    assert plan.layout.cut.tensor <= 8
+    # Too small a GPU for whole weights and gradients needs a cut.
+    small = make_plan(
+        changed(big, "resources", workers=gpus, gpus_per_worker=1, workers_per_node=8, memory_per_worker_gb=24.0)
+    )
+    assert sum(small.memory_bytes().values()) < 24e9
+    assert small.layout.cut.tensor * small.layout.cut.pipeline > 1 or small.layout.cut.zero_stage >= 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_steps_put_together_make_the_whole_model(config: PretrainConfig, family: str) -> None:
+    shapes = {
+        "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2},
+        "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 2},
+        "bert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2},
+        "t5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 4, "num_heads": 2},
+    }
+    values = config.model_dump() | {"model": {"family": family, "config": shapes[family]}}
+    values |= {"objective": {}, "tokenizer": {"type": "bpe", "vocab_size": 400}}
+    plan = planned(type(config).model_validate(values), 1)
+    whole = plan.memory._measure_whole(False)
+    (composed,) = plan.memory.stages(replace(plan.layout.cut, micro_batch_size=1))
+    assert composed.parameters == whole.parameters == plan.parameters
+    assert composed.footprint.kept == pytest.approx(whole.footprint.kept, rel=0.08)
+    sums = [sum(stage.footprint.without_gradients.values()) for stage in (composed, whole)]
+    # The engine of cut models adds BERT's bias to the logits in a step of its own.
+    assert 0.97 * sums[1] <= sums[0] <= 1.2 * sums[1]
 
 
 def test_plan_counts_parameters(config: PretrainConfig) -> None:
-    plan = make_plan(config, cpus=2, gpus=0)
+    plan = planned(config, 2)
     embeddings = 300 * 32 + 64 * 32
     block = (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32) + 4 * 32
     assert plan.parameters == embeddings + 2 * block + 2 * 32
     assert f"{plan.parameters:,}" in plan.describe()
-    sharded = make_plan(changed(config, "parallel", zero_stage=3), cpus=2, gpus=0)
+    sharded = planned(changed(config, "parallel", zero_stage=3), 2)
     assert sharded.memory_bytes()["optimizer"] == plan.memory_bytes()["optimizer"]
     assert plan.memory_bytes()["weights"] == 4 * plan.parameters
-    whole = make_plan(changed(config, "parallel", zero_stage=0), cpus=2, gpus=0)
+    whole = planned(changed(config, "parallel", zero_stage=0), 2)
     assert whole.memory_bytes()["optimizer"] == 8 * plan.parameters
     # A ring of two sends what it adds up once.
     assert whole.traffic_bytes() == {"data": 4 * plan.parameters, "tensor": 0, "pipeline": 0}
 
 
 def test_footprint_is_what_a_real_pass_keeps(config: PretrainConfig) -> None:
-    plan = make_plan(config, cpus=2, gpus=0)
+    plan = planned(config, 2)
     model = build_model(plan.model_config, 0)
-    tokens = torch.zeros((plan.layout.micro_batch_size, 64), dtype=torch.long)
+    tokens = torch.zeros((plan.layout.cut.micro_batch_size, 64), dtype=torch.long)
     known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -99,22 +227,22 @@ def test_footprint_is_what_a_real_pass_keeps(config: PretrainConfig) -> None:
     really = sum(storage.nbytes() for storage in saved.values())
     # Some live a little longer than the graph needs them.
     assert really <= plan.stages[0].footprint.kept <= 1.1 * really
-    recomputed = make_plan(changed(config, "parallel", activation_checkpointing=True), cpus=2, gpus=0)
-    assert recomputed.memory_bytes()["activations"] < plan.memory_bytes()["activations"] / 2
+    recomputed = planned(changed(config, "parallel", activation_checkpointing=True), 2)
+    assert recomputed.memory_bytes()["activations"] < 0.7 * plan.memory_bytes()["activations"]
 
 
 def test_cuts_share_out_memory_and_add_traffic(config: PretrainConfig) -> None:
-    plan = make_plan(config, cpus=2, gpus=0)
+    plan = planned(config, 2)
     cut = {"tensor": 2, "pipeline": 1, "micro_batch_size": 3}
-    tensor = make_plan(changed(config, "parallel", **cut), cpus=2, gpus=0)
+    tensor = planned(changed(config, "parallel", **cut), 2)
     assert tensor.stages[0].parameters < 0.6 * plan.parameters
     assert tensor.traffic_bytes()["tensor"] > 0
     cut = {"tensor": 1, "pipeline": 2, "micro_batch_size": 3}
-    pipeline = make_plan(changed(config, "parallel", **cut), cpus=2, gpus=0)
+    pipeline = planned(changed(config, "parallel", **cut), 2)
     assert pipeline.bubble == 1 / 5
     assert "bubble          20.0%" in pipeline.describe()
     assert "warning" not in pipeline.describe()
-    few = make_plan(changed(config, "parallel", tensor=1, pipeline=2, micro_batch_size=12), cpus=2, gpus=0)
+    few = planned(changed(config, "parallel", tensor=1, pipeline=2, micro_batch_size=12), 2)
     assert "warning         1 micro-batches for 2 pipeline stages" in few.describe()
     assert [stage.in_flight for stage in pipeline.stages] == [2, 1]
     # Hidden states of three sequences to the second stage, their gradients back, four times.

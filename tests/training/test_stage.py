@@ -124,10 +124,16 @@ def test_another_layout_goes_on_from_the_checkpoint(finished: Path, tmp_path: Pa
     shutil.copytree(finished, run)
     (run / "report.json").unlink()
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
-    layout = ["parallel.tensor=2", "parallel.pipeline=2", "resources.workers=4", "resources.cpus_per_worker=0.5"]
+    # One replica and two tensor-parallel ranks leave two stages for four workers.
+    layout = ["parallel.data=1", "parallel.tensor=2", "parallel.pipeline=auto", "parallel.zero_stage=auto"]
     layout.append("parallel.balance=time")
+    resources = ["resources.workers=4", "resources.cpus_per_worker=0.5"]
     path = finished.parent / "whole.yaml"
-    pretrain(load_config("pretrain", path, [f"run.storage={tmp_path}", *layout]))
+    pretrain(load_config("pretrain", path, [f"run.storage={tmp_path}", *layout, *resources]))
+    chosen = [yaml.safe_load((folder / "config.yaml").read_text())["parallel"] for folder in (finished, run)]
+    names = ("data", "tensor", "pipeline", "zero_stage", "micro_batch_size", "activation_checkpointing")
+    found = [[parallel[name] for name in names] for parallel in chosen]
+    assert found == [[2, 1, 1, 1, 2, False], [1, 2, 2, 0, 2, False]]
     assert losses(run) == pytest.approx(losses(finished), abs=1e-5)
     lines = read_metrics(run / "metrics.jsonl")
     assert all(len(line["stage_idle"]) == 2 for line in lines[20:])
@@ -182,6 +188,8 @@ def test_finetune_learns_the_answers_and_stops_early(finished: Path, tmp_path: P
         ("parallel.tensor=2 parallel.data=2", "parallel.data: found 2, allowed: auto or 1"),
         ("parallel.tensor=2 training.optimizer=muon", "training.optimizer: found muon, allowed with parallel.tensor"),
         ("parallel.tensor=2 model.config.num_key_value_heads=1", "divisor of the model's num_key_value_heads (1)"),
+        ("parallel.tensor=2 model.config.intermediate_size=63", "divisor of the model's intermediate_size (63)"),
+        ("parallel.data=4 parallel.tensor=auto", "parallel.data: found 4, allowed: auto or a divisor of 2"),
         ("data.train=nowhere.txt", "nowhere.txt"),
         ("training.sequence_length=1000000", "training.sequence_length"),
     ],
