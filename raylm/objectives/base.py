@@ -76,10 +76,8 @@ class Objective(ABC):
         """Tokens of a sample's input and, for a model with a decoder of its own, of its target (else 0)."""
         return sequence_length, 0
 
-    def example(self, sequence_length: int) -> Batch | None:
-        """A batch of one sample without content, to find the memory of a pass with; None where none is known."""
-        if self.head not in ("causal", "masked", "sequence_to_sequence"):
-            return None
+    def example(self, sequence_length: int) -> Batch:
+        """A batch of one sample without content: the memory of a pass is found with it."""
         length, target_length = self.lengths(sequence_length)
         return {
             "input_ids": torch.zeros((1, length), dtype=torch.long),

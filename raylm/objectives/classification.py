@@ -52,6 +52,16 @@ class ClassificationObjective(Objective):
             "label2id": {label: number for number, label in enumerate(labels)},
         }
 
+    def example(self, sequence_length: int) -> Batch:
+        """See :class:`Objective`."""
+        tokens = torch.zeros((1, sequence_length), dtype=torch.long)
+        return {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "token_type_ids": tokens.clone(),
+            "targets": torch.zeros((1, 1), dtype=torch.long),
+        }
+
     def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
         """See :class:`Objective`; token types where the model knows any."""
         names = ["input_ids", "attention_mask"]

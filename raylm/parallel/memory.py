@@ -139,7 +139,7 @@ class ModelMemory:
             for stage in stages
         ]
 
-    def _build(self, checkpointing: bool) -> tuple[Any, Batch | None]:
+    def _build(self, checkpointing: bool) -> tuple[Any, Batch]:
         """The model and a batch of one sequence; within a ``FakeTensorMode``."""
         dtype = torch.bfloat16 if self._bf16 else torch.float32
         model = auto_class(self._objective.head).from_config(self._config, dtype=dtype).train()
@@ -152,11 +152,10 @@ class ModelMemory:
             model, batch = self._build(checkpointing)
             sizes = [p.numel() for p in model.parameters()]
             footprint = Footprint(dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0), 0)
-            if batch is not None:
-                module = _Whole(ObjectiveModule(model, self._objective), list(batch))
-                # What a model does next may depend on values, which are not there: then only weights are counted.
-                with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
-                    footprint = whole(measure(module, tuple(batch.values()), self._config.vocab_size)[0])
+            module = _Whole(ObjectiveModule(model, self._objective), list(batch))
+            # What a model does next may depend on values, which are not there: then only weights are counted.
+            with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
+                footprint = whole(measure(module, tuple(batch.values()), self._config.vocab_size)[0])
         return StageMemory(sum(sizes), max(sizes), footprint, 1, 0, 0, 0)
 
     def _measure_pieces(self, tensor: int, checkpointing: bool) -> _Pieces:

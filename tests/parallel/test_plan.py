@@ -11,13 +11,16 @@ import yaml
 from transformers import BertConfig, PretrainedConfig, RobertaConfig, T5Config
 
 from raylm.config import load_config
+from raylm.config.model import ObjectiveSection
 from raylm.config.stages import PretrainConfig
 from raylm.config.training import ParallelSection
 from raylm.errors import UserError
 from raylm.models.families import build_model
+from raylm.objectives import make_objective
 from raylm.objectives.base import ObjectiveModule
 from raylm.parallel.capacity import PROCESS_BYTES, Capacity, Node
 from raylm.parallel.cut import Cut
+from raylm.parallel.memory import ModelMemory
 from raylm.parallel.plan import Plan, apply_layout, make_plan, plan_training, recorded
 from raylm.parallel.refusals import check_cuts
 
@@ -207,6 +210,17 @@ def test_plan_counts_parameters(config: PretrainConfig) -> None:
     assert whole.memory_bytes()["optimizer"] == 8 * plan.parameters
     # A ring of two sends what it adds up once.
     assert whole.traffic_bytes() == {"data": 4 * plan.parameters, "tensor": 0, "pipeline": 0}
+
+
+@pytest.mark.parametrize("objective", ["extractive_qa", "classification"])
+def test_encoders_with_another_head_are_measured(objective: str) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for config in (BertConfig(vocab_size=99, **shape), RobertaConfig(vocab_size=99, **shape)):
+        made = make_objective(ObjectiveSection(type=objective), config.model_type)
+        memory = ModelMemory(config, made, 16, bf16=False)
+        (stage,) = memory.stages(Cut(1, 1, 1, 0, 4, 1, False, False, "adamw"))
+        (recomputed,) = memory.stages(Cut(1, 1, 1, 0, 4, 1, True, False, "adamw"))
+        assert stage.footprint.kept > recomputed.footprint.kept > 0
 
 
 def test_footprint_is_what_a_real_pass_keeps(config: PretrainConfig) -> None:
