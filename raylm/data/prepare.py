@@ -178,7 +178,8 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         pipeline.find_duplicates()
         lap("duplicates")
         augmented = pipeline.augment()
-        lap("augmentation")
+        if augmented:
+            lap("augmentation")
         tokenizer = pipeline.make_tokenizer()
         lap("tokenizer")
         vocab_size = len(tokenizer)
