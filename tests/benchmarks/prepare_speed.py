@@ -143,8 +143,8 @@ def main() -> None:
         write_corpus(small, 4 << 20, seed=1, text=arguments.text)
         config = root / "prepare.yaml"
         data = {"train": str(corpus), "validation_fraction": 0.0, "cleaning": CLEANING, "deduplication": DEDUPLICATION}
-        run = {"name": "set", "storage": str(root / "runs")}
-        config.write_text(yaml.safe_dump({"run": run, "data": data}))
+        section = {"name": "set", "storage": str(root / "runs")}
+        config.write_text(yaml.safe_dump({"run": section, "data": data}))
         raylm(["prepare", str(config), "run.name=tokenizer", f"data.train={small}"], environment)
         tokenizer = root / "runs" / "tokenizer" / "tokenizer"
         for number in range(arguments.rounds):
