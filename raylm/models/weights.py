@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+# What safetensors calls the types that are weights as they are; others (8 bits) mean something with a scale only.
+TRAINABLE = ("F64", "F32", "F16", "BF16")
+
+
 class Sliceable(Protocol):
     """A whole parameter of which parts can be taken: a tensor, or a tensor in a file that is read where it is cut."""
 
@@ -181,6 +185,11 @@ class SavedWeights:
             raise UserError(
                 f"model.path: {self._directory} has {key} in the shape {found.get_shape()}, its config.json means "
                 f"{expected}"
+            )
+        if found.get_dtype() not in TRAINABLE:
+            raise UserError(
+                f"model.path: {self._directory} has {key} as {found.get_dtype()}, allowed for training: "
+                f"{', '.join(TRAINABLE)}"
             )
         return _Stored(found)
 

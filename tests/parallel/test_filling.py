@@ -92,6 +92,9 @@ def test_parts_come_out_of_the_file_and_names_of_other_classes_are_known(tmp_pat
     save_file({**old, "embeddings.position_embeddings.weight": torch.zeros(7, 32)}, file)
     with pytest.raises(UserError, match=r"embeddings.position_embeddings.weight in the shape \[7, 32\]"):
         saved_weights(str(tmp_path), outline, "extractive_qa", 3).open("bert.embeddings.position_embeddings.weight")
+    save_file({**old, "embeddings.position_embeddings.weight": torch.zeros(32, 32, dtype=torch.int8)}, file)
+    with pytest.raises(UserError, match=r"position_embeddings.weight as I8, allowed for training: F64, F32, F16, BF16"):
+        saved_weights(str(tmp_path), outline, "extractive_qa", 3).open("bert.embeddings.position_embeddings.weight")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"model\.path: .* cannot be loaded"):
         saved_weights(str(tmp_path), outline, "extractive_qa", 3)
