@@ -88,7 +88,7 @@ def overload(arguments: argparse.Namespace) -> dict:
 
 async def _overload(arm: HttpArm, arguments: argparse.Namespace) -> dict:
     root = psutil.Process(arm.process.pid)
-    warm = bodies(arguments.model, 160, arguments.prompt_tokens, arguments.new_tokens)
+    warm = bodies(arguments.model, 96, arguments.prompt_tokens, arguments.new_tokens)
     answers, seconds = await http_load.closed_loop(arm.port, "/v1/completions", warm, 32)
     capacity = len(answers) / seconds
     print(

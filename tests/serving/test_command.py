@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,7 +102,59 @@ def test_mistakes_are_openai_errors(server: str) -> None:
         client.completions.create(model="tiny", prompt="fox " * 400, max_tokens=8)
 
 
-@pytest.mark.parametrize("broken", ["missing model", "port in use"])
+@pytest.mark.slow
+def test_the_rest_of_the_openai_client(server: str) -> None:
+    """Its stream helper, raw answers, the asynchronous client, and its own errors."""
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    arguments = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 60, "temperature": 0}
+    whole = client.chat.completions.create(**arguments).choices[0].message.content
+    # The stream helper raises where a text ends for its length.
+    arguments["stop"] = re.search("[a-zA-Z]{2}", whole)[0]
+    whole = client.chat.completions.create(**arguments).choices[0]
+    assert whole.finish_reason == "stop"
+    with client.chat.completions.stream(**arguments) as stream:
+        pieces = [event.delta for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion().choices[0]
+    assert "".join(pieces) == final.message.content == whole.message.content
+    assert final.finish_reason == "stop"
+    raw = client.chat.completions.with_raw_response.create(**arguments, extra_headers={"X-Request-Id": "raw-1"})
+    assert "raw-1" in raw.headers["x-request-id"]
+    assert raw.parse().choices[0].message.content == whole.message.content
+
+    async def asynchronously() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as client:
+            reply = await client.chat.completions.create(**arguments)
+            stream = await client.chat.completions.create(**arguments, stream=True)
+            streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            return [reply.choices[0].message.content, streamed]
+
+    assert set(asyncio.run(asynchronously())) == {whole.message.content}
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        client.models.retrieve("nobody")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="fox " * 300)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.slow
+def test_a_server_whose_engine_died_answers_again(server: str) -> None:
+    ours = psutil.Process().children(recursive=True)
+    engine = next(process for process in ours if "raylm.serving.engines.process" in " ".join(process.cmdline()))
+    engine.kill()
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=30)
+    end = time.monotonic() + 120
+    while True:
+        try:
+            reply = client.completions.create(model="tiny", prompt="fox", max_tokens=2)
+            break
+        except openai.APIError:
+            assert time.monotonic() < end
+            time.sleep(0.5)
+    assert reply.usage.completion_tokens == 2
+    assert engine.pid not in psutil.pids()
+
+
+@pytest.mark.parametrize("broken", ["missing model", "damaged model", "port in use"])
 def test_refused_with_one_line(broken: str, tiny_model: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -108,9 +164,16 @@ def test_refused_with_one_line(broken: str, tiny_model: Path, tmp_path: Path) ->
         if broken == "missing model":
             taken.close()
             model = tmp_path / "nowhere"
+        elif broken == "damaged model":
+            taken.close()
+            model = shutil.copytree(tiny_model, tmp_path / "damaged")
+            weights = model / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:100])
         result = subprocess.run(
             command(write_config(tmp_path, model, port)), capture_output=True, text=True, timeout=120
         )
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert ("nowhere" if broken == "missing model" else str(port)) in result.stderr
+    assert {"missing model": "nowhere", "damaged model": "model.safetensors is damaged"}.get(
+        broken, str(port)
+    ) in result.stderr

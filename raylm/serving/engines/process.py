@@ -81,6 +81,9 @@ class Decoding:
     def _take_commands(self) -> bool:
         """Do what was asked for; wait for it while there is nothing in work. False to stop."""
         while not (self._generating or self._reading) or self._connection.poll():
+            if not self._connection.poll():
+                # Nothing is left to do: a cancelled text has given its blocks back.
+                self._tell_load()
             command: Command = self._connection.recv()
             if isinstance(command, Close):
                 return False
