@@ -42,32 +42,35 @@ class StepResult:
     gradient_norm: float
 
 
-# What DeepSpeed's documentation (deepspeed.ai/docs/config-json) has for overlapping the reduction of gradients with the
-# backward pass. The buffers take 4.5 times both buckets; its default of 5e8 elements would be 9 GB of a GPU in bf16.
-OVERLAP = {
-    "overlap_comm": True,
-    "contiguous_gradients": True,
-    "reduce_scatter": True,
-    "reduce_bucket_size": BUCKET_ELEMENTS,
-    "allgather_bucket_size": BUCKET_ELEMENTS,
-}
+# On a GPU a bucket takes its memory whether it is filled or not: DeepSpeed's default is 5e8 elements, and with the
+# reduction of gradients overlapped with the backward pass 4.5 times both (deepspeed.ai/docs/config-json).
+BUCKETS = {"reduce_bucket_size": BUCKET_ELEMENTS, "allgather_bucket_size": BUCKET_ELEMENTS}
+OVERLAP = {"overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True}
 
 
 def deepspeed_config(
-    zero_stage: int, micro_batch_size: int, accumulation: int, clipping: float, *, bf16: bool, overlap: bool = False
+    zero_stage: int,
+    micro_batch_size: int,
+    accumulation: int,
+    clipping: float,
+    *,
+    bf16: bool,
+    device: torch.device,
+    overlap: bool,
 ) -> dict[str, Any]:
     """What DeepSpeed is told alike on both paths.
 
     It clips stage 0 by a norm that cannot be read, and in a pipeline by one stage alone: there the engines clip.
 
     Args:
-        overlap: reduce gradients during the backward pass, on a stream of its own: for GPUs.
+        overlap: on a GPU, reduce gradients during the backward pass, on a stream of its own.
     """
+    on_gpu = {**BUCKETS, **(OVERLAP if overlap else {})} if device.type == "cuda" and zero_stage else {}
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clipping if zero_stage else 0.0,
-        "zero_optimization": {"stage": zero_stage, **(OVERLAP if overlap and zero_stage else {})},
+        "zero_optimization": {"stage": zero_stage, **on_gpu},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
@@ -127,8 +130,9 @@ class DataParallelEngine:
         self.data_rank, self.data_size, self.leads = self.rank, self.world_size, True
         self.random_stream, self.random_streams = self.rank, self.world_size
         self.zero_stage, self.clipping, self.device = zero_stage, clipping, device
-        on_gpu = device.type == "cuda"
-        config = deepspeed_config(zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16, overlap=on_gpu)
+        config = deepspeed_config(
+            zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16, device=device, overlap=True
+        )
         if weights is not None:
             names = {parameter: name for name, parameter in objective.model.named_parameters()}
             share_out = {"share_out": share_out_by_deepspeed(config)} if zero_stage == 3 else {}

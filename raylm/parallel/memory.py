@@ -267,7 +267,7 @@ def rank_bytes(stage: StageMemory, cut: Cut, *, use_gpu: bool) -> dict[str, floa
     if use_gpu and zero:
         # There memory that is asked for is taken, whether it is filled or not: 4.5 times both buckets with overlap
         # (deepspeed.ai/docs/config-json), which the pipeline has not.
-        bucket = 9 * BUCKET_ELEMENTS if cut.tensor * cut.pipeline == 1 else 2 * BUCKET_LIMIT
+        bucket = (9 if cut.tensor * cut.pipeline == 1 else 2) * BUCKET_ELEMENTS
     # Else gradients of the micro-batches before are there when this one's activations are the most.
     fresh = cut.accumulation == 1 and zero < 2
     now = stage.footprint.without_gradients

@@ -168,7 +168,9 @@ class PipelineTensorEngine:
             model_parameters=list(self.parameters.values()),
             dist_init_required=False,
             config={
-                **deepspeed_config(zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16),
+                **deepspeed_config(
+                    zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16, device=device, overlap=False
+                ),
                 "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
                 **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
             },
