@@ -20,10 +20,13 @@ from transformers import (
 )
 
 from raylm.config.training import TrainingSection
+from raylm.data.samples import document_positions
 
 # The vocabulary divides by nothing, the last two targets of the rows count unevenly.
 STEPS, BATCH, TIME, VOCABULARY = 20, 8, 16, 97
 FAMILIES = ("llama", "llama-tied", "gpt2", "bert", "t5")
+# Ending of a family whose packed documents are told apart; the token 0 ends them.
+DOCUMENTS = "-documents"
 
 
 def training_section(optimizer: str) -> TrainingSection:
@@ -35,6 +38,7 @@ def training_section(optimizer: str) -> TrainingSection:
 def build(family: str, dropout: float = 0.0) -> PreTrainedModel:
     """A model of four heads (the Llamas with two of keys and values) and two layers (t5 with two of each kind)."""
     torch.manual_seed(0)
+    family = family.removesuffix(DOCUMENTS)
     if family == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
@@ -74,6 +78,10 @@ def step_data(family: str, step: int) -> dict[str, torch.Tensor]:
     targets = ids[:, 1:].clone()
     for row in range(BATCH):
         targets[row, : row + step % 5] = -100
+    if family.endswith(DOCUMENTS):
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.2, 0, ids)
+        positions = torch.from_numpy(document_positions(ids[:, :-1].numpy(), 0))
+        return {"input_ids": ids[:, :-1], "targets": ids[:, 1:].contiguous(), "position_ids": positions}
     return {"input_ids": ids[:, :-1], "targets": targets[:, TIME // 4 :].contiguous() if family == "t5" else targets}
 
 
@@ -81,6 +89,14 @@ def plain_loss(model: PreTrainedModel, data: dict[str, torch.Tensor]) -> torch.T
     if model.config.is_encoder_decoder:
         # transformers' own shift and loss.
         return model(input_ids=data["input_ids"], labels=data["targets"]).loss
+    if "position_ids" in data:
+        # Each document alone, as the model would see it without packing.
+        total = torch.zeros(())
+        for ids, targets, positions in zip(data["input_ids"], data["targets"], data["position_ids"], strict=True):
+            for piece in torch.tensor_split(torch.arange(len(ids)), (positions[1:] == 0).nonzero()[:, 0] + 1):
+                logits = model(input_ids=ids[piece][None]).logits[0]
+                total = total + functional.cross_entropy(logits, targets[piece], reduction="sum")
+        return total / data["targets"].numel()
     logits = model(input_ids=data["input_ids"]).logits
     return functional.cross_entropy(logits.flatten(0, 1), data["targets"].flatten(), ignore_index=-100)
 

@@ -24,7 +24,7 @@ import torch.multiprocessing as multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from families import BATCH, build, step_data, training_section
+from families import BATCH, DOCUMENTS, build, step_data, training_section
 
 from raylm.config.model import ObjectiveSection
 from raylm.parallel.environment import prepare_deepspeed
@@ -50,7 +50,8 @@ def make_engine(case: dict[str, Any]):
     section = training_section(case["optimizer"])
     whole = build(case["family"], case.get("dropout", 0.0))
     model_type = whole.config.model_type
-    objective = make_objective(ObjectiveSection(), model_type)
+    boundaries = "attention" if case["family"].endswith(DOCUMENTS) else "ignore"
+    objective = make_objective(ObjectiveSection(document_boundaries=boundaries), model_type)
     model = make_outline(whole.config, objective.head).model
     # Two micro-batches for each stage, as far as the batch goes.
     share = BATCH // case["data"]
