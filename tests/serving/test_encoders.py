@@ -228,7 +228,7 @@ def test_embeddings_of_an_encoder(server: SimpleNamespace, encoders: SimpleNames
         ("classify", {"input": []}, 400, "found 0 texts"),
         ("classify", {"input": "rain " * 200}, 400, "maximum context length is 96"),
         ("completions", {"prompt": "x", "model": "classifier"}, 400, "this needs a text generator"),
-        ("embeddings", {"input": "x", "model": "reader"}, 400, "this needs a text generator or a encoder"),
+        ("embeddings", {"input": "x", "model": "reader"}, 400, "this needs a text generator or an encoder"),
         ("qa", {"question": "x", "context": "y", "collection": "z"}, 400, "leave out collection"),
         ("qa", {"question": "x", "context": "rain " * 8000}, 400, "windows of 48 tokens, allowed: at most 128"),
         ("qa", {"question": "x", "mode": "extractive", "collection": "none"}, 404, "does not exist"),
