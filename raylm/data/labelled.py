@@ -7,8 +7,6 @@ order of the samples is a function of (seed, number of the sample).
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.config.data import DataSection
-from raylm.config.run_directory import write_atomically
+from raylm.data.array_sets import SPLITS, map_arrays, write_set
 from raylm.data.blocks import Block
 from raylm.data.documents import Split, hash_share
 from raylm.data.permutation import permute
 from raylm.data.readers import read_block
 from raylm.data.samples import PAD_MULTIPLE
-from raylm.data.shards import FORMAT_VERSION, file_hash, read_manifest
-from raylm.data.sources import MANIFEST, open_sources
+from raylm.data.shards import read_manifest
+from raylm.data.sources import open_sources
 from raylm.data.streams import InputErrors
 from raylm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPLITS: tuple[Split, ...] = ("train", "validation")
 FORMATS = ("jsonl", "csv", "parquet", "hub")
 ARRAYS = ("tokens", "rows")
 KIND = "labelled"
@@ -134,39 +131,20 @@ class LabelledInput:
 
     def write(self, directory: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> dict[str, Any]:
         """Write the directory; returns the manifest."""
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        tokenizer.save_pretrained(directory / "tokenizer")
-        splits = {side: self._write_split(directory, side, tokenizer, sequence_length) for side in SPLITS}
-        manifest = {
-            "version": FORMAT_VERSION,
-            "kind": KIND,
-            "labels": self.labels,
-            "sequence_length": sequence_length,
-            "pad_id": tokenizer.pad_token_id,
-            "splits": splits,
-        }
-        write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-        return manifest
-
-    def _write_split(
-        self, directory: Path, split: Split, tokenizer: PreTrainedTokenizerBase, sequence_length: int
-    ) -> dict[str, Any]:
-        texts = self.texts[split]
-        ids = encode_texts(tokenizer, [text.text for text in texts], sequence_length)
         numbers = {label: number for number, label in enumerate(self.labels)}
-        lengths = np.array([len(row) for row in ids], dtype=np.int64)
-        starts = np.cumsum(lengths) - lengths
-        arrays = {
-            "tokens": np.concatenate(ids).astype(np.int32),
-            "rows": np.stack([starts, lengths, np.array([numbers[text.label] for text in texts])], axis=1),
-        }
-        files = []
-        for name in ARRAYS:
-            path = directory / f"{split}-{name}.npy"
-            np.save(path, arrays[name])
-            files.append({"path": path.name, "sha256": file_hash(path)})
-        return {"texts": len(texts), "tokens": int(lengths.sum()), "files": files}
+
+        def make_split(split: Split) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+            texts = self.texts[split]
+            ids = encode_texts(tokenizer, [text.text for text in texts], sequence_length)
+            lengths = np.array([len(row) for row in ids], dtype=np.int64)
+            starts = np.cumsum(lengths) - lengths
+            arrays = {
+                "tokens": np.concatenate(ids).astype(np.int32),
+                "rows": np.stack([starts, lengths, np.array([numbers[text.label] for text in texts])], axis=1),
+            }
+            return arrays, {"texts": len(texts), "tokens": int(lengths.sum())}
+
+        return write_set(directory, KIND, tokenizer, make_split, labels=self.labels, sequence_length=sequence_length)
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], most: int) -> list[np.ndarray]:
@@ -196,23 +174,6 @@ def pad_ids(rows: Sequence[np.ndarray], pad_id: int, most: int | None = None) ->
     return batch
 
 
-def verify_labelled(directory: Path) -> dict[str, Any]:
-    """Compare every file with its checksum; returns the manifest.
-
-    Raises:
-        UserError: the directory holds something else, or a file is missing or differs.
-    """
-    manifest = read_manifest(directory)
-    if manifest["kind"] != KIND:
-        raise UserError(f"{directory}: found {manifest['kind']}, allowed with objective classification: {KIND}")
-    for split in manifest["splits"].values():
-        for entry in split["files"]:
-            path = directory / entry["path"]
-            if not path.is_file() or file_hash(path) != entry["sha256"]:
-                raise UserError(f"{path}: missing or damaged; remove {directory}, and it is prepared again")
-    return manifest
-
-
 class LabelledSamples:
     """Texts with the number of their class; see :class:`raylm.data.samples.Samples`.
 
@@ -225,7 +186,7 @@ class LabelledSamples:
     def __init__(self, directory: Path | str, split: Split, seed: int) -> None:
         directory = Path(directory)
         manifest = read_manifest(directory)
-        self._tokens, self._rows = (np.load(directory / f"{split}-{name}.npy", mmap_mode="r") for name in ARRAYS)
+        self._tokens, self._rows = map_arrays(directory, split, ARRAYS)
         self._seed, self._shuffle = seed, split == "train"
         self._pad_id, self._length = manifest["pad_id"], manifest["sequence_length"]
         self.count = len(self._rows)

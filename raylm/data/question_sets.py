@@ -7,28 +7,25 @@ those without the answer say so. The order is a function of (seed, number of the
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raylm.config.data import DataSection
-from raylm.config.run_directory import write_atomically
+from raylm.data.array_sets import SPLITS, map_arrays, write_set
 from raylm.data.documents import Split
 from raylm.data.permutation import permute
 from raylm.data.questions import Question, read_questions
-from raylm.data.shards import FORMAT_VERSION, file_hash, read_manifest
-from raylm.data.sources import MANIFEST
+from raylm.data.shards import read_manifest
 from raylm.data.windows import Window, Windows, pad
 from raylm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPLITS: tuple[Split, ...] = ("train", "validation")
 ARRAYS = ("tokens", "types", "windows")
+KIND = "questions"
 
 
 class QuestionInput:
@@ -53,24 +50,18 @@ class QuestionInput:
         self, directory: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, overlap: int
     ) -> dict[str, Any]:
         """Write the directory; returns the manifest."""
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        tokenizer.save_pretrained(directory / "tokenizer")
         cutter = Windows(tokenizer, sequence_length, overlap)
-        splits = {side: _write_split(directory, side, self.questions[side], cutter) for side in SPLITS}
-        manifest = {
-            "version": FORMAT_VERSION,
-            "kind": "questions",
-            "sequence_length": sequence_length,
-            "overlap": overlap,
-            "pad_id": tokenizer.pad_token_id,
-            "splits": splits,
-        }
-        write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        return manifest
+        return write_set(
+            directory,
+            KIND,
+            tokenizer,
+            lambda split: _cut(split, self.questions[split], cutter),
+            sequence_length=sequence_length,
+            overlap=overlap,
+        )
 
 
-def _write_split(directory: Path, split: Split, questions: list[Question], cutter: Windows) -> dict[str, Any]:
+def _cut(split: Split, questions: list[Question], cutter: Windows) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     tokens, types, rows, place = [], [], [], 0
     for question in questions:
         for window in cutter.cut(question.question, question.context):
@@ -88,35 +79,13 @@ def _write_split(directory: Path, split: Split, questions: list[Question], cutte
         "types": np.concatenate(types).astype(np.uint8),
         "windows": np.array(rows, dtype=np.int64),
     }
-    files = []
-    for name in ARRAYS:
-        path = directory / f"{split}-{name}.npy"
-        np.save(path, arrays[name])
-        files.append({"path": path.name, "sha256": file_hash(path)})
-    return {
+    counts = {
         "questions": len(questions),
         "without_answer": sum(not question.answers for question in questions),
         "windows": len(rows),
         "tokens": place,
-        "files": files,
     }
-
-
-def verify_questions(directory: Path) -> dict[str, Any]:
-    """Compare every file with its checksum; returns the manifest.
-
-    Raises:
-        UserError: the directory holds something else, or a file is missing or differs.
-    """
-    manifest = read_manifest(directory)
-    if manifest["kind"] != "questions":
-        raise UserError(f"{directory}: found {manifest['kind']}, allowed with objective extractive_qa: questions")
-    for split in manifest["splits"].values():
-        for entry in split["files"]:
-            path = directory / entry["path"]
-            if not path.is_file() or file_hash(path) != entry["sha256"]:
-                raise UserError(f"{path}: missing or damaged; remove {directory}, and it is prepared again")
-    return manifest
+    return arrays, counts
 
 
 class QuestionSamples:
@@ -131,9 +100,7 @@ class QuestionSamples:
     def __init__(self, directory: Path | str, split: Split, seed: int) -> None:
         directory = Path(directory)
         manifest = read_manifest(directory)
-        self._tokens, self._types, self._windows = (
-            np.load(directory / f"{split}-{name}.npy", mmap_mode="r") for name in ARRAYS
-        )
+        self._tokens, self._types, self._windows = map_arrays(directory, split, ARRAYS)
         self._seed, self._shuffle = seed, split == "train"
         self._pad_id, self._length = manifest["pad_id"], manifest["sequence_length"]
         self.count = len(self._windows)

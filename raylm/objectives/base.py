@@ -132,6 +132,14 @@ class ObjectiveModule(nn.Module):
         return self.objective.logits(self.model, batch)
 
 
+def encoder_inputs(batch: Batch, config: PretrainedConfig) -> Batch:
+    """What an encoder reads of ``batch``; token types where the model knows any."""
+    names = ["input_ids", "attention_mask"]
+    if getattr(config, "type_vocab_size", 0) > 1:
+        names.append("token_type_ids")
+    return {name: batch[name] for name in names}
+
+
 def input_tokens(batch: Batch) -> torch.Tensor:
     """All input tokens of the rows of ``batch`` in which any target counts: what does not count fills up the batch."""
     rows = (batch["targets"] != IGNORED).any(dim=1).sum()

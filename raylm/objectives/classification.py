@@ -17,7 +17,7 @@ from raylm.data.labelled import LabelledSamples
 from raylm.data.samples import IGNORED, Samples
 from raylm.data.shards import read_manifest
 from raylm.errors import UserError
-from raylm.objectives.base import Batch, Objective
+from raylm.objectives.base import Batch, Objective, encoder_inputs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -63,11 +63,8 @@ class ClassificationObjective(Objective):
         }
 
     def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
-        """See :class:`Objective`; token types where the model knows any."""
-        names = ["input_ids", "attention_mask"]
-        if getattr(config, "type_vocab_size", 0) > 1:
-            names.append("token_type_ids")
-        return {name: batch[name] for name in names}
+        """See :class:`Objective`."""
+        return encoder_inputs(batch, config)
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """``logits`` [batch, labels] and ``targets`` [batch, 1] to the summed cross-entropy in nats."""

@@ -19,7 +19,7 @@ from raylm.data.question_sets import QuestionSamples
 from raylm.data.samples import IGNORED, Samples
 from raylm.data.windows import check_reader_tokenizer
 from raylm.errors import UserError
-from raylm.objectives.base import Batch, Objective
+from raylm.objectives.base import Batch, Objective, encoder_inputs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,11 +64,8 @@ class ExtractiveQaObjective(Objective):
         }
 
     def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
-        """See :class:`Objective`; token types where the model knows any."""
-        names = ["input_ids", "attention_mask"]
-        if getattr(config, "type_vocab_size", 0) > 1:
-            names.append("token_type_ids")
-        return {name: batch[name] for name in names}
+        """See :class:`Objective`."""
+        return encoder_inputs(batch, config)
 
     def logits(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """Scores [batch, time, 2] of each token as the answer's first and last."""

@@ -81,14 +81,15 @@ def check_questions(config: TrainConfig, objective: Objective) -> QuestionInput 
     Raises:
         UserError: one line.
     """
-    from raylm.data.question_sets import QuestionInput, verify_questions
+    from raylm.data.array_sets import verify_set
+    from raylm.data.question_sets import KIND, QuestionInput
 
     if config.model.path is None:
         raise UserError(f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from")
     if config.data.augmentation is not None:
         raise UserError(f"data.augmentation: leave it out, it is not for questions (objective.type {objective.name})")
     if (config.run.directory / "data" / MANIFEST).is_file():
-        verify_questions(config.run.directory / "data")
+        verify_set(config.run.directory / "data", KIND, "extractive_qa")
         return None
     return QuestionInput(config.data)
 
@@ -99,14 +100,15 @@ def check_labelled(config: TrainConfig, objective: Objective) -> LabelledInput |
     Raises:
         UserError: one line.
     """
-    from raylm.data.labelled import LabelledInput, verify_labelled
+    from raylm.data.array_sets import verify_set
+    from raylm.data.labelled import KIND, LabelledInput
     from raylm.models.encoders import encoder_task, label_names
     from raylm.models.loading import load_config
 
     if config.model.path is None:
         raise UserError(f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from")
     if (config.run.directory / "data" / MANIFEST).is_file():
-        verify_labelled(config.run.directory / "data")
+        verify_set(config.run.directory / "data", KIND, "classification")
         return None
     model = load_config(config.model.path)
     return LabelledInput(config.data, label_names(model) if encoder_task(model) == "classification" else None)
