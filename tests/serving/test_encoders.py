@@ -257,7 +257,7 @@ def test_checks_before_the_start(encoders: SimpleNamespace, tmp_path: Path) -> N
 
     check_model(config(encoders.reader))
     with pytest.raises(UserError, match=r"serving\.reading\.sequence_length: found 200, allowed: at most .* 96"):
-        check_model(config(encoders.reader, reading={"sequence_length": 200}))
+        check_model(config(encoders.reader, reading={"sequence_length": 200, "overlap": 32}))
     broken = tmp_path / "broken"
     shutil.copytree(encoders.classifier, broken)
     (broken / "openvino" / "openvino_model.bin").unlink()
