@@ -2,7 +2,7 @@
 
 import sys
 
-from raylm.cli import main
+from raylm.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    run_and_exit(["evaluate", *sys.argv[1:]])

@@ -6,11 +6,13 @@ are imported inside their commands, so that ``raylm --help`` needs neither torch
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import click
 import typer
@@ -164,5 +166,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def run_and_exit(arguments: list[str] | None = None) -> NoReturn:
+    """The ``raylm`` script: run the command line and end the process with its exit status.
+
+    A thread of Ray's C++ core lives on after ``ray.shutdown()``. Where it wakes while the interpreter takes itself apart,
+    it ends the process with status 1 ("the core worker has already been shutdown"), whatever the stage had made. So
+    what is registered for the end runs, output is flushed, and the process ends at once.
+    """
+    status = main(arguments)
+    if "ray" in sys.modules:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()
