@@ -169,9 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
 def run_and_exit(arguments: list[str] | None = None) -> NoReturn:
     """The ``raylm`` script: run the command line and end the process with its exit status.
 
-    A thread of Ray's C++ core lives on after ``ray.shutdown()``. Where it wakes while the interpreter takes itself apart,
-    it ends the process with status 1 ("the core worker has already been shutdown"), whatever the stage had made. So
-    what is registered for the end runs, output is flushed, and the process ends at once.
+    A thread of Ray's C++ core lives on after ``ray.shutdown()``. Where it wakes while the interpreter takes itself
+    apart, it ends the process with status 1 ("the core worker has already been shutdown"), whatever the stage had made.
+    So what is registered for the end runs, output is flushed, and the process ends at once.
     """
     status = main(arguments)
     if "ray" in sys.modules:

@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from raylm.serving.bodies import RequestBody
-from raylm.serving.errors import RequestError
+from raylm.serving.errors import RequestError, error_response
 from raylm.serving.retrieval.library import DEFAULT, Library
 from raylm.serving.retrieval.store import (
     CollectionError,
@@ -63,7 +63,7 @@ def collection_routes(library: Library) -> APIRouter:
     """The routes over ``library``."""
     router = APIRouter(prefix="/v1/collections")
 
-    @router.post("")
+    @router.post("", responses={409: error_response("There is a collection of this name")})
     async def create(request: NewCollection) -> dict[str, Any]:
         """Make an empty collection."""
         with refusals():

@@ -30,9 +30,14 @@ class ErrorBody(BaseModel):
     error: ErrorObject
 
 
+def error_response(meaning: str) -> dict[str, Any]:
+    """An entry of the OpenAPI document."""
+    return {"description": meaning, "model": ErrorBody}
+
+
 # For the OpenAPI document: what any route may answer instead.
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": meaning, "model": ErrorBody}
+    status: error_response(meaning)
     for status, meaning in {
         400: "The request is wrong; the message says what is allowed",
         401: "The API key is missing or wrong",

@@ -68,9 +68,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
-        if not _REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         entry: dict[str, Any] = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "id": request_id,
@@ -84,7 +83,9 @@ class Gate:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 entry["status"] = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                # Serve's proxy names a request that has no id, and says the id it came with in the answer.
+                if request_id != given:
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 import raylm
 from raylm.serving.answering import answer_question
@@ -26,6 +26,16 @@ PLAYGROUND = Path(__file__).with_name("playground.html")
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+}
+# For the OpenAPI document: what a route answers where the request says ``stream``.
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer: one object, or server-sent events with `stream`",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    }
 }
 
 
@@ -60,7 +70,7 @@ def create_app(
         """A page to try the server with."""
         return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         """This replica's figures, as Prometheus reads them."""
         metrics.publish(models.services)
@@ -76,12 +86,12 @@ def create_app(
         """One model."""
         return _model_object(models.find(name))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMS)
     async def completions(request: CompletionRequest) -> Response:
         """Text that goes on from each prompt."""
         return await complete(models.find(request.model, "generation"), request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMS)
     async def chat_completions(request: ChatRequest) -> Response:
         """The assistant's next message in a conversation."""
         return await chat(models.find(request.model, "generation"), request)
@@ -91,7 +101,7 @@ def create_app(
         """One vector for each text."""
         return await embed(models.find(request.model, "generation", "embedding"), request)
 
-    @app.post("/v1/qa")
+    @app.post("/v1/qa", responses=STREAMS)
     async def question_answering(request: QuestionRequest) -> Response:
         """An answer from a collection's passages, with its sources, or from a given context."""
         return await answer_question(models, library, request, request.passages or passages, least_relevance)

@@ -12,6 +12,7 @@ import struct
 import time
 import urllib.error
 import urllib.request
+from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,16 +30,16 @@ API_KEY = "a-key-for-the-tests-0001"
 PROMPT = "the quick brown fox"
 
 
-def post(server: SimpleNamespace, route: str, body: Any, **headers: str) -> tuple[int, dict, dict]:
+def post(server: SimpleNamespace, route: str, body: Any, **headers: str) -> tuple[int, dict, Message]:
     """Status, body and headers of a POST; ``body`` is JSON, or bytes as they are."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"} | headers
     request = urllib.request.Request(server.url + route, data, headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response), dict(response.headers)
+            return response.status, json.load(response), response.headers
     except urllib.error.HTTPError as error:
-        return error.code, json.load(error), dict(error.headers)
+        return error.code, json.load(error), error.headers
 
 
 def health(server: SimpleNamespace) -> dict:
@@ -216,7 +217,9 @@ def test_keys(server: SimpleNamespace) -> None:
 
 def test_request_ids_come_back(server: SimpleNamespace) -> None:
     body = {"prompt": "a", "max_tokens": 1}
-    assert post(server, "/v1/completions", body, **{"X-Request-Id": "mine-1"})[2]["x-request-id"] == "mine-1"
+    answer = post(server, "/v1/completions", body, **{"X-Request-Id": "mine-1"})
+    assert answer[2].get_all("x-request-id") == ["mine-1"]
+    assert len(post(server, "/v1/completions", body)[2].get_all("x-request-id")) == 1
     assert len(post(server, "/v1/completions", body, **{"X-Request-Id": "no\tgood"})[2]["x-request-id"]) == 32
 
 
@@ -313,7 +316,17 @@ def test_the_openapi_document_names_the_routes_and_errors(server: SimpleNamespac
     with urllib.request.urlopen(request, timeout=30) as response:
         document = json.load(response)
     assert {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/qa"} <= set(document["paths"])
-    assert {"400", "401", "413", "429", "503"} <= set(document["paths"]["/v1/completions"]["post"]["responses"])
+    answers = {
+        (path, method, status): set(answer.get("content", ()))
+        for path, route in document["paths"].items()
+        for method, operation in route.items()
+        for status, answer in operation["responses"].items()
+    }
+    assert {400, 401, 413, 429, 503} <= {int(key[2]) for key in answers if key[0] == "/v1/completions"}
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/qa"):
+        assert answers[path, "post", "200"] == {"application/json", "text/event-stream"}
+    assert answers["/metrics", "get", "200"] == {"text/plain"}
+    assert answers["/v1/collections", "post", "409"] == {"application/json"}
 
 
 async def fill_in(page: browser.Page, kind: str, text: str, tokens: int) -> str:
@@ -346,6 +359,9 @@ async def use_the_page(server: SimpleNamespace, directory: Path) -> None:
 
         await fill_in(page, "qa", "What does json.dumps do?", 16)
         assert await page.run("document.querySelectorAll('#sources li').length") > 0
+        await page.run("get('context').value = 'The fox is brown and quick.'")
+        assert "tokens" in await next_turn(page, "Which colour has the fox?", 2)
+        assert await page.run("document.querySelector('#sources').textContent.includes('The fox is brown')")
         if os.environ.get("RAYLM_SCREENSHOT"):
             await page.photograph(Path(os.environ["RAYLM_SCREENSHOT"]))
 
