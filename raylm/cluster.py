@@ -10,10 +10,16 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from raylm.errors import RunFailure, UserError
 from raylm.parallel.capacity import Capacity, Node
+
+# Ray itself tries for two minutes to reach a cluster that is not there.
+CONNECT_SECONDS = 10.0
 
 # Large activations are freed and taken again each step. By default glibc returns them to the kernel in between and pays
 # for the page faults (https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html); told to keep
@@ -35,6 +41,10 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     Args:
         dashboard: start the dashboard of a local instance. Ray Tune needs it: without it stopped trials leak their
             placement groups.
+
+    Raises:
+        UserError: ``RAY_ADDRESS`` names a cluster that does not answer.
+        RunFailure: Ray could not be started.
     """
     import ray
 
@@ -44,16 +54,40 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if not os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_address(address)
+    else:
         # A local instance that nobody else can reach needs no token, and must not write one to the user's home.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options |= {"include_dashboard": dashboard, "address": "local"}
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise UserError(f"{_no_cluster(address or 'local')}: {error}") from None
+    except Exception as error:  # Ray raises its bare class where a process of it does not come up in time
+        ray.shutdown()
+        raise RunFailure(f"Ray did not start: {str(error).splitlines()[0]}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse the ``HOST:PORT`` of a cluster, with or without ``ray://``, where nothing listens."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
+    if match is None:
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{_no_cluster(address)}: {error}") from None
+
+
+def _no_cluster(address: str) -> str:
+    return f"RAY_ADDRESS: found {address}, allowed: the address of a running cluster, or nothing to start Ray here"
 
 
 def cluster_resources() -> dict[str, float]:
