@@ -36,6 +36,8 @@ from serving_load import PROCESSES, HttpArm, free_port, prompts, serve_command
 CLIENTS = 8
 # Beyond these the client would run out of ports and cores, not the server of places.
 MOST_AT_ONCE = 600
+# As many as the language reference holds of 128 tokens; then they come again.
+DIFFERENT_PROMPTS = 880
 SAMPLE_SECONDS = 5.0
 
 
@@ -70,7 +72,7 @@ def served(model: str, directory: str, **serving: object) -> HttpArm:
 
 def bodies(model: str, count: int, tokens: int, new_tokens: int) -> list[dict]:
     """``count`` requests; no prompt starts like another one, so none is found in the prefix cache."""
-    texts = prompts(model, min(count, 1000), tokens)
+    texts = prompts(model, min(count, DIFFERENT_PROMPTS), tokens)
     return [
         http_load.completion("model", f"{number} {texts[number % len(texts)]}", new_tokens) for number in range(count)
     ]
@@ -228,7 +230,9 @@ class Deployment:
         from ray import serve
 
         application = serve.status().applications.get("app")
-        running = application.deployments["model"].replica_states.get("RUNNING", 0) if application else 0
+        # While it is being built it has none.
+        model = application.deployments.get("model") if application else None
+        running = model.replica_states.get("RUNNING", 0) if model else 0
         found = [
             p.pid
             for p in psutil.Process().children(recursive=True)
