@@ -1,8 +1,8 @@
 """How much two cores of this machine do of what two processes do that share nothing.
 
 ``python tests/benchmarks/two_cores.py [ROUNDS] [OUTPUT.json]``; 3 rounds by default. Each process is pinned to a
-core and splits text, as `raylm prepare` does. Virtual CPUs that share a core, or a busy host, give less than 2: no program gains
-more from its second core than this.
+core and splits text, as `raylm prepare` does. Virtual CPUs that share a core, or a busy host, give less than 2: no
+program gains more from its second core than this.
 """
 
 from __future__ import annotations
