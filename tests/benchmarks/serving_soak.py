@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import random
@@ -233,11 +234,12 @@ class Deployment:
         # While it is being built it has none.
         model = application.deployments.get("model") if application else None
         running = model.replica_states.get("RUNNING", 0) if model else 0
-        found = [
-            p.pid
-            for p in psutil.Process().children(recursive=True)
-            if "ray::ServeReplica:app" in p.name() + str(p.cmdline())
-        ]
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            # One that was just killed has no command line.
+            with contextlib.suppress(psutil.Error):
+                if "ray::ServeReplica:app" in str(process.cmdline()):
+                    found.append(process.pid)
         return found if len(found) == running else []
 
     async def wait(self, gone: set[int]) -> float:
