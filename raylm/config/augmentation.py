@@ -87,7 +87,7 @@ class ServedModelSection(Section):
     """Further attempts after a failure that may pass: no connection, a timeout, status 408, 429 or 5xx."""
     temperature: float = Field(default=0.7, ge=0, le=2)
     """0 takes the likeliest token each time."""
-    max_tokens: int = Field(default=512, ge=1)
+    max_tokens: int = Field(default=256, ge=1)
     """Longest answer."""
     max_failures: float = Field(default=0.1, ge=0, le=1)
     """Share of the requests that may fail; above it, prepare stops, and the same command goes on."""
