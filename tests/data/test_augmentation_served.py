@@ -105,7 +105,7 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(provider: SimpleNam
     answer, _ = ask(provider, tmp_path / "log", lambda m: m.ask("hello", 7), timeout_seconds=0.5)
     assert answer == "said: hello" and len(provider.asked) == 4
     assert provider.asked[-1] == {
-        "model": "one", "messages": [{"role": "user", "content": "hello"}], "temperature": 0.7, "max_tokens": 512,
+        "model": "one", "messages": [{"role": "user", "content": "hello"}], "temperature": 0.7, "max_tokens": 256,
         "seed": 7,
     }  # fmt: skip
     # Nothing is asked twice.
