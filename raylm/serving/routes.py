@@ -33,7 +33,7 @@ STREAMS: dict[int | str, dict[str, Any]] = {
         "description": "The answer: one object, or server-sent events with `stream`",
         "content": {
             "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {},
         },
     }
 }

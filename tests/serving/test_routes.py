@@ -215,6 +215,11 @@ def test_keys(server: SimpleNamespace) -> None:
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
 
 
+def test_the_smallest_top_p_is_allowed(server: SimpleNamespace) -> None:
+    status, reply, _ = post(server, "/v1/completions", {"prompt": PROMPT, "max_tokens": 2, "top_p": 5e-324, "seed": 1})
+    assert (status, reply["usage"]["completion_tokens"]) == (200, 2)
+
+
 def test_request_ids_come_back(server: SimpleNamespace) -> None:
     body = {"prompt": "a", "max_tokens": 1}
     answer = post(server, "/v1/completions", body, **{"X-Request-Id": "mine-1"})

@@ -19,6 +19,8 @@ Pooling = Literal["mean", "first", "last"]
 
 # Below this, logits divided by the temperature may overflow: the likeliest token is taken.
 LEAST_TEMPERATURE = 1e-3
+# Below this only the likeliest token is left, and engines that compute in fp32 may see 0: it is taken each time.
+LEAST_TOP_P = 1e-6
 
 
 class EngineFailure(Exception):
