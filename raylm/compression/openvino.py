@@ -70,8 +70,9 @@ def _export_tokenizer(model_directory: str, output: Path) -> None:
     import openvino
     from openvino_tokenizers import convert_tokenizer
 
+    tokenizer = load_tokenizer(model_directory)
     try:
-        converted = convert_tokenizer(load_tokenizer(model_directory), with_detokenizer=True)
+        converted = convert_tokenizer(tokenizer, with_detokenizer=True)
     except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError, AssertionError) as error:
         logging.getLogger("raylm").info("no OpenVINO tokenizer of %s: %s", model_directory, error)
         return

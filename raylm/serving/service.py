@@ -15,14 +15,7 @@ from jinja2 import TemplateError
 
 from raylm.data.chat import neutralize
 from raylm.serving import request_log
-from raylm.serving.engines.base import (
-    LEAST_TOP_P,
-    EngineFailure,
-    EngineTimeout,
-    FinishReason,
-    Pooling,
-    SamplingParameters,
-)
+from raylm.serving.engines.base import EngineFailure, EngineTimeout, FinishReason, Pooling, SamplingParameters
 from raylm.serving.engines.client import Engine, EngineStats
 from raylm.serving.errors import RequestError
 from raylm.serving.metrics import ServerMetrics, TextTiming
@@ -191,9 +184,8 @@ class ModelService:
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         return SamplingParameters(
             max_new_tokens=max_tokens or min(room, self.max_new_tokens),
-            # Sampling from no share of the probability at all leaves the likeliest token.
-            temperature=temperature if top_p >= LEAST_TOP_P else 0.0,
-            top_p=top_p if top_p >= LEAST_TOP_P else 1.0,
+            temperature=temperature,
+            top_p=top_p,
             seed=seed % SEEDS,
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,

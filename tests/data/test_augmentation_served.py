@@ -30,7 +30,7 @@ KEY = "a-key-for-the-tests-0001"
 def provider() -> Iterator[SimpleNamespace]:
     """Another party's server with OpenAI's routes; ``state`` says how it fails, ``asked`` what it was asked."""
     state = SimpleNamespace(failures=[], asked=[], answer=lambda text: f"said: {text}", busy=0, most_busy=0)
-    state.down, state.refused = False, set()
+    state.down, state.refused = False, {}
 
     async def models(request: web.Request) -> web.Response:
         if request.headers.get("Authorization") != f"Bearer {KEY}":
@@ -48,7 +48,9 @@ def provider() -> Iterator[SimpleNamespace]:
             await asyncio.sleep(0.05)
         finally:
             state.busy -= 1
-        kind = "500" if state.down or prompt in state.refused else state.failures.pop(0) if state.failures else "fine"
+        # A prompt that is refused spends none of the failures, which are those of the next requests.
+        kind = "500" if state.down else state.refused.get(prompt)
+        kind = kind or (state.failures.pop(0) if state.failures else "fine")
         if kind == "slow":
             await asyncio.sleep(1)
             return web.json_response({})
@@ -189,16 +191,17 @@ def test_failures_are_counted_and_a_prepare_goes_on_where_it_stopped(
     assert provider.most_busy == 3
     # Requests that were given up on the way may still come in: failures are those of prompts, whoever asks.
     unanswered = {body["messages"][0]["content"] for body in provider.asked} - set(answered)
-    provider.refused = set(sorted(unanswered)[:2])
+    provider.refused = dict(zip(sorted(unanswered), ["400", "500"], strict=False))
     provider.down, provider.asked = False, []
     provider.answer = lambda text: f"Say: {text.rpartition(chr(10))[2]}"
     prepare_directory(tmp_path / "set", data, TokenizerSection(type="byte"))
-    provider.refused = set()
+    provider.refused = {}
     found = list(read_documents(tmp_path / "set", "train"))
     marks = Counter(document.augmentation.partition(":")[0] for document in found)
     assert marks["paraphrase"] == marks[""] - 2
     # Only what was not answered before was asked again; what was given up may still come in, and asks for that too.
-    assert len({body["messages"][0]["content"] for body in provider.asked}) == marks[""] - 30
+    asked = {body["messages"][0]["content"] for body in provider.asked}
+    assert len(asked) == marks[""] - 30 and not asked & set(answered)
     assert {d.prompt for d in found if d.augmentation} <= {f"Say: {row['prompt']}" for row in rows}
     assert KEY not in json.dumps([path.read_text(errors="replace") for path in (tmp_path / "set").rglob("*.json")])
 

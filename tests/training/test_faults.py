@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_random_kills_of_workers_and_the_driver_change_no_bit(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests/benchmarks/kill_test.py"), "1", "1", "40"],
+        [sys.executable, str(REPOSITORY / "tests/benchmarks/kill_test.py"), "2", "1", "60"],
         env=environment, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

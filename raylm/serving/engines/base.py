@@ -19,7 +19,7 @@ Pooling = Literal["mean", "first", "last"]
 
 # Below this, logits divided by the temperature may overflow: the likeliest token is taken.
 LEAST_TEMPERATURE = 1e-3
-# Below this only the likeliest token is left, and engines that compute in fp32 may see 0: it is taken each time.
+# Below this only the likeliest token is left, and in fp32 it may be 0, which engines refuse.
 LEAST_TOP_P = 1e-6
 
 
@@ -50,7 +50,7 @@ class SamplingParameters:
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
         temperature: divides the logits; 0 takes the likeliest token each time.
-        top_p: sample from the smallest set of tokens whose probabilities sum to this; (0, 1].
+        top_p: sample from the smallest set of tokens whose probabilities sum to this, at least one; [0, 1].
         seed: of the request's own random numbers; the same seed draws the same tokens whatever runs beside it.
         presence_penalty: taken from the logit of every token that was generated before.
         frequency_penalty: taken from a token's logit as many times as it was generated before.
@@ -68,7 +68,7 @@ class SamplingParameters:
     @property
     def greedy(self) -> bool:
         """Whether nothing is left to chance."""
-        return self.temperature < LEAST_TEMPERATURE
+        return self.temperature < LEAST_TEMPERATURE or self.top_p < LEAST_TOP_P
 
     @property
     def penalizes(self) -> bool:

@@ -155,7 +155,7 @@ class _Work:
         return SamplingParams(
             max_tokens=parameters.max_new_tokens,
             temperature=0.0 if parameters.greedy else parameters.temperature,
-            top_p=parameters.top_p,
+            top_p=1.0 if parameters.greedy else parameters.top_p,
             seed=parameters.seed,
             presence_penalty=parameters.presence_penalty,
             frequency_penalty=parameters.frequency_penalty,
