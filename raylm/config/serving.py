@@ -53,7 +53,10 @@ class ServingSection(Section):
     name: str | None = None
     """Name of the model in requests; by default the run's name."""
     models: dict[str, ServedModel] = Field(default_factory=dict)
-    """Further models of the same application, by their names in requests; each replica holds all of them."""
+    """Further models of the same application, by their names in requests."""
+    loaded_models: int | None = Field(default=None, ge=1)
+    """Models that a replica holds at a time, from the first one on; another is loaded when it is asked for, in place of
+    the one unused for longest. By default a replica holds all."""
     engine: Literal["auto", "openvino", "transformers", "vllm"] = "auto"
     """auto takes vLLM on a GPU where it is installed, OpenVINO on a CPU where the model directory has an openvino/
     export, else transformers."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import math
 from pathlib import Path
@@ -28,7 +29,8 @@ from raylm.serving import request_log
 from raylm.serving.access import ENVIRONMENT_VARIABLE, load_key_hashes
 from raylm.serving.encoders import EncoderService
 from raylm.serving.engines.client import start_engine
-from raylm.serving.engines.opening import context_length
+from raylm.serving.engines.on_demand import EnginePool
+from raylm.serving.engines.opening import choose_engine, context_length
 from raylm.serving.gate import Gate, Limits
 from raylm.serving.metrics import ServerMetrics
 from raylm.serving.retrieval.encoder import encoder_length, encoder_pooling
@@ -53,16 +55,19 @@ class ModelReplica:
         key_hashes: SHA-256 of the API keys, hexadecimal, and what to call each in logs; none lets everybody in.
     """
 
-    def __init__(self, config: dict[str, Any], threads: int, key_hashes: dict[str, str]) -> None:
+    async def __init__(self, config: dict[str, Any], threads: int, key_hashes: dict[str, str]) -> None:
         settings = ServeConfig.model_validate(config)
         serving = settings.serving
         refuse_strangers(key_hashes)
         self._serving, self._key_hashes = serving, key_hashes
         self._library = open_library(settings, threads)
         self._metrics = ServerMetrics(export=True)
+        pool = EnginePool(serving.loaded_models, serving.request_seconds) if serving.loaded_models else None
         self._models = Models(
-            [open_service(settings, name, threads, self._metrics) for name in model_sources(settings)]
+            [open_service(settings, name, threads, self._metrics, pool) for name in model_sources(settings)]
         )
+        for service in self._models.services[: serving.loaded_models]:
+            await service.engine.open()
         if serving.request_log:
             replica = serve.get_replica_context().replica_tag
             request_log.write_to(settings.run.directory / "logs" / f"requests-{replica}.jsonl")
@@ -98,16 +103,24 @@ def model_sources(config: ServeConfig) -> dict[str, ServedModel]:
     return {model_name(config): main, **serving.models}
 
 
-def open_service(config: ServeConfig, name: str, threads: int, metrics: ServerMetrics | None = None) -> ModelService:
-    """Load one model and start its engine."""
+def open_service(
+    config: ServeConfig,
+    name: str,
+    threads: int,
+    metrics: ServerMetrics | None = None,
+    pool: EnginePool | None = None,
+) -> ModelService:
+    """Load one model and start its engine, or leave that to the ``pool``."""
     model = model_sources(config)[name]
     serving = config.serving.model_copy(update={"engine": model.engine})
     source = resolve_model(model.path)
     model_config = load_config(source)
     task = encoder_task(model_config)
+    start = functools.partial(start_engine, source, serving, threads=threads, encoder=task)
+    kind = choose_engine(source, serving, generates=task is None)
     common: dict[str, Any] = {
         "name": name,
-        "engine": start_engine(source, serving, threads=threads, encoder=task),
+        "engine": pool.engine(name, kind, serving.max_concurrent_requests, start) if pool else start(),
         "tokenizer": load_tokenizer(source),
         "max_new_tokens": serving.max_new_tokens,
         "capacity": serving.max_concurrent_requests + serving.max_queued_requests,

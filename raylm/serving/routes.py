@@ -60,8 +60,9 @@ def create_app(
         loads = {}
         for service in models.services:
             service.engine.check()
-            loads[service.name] = {"engine": service.engine.name, **dataclasses.asdict(service.engine.stats())}
-        counters = [key for key, value in next(iter(loads.values())).items() if isinstance(value, int)]
+            state = {"engine": service.engine.name, "loaded": service.engine.loaded}
+            loads[service.name] = state | dataclasses.asdict(service.engine.stats())
+        counters = [key for key, value in next(iter(loads.values())).items() if type(value) is int]
         totals = {key: sum(load[key] for load in loads.values()) for key in counters}
         return {"status": "ok", **totals, "models": loads}
 

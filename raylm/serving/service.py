@@ -25,6 +25,8 @@ from raylm.serving.text import IncrementalDecoder, StopStrings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from raylm.serving.engines.on_demand import OnDemandEngine
+
 Task = Literal["generation", "extractive_qa", "classification", "embedding"]
 TASKS: dict[Task, str] = {
     "generation": "a text generator",
@@ -84,7 +86,7 @@ class ModelService:
     """
 
     name: str
-    engine: Engine
+    engine: Engine | OnDemandEngine
     tokenizer: PreTrainedTokenizerBase
     context_length: int | None
     max_new_tokens: int
@@ -265,17 +267,17 @@ class ModelService:
         self, index: int, prompt: list[int], parameters: SamplingParameters, stops: Sequence[str], usage: Usage
     ) -> AsyncIterator[Piece]:
         decoder, stopping = IncrementalDecoder(self.tokenizer), StopStrings(stops)
-        stream = self.engine.submit(prompt, parameters)
         late = EngineTimeout(f"the text was not ready within {self.request_seconds:g} s (serving.request_seconds)")
-        timer = asyncio.get_running_loop().call_later(self.request_seconds, stream.cancel, late)
         ids: list[int] = []
         watch = _Watch(self)
         request_log.note(model=self.name)
         request_log.count(texts=1, prompt_tokens=len(prompt))
         with contextlib.ExitStack() as stack:
-            stack.callback(stream.cancel)
-            stack.callback(timer.cancel)
             stack.enter_context(watch)
+            stream = (await self.engine.open()).submit(prompt, parameters)
+            stack.callback(stream.cancel)
+            timer = asyncio.get_running_loop().call_later(self.request_seconds, stream.cancel, late)
+            stack.callback(timer.cancel)
             async for tokens in stream:
                 watch.tokens(len(tokens))
                 usage.completion_tokens += len(tokens)

@@ -78,7 +78,7 @@ class HttpArm:
         self, name: str, command: list[str], port: int, ready: str, model: str, *, chat: bool, pausable: bool
     ) -> None:
         self.name, self.port, self._model, self._chat, self._pausable = name, port, model, chat, pausable
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "OMP_NUM_THREADS")}
         niceness = NICENESS if pausable else 0
         self.process = subprocess.Popen(
             ["nice", "-n", str(niceness), *command], env=environment, stdout=subprocess.DEVNULL
@@ -100,7 +100,7 @@ class HttpArm:
     def run(self, texts: list[str], clients: int, new_tokens: int) -> dict:
         bodies = [http_load.completion(self._model, text, new_tokens) for text in texts]
         if self._chat:
-            bodies = [{**body, "messages": [{"role": "user", "content": body.pop("prompt")}]} for body in bodies]
+            bodies = [{"messages": [{"role": "user", "content": body.pop("prompt")}], **body} for body in bodies]
         path = "/v1/chat/completions" if self._chat else "/v1/completions"
         client, server = _cpu_seconds(), self._server_cpu_seconds()
         answers, seconds = asyncio.run(http_load.closed_loop(self.port, path, bodies, clients))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -68,6 +69,16 @@ class EngineStats:
     """Share of the key-value cache in use, 0 to 1; None where the engine does not say."""
     wait_seconds: float
     """How long a text that comes now will wait for its turn, as the last ones went; 0 while that is unknown."""
+
+    @classmethod
+    def nothing(cls) -> EngineStats:
+        """Those of an engine that was never asked."""
+        return cls(0, 0, 0, 0, 0, 0, 0, 0, None, 0.0)
+
+    def plus(self, later: EngineStats) -> EngineStats:
+        """Both engines' counters and work; cache and wait are the ``later`` one's."""
+        counts = {key: value + getattr(later, key) for key, value in vars(self).items() if isinstance(value, int)}
+        return dataclasses.replace(later, **counts)
 
 
 class TokenStream:
@@ -188,6 +199,20 @@ class Engine:
         self._failure: str | None = None
         self._reader = threading.Thread(target=self._read, name=f"{name}-engine", daemon=True)
         self._reader.start()
+
+    async def open(self) -> Engine:
+        """Itself: it runs."""
+        return self
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it runs."""
+        return True
+
+    @property
+    def in_work(self) -> int:
+        """Requests that it has and has not answered."""
+        return len(self._waiting)
 
     def submit(self, prompt_ids: Sequence[int], parameters: SamplingParameters) -> TokenStream:
         """Queue a request; call from a running event loop.
