@@ -5,8 +5,9 @@
 
 The text is a part of the Python language reference. lm-eval's task (``loglikelihood_rolling``, disjoint windows) is
 written beside it, so that no hub is asked. Both count the same tokens: the text's and the end-of-text token after it,
-in windows of the same length, after one end-of-text token. Engine ``transformers`` computes what `raylm evaluate` does;
-``openvino`` serves the compressed weights.
+in windows of the same length, after one end-of-text token. The text ends where a window does: lm-eval gives a last
+window that is not full the context before it, `raylm evaluate` does not. Engine ``transformers`` computes what
+`raylm evaluate` does; ``openvino`` serves the compressed weights.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ import sys
 import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import TYPE_CHECKING
 
 from serving_load import HttpArm, free_port, serve_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TASK = """
 task: served_text
@@ -33,6 +38,15 @@ doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: bits_per_byte}]
 """
+
+
+def whole_windows(text: str, tokenizer: PreTrainedTokenizerBase, window: int) -> str:
+    """The longest start of ``text`` that fills windows of ``window`` tokens together with an end token."""
+    for end in range(len(text), 0, -1):
+        start = text[:end]
+        if start == start.strip() and (len(tokenizer(start, verbose=False)["input_ids"]) + 1) % window == 0:
+            return start
+    raise SystemExit(f"the text fills no window of {window} tokens; --characters takes more of it")
 
 
 def evaluated(model: str, text: Path, window: int, directory: Path) -> dict:
@@ -59,8 +73,8 @@ def harness(model: str, port: int, window: int, task: Path, directory: Path, lib
         "base_url": f"http://127.0.0.1:{port}/v1/completions",
         "tokenizer_backend": "huggingface",
         "tokenizer": model,
-        # One token more than the window: lm-eval takes one off for the context.
-        "max_length": window + 1,
+        # lm-eval takes one off for a token to generate, and one for the context.
+        "max_length": window + 2,
         "custom_prefix_token_id": end,
     }
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--tasks", "served_text"]
@@ -84,8 +98,9 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     text = "\n\n".join(topics[name] for name in sorted(topics))[: arguments.characters].strip()
-    end = AutoTokenizer.from_pretrained(arguments.model).eos_token
+    text, end = whole_windows(text, tokenizer, arguments.window), tokenizer.eos_token
     result: dict = {"window": arguments.window}
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
