@@ -19,8 +19,9 @@ EXPORT_FOLDER = "openvino"
 EXPORT_MODEL = "openvino_model.xml"
 # OpenVINO's own tokenizer beside the model; answers that follow a schema need it.
 EXPORT_TOKENIZER, EXPORT_DETOKENIZER = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
-# Tokens of one step. A long prompt is cut into steps of this size, so that it does not hold up the other requests.
-TOKENS_PER_STEP = 512
+# Tokens of one step. Prompts are cut into steps of this size, so that a long one does not hold up the other requests,
+# and of many that came together the first need not wait for the last. With half of it the weights are read too often.
+TOKENS_PER_STEP = 256
 
 
 def find_export(directory: str | Path) -> Path | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import ipaddress
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,7 @@ class ModelReplica:
             self._models, self._metrics, self._library, self._serving.passages, self._serving.least_relevance
         )
         limits = Limits.of(self._serving)
-        # HAProxy names requests as Serve's proxy does, but does not say the names in its answers.
-        name_all = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-        app.add_middleware(Gate, limits=limits, key_hashes=self._key_hashes, metrics=self._metrics, name_all=name_all)
+        app.add_middleware(Gate, limits=limits, key_hashes=self._key_hashes, metrics=self._metrics)
         return app
 
     async def check_health(self) -> None:

@@ -57,14 +57,10 @@ class Gate:
         limits: what one client may ask for.
         key_hashes: SHA-256 of each key and its name; empty lets everybody in.
         metrics: counts the answers.
-        name_all: every answer says its request's id; else only those whose request brought no usable one.
     """
 
-    def __init__(
-        self, app: ASGIApp, limits: Limits, key_hashes: dict[str, str], metrics: ServerMetrics, *, name_all: bool
-    ) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, key_hashes: dict[str, str], metrics: ServerMetrics) -> None:
         self._app, self._limits, self._key_hashes, self._metrics = app, limits, key_hashes, metrics
-        self._name_all = name_all
         self._allowances: dict[str, Allowance] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,8 +83,8 @@ class Gate:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 entry["status"] = message["status"]
-                # Serve's own proxy names a request that has no id, and says the id it came with in the answer.
-                if self._name_all or request_id != given:
+                # Serve names a request that has no id, and says the id it came with in the answer, behind HAProxy too.
+                if request_id != given:
                     MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
