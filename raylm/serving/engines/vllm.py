@@ -1,7 +1,8 @@
 """vLLM (Kwon et al. 2023) as an engine on a GPU: its asynchronous engine behind the same pipe as the others.
 
-Written to the documentation of ``AsyncLLM`` (https://docs.vllm.ai, "Async LLM Streaming"); not run yet, as no GPU was
-at hand. vLLM batches, caches prefixes and samples by itself: here a task a request hands its tokens on.
+Written to the documentation of ``AsyncLLM`` (https://docs.vllm.ai, "Async LLM Streaming") and run against vLLM 0.32's
+CPU build (``tests/benchmarks/vllm_engine.py``); not on a GPU yet, as none was at hand. vLLM batches, caches prefixes
+and samples by itself: here a task a request hands its tokens on.
 """
 
 from __future__ import annotations
