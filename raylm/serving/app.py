@@ -66,8 +66,10 @@ class ModelReplica:
         self._models = Models(
             [open_service(settings, name, threads, self._metrics, pool) for name in model_sources(settings)]
         )
-        for service in self._models.services[: serving.loaded_models]:
-            await service.engine.open()
+        if pool:
+            # How long a start may take is not for serving.request_seconds to say.
+            for service in self._models.services[: serving.loaded_models]:
+                await pool.start(service.name)
         if serving.request_log:
             replica = serve.get_replica_context().replica_tag
             request_log.write_to(settings.run.directory / "logs" / f"requests-{replica}.jsonl")
@@ -117,10 +119,10 @@ def open_service(
     model_config = load_config(source)
     task = encoder_task(model_config)
     start = functools.partial(start_engine, source, serving, threads=threads, encoder=task)
-    kind = choose_engine(source, serving, generates=task is None)
+    engine = pool.engine(name, choose_engine(source, serving, generates=task is None), start) if pool else start()
     common: dict[str, Any] = {
         "name": name,
-        "engine": pool.engine(name, kind, serving.max_concurrent_requests, start) if pool else start(),
+        "engine": engine,
         "tokenizer": load_tokenizer(source),
         "max_new_tokens": serving.max_new_tokens,
         "capacity": serving.max_concurrent_requests + serving.max_queued_requests,

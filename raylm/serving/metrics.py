@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 
-from raylm.serving.engines.client import EngineStats
+from raylm.serving.engines.stats import EngineStats
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 # Seconds, up to what a long answer takes on a slow CPU.

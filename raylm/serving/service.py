@@ -16,7 +16,8 @@ from jinja2 import TemplateError
 from raylm.data.chat import neutralize
 from raylm.serving import request_log
 from raylm.serving.engines.base import EngineFailure, EngineTimeout, FinishReason, Pooling, SamplingParameters
-from raylm.serving.engines.client import Engine, EngineStats
+from raylm.serving.engines.client import Engine
+from raylm.serving.engines.stats import EngineStats
 from raylm.serving.errors import RequestError
 from raylm.serving.metrics import ServerMetrics, TextTiming
 from raylm.serving.requests import GenerationRequest

@@ -19,7 +19,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from reader_xquad import run
+from encoder_stages import through_stages
 from serving_load import HttpArm, free_port, serve_command
 
 HELD_OUT = 0.1
@@ -82,48 +82,15 @@ def measure(encoder: Path, train: Rows, test: Rows, epochs: float, seed: int, di
     directory.mkdir(parents=True)
     files = {"train": write(directory / "train.csv", train), "validation": write(directory / "test.csv", test)}
     fields = {"fields": {"text": "text", "label": "label"}}
-    storage = str(directory)
-    tuned, seconds = run(
-        "finetune",
-        {
-            "run": {"name": "classifier", "storage": storage, "seed": seed},
-            "data": files | fields,
-            "model": {"path": str(encoder)},
-            "objective": {"type": "classification"},
-            "training": {
-                "epochs": epochs, "batch_size": 32, "sequence_length": 64, "learning_rate": 1.0e-4,
-                "schedule": "linear", "warmup_steps": 20, "weight_decay": 0.01, "betas": [0.9, 0.999],
-                "final_learning_rate_fraction": 0.0,
-            },
-            "parallel": {"zero_stage": 0},
-            "resources": {"workers": 2},
-            "checkpoint": {"every_seconds": None},
-        },
-        directory,
-    )  # fmt: skip
-    held_out = {"train": files["validation"]} | fields
-    found, _ = run(
-        "evaluate",
-        {
-            "run": {"name": "evaluation", "storage": storage},
-            "data": held_out,
-            "model": {"path": str(directory / "classifier")},
-        },
-        directory,
+    training = {"epochs": epochs, "batch_size": 32, "sequence_length": 64, "learning_rate": 1.0e-4}
+    tuned, found, small = through_stages(
+        directory, encoder, files | fields, {"train": files["validation"]} | fields, "classification", training, seed
     )
-    small, _ = run(
-        "compress",
-        {
-            "run": {"name": "compressed", "storage": storage},
-            "data": held_out,
-            "model": {"path": str(directory / "classifier")},
-        },
-        directory,
-    )
-    accuracy, texts = served_accuracy(str(directory / "compressed"), directory / "serve", test)
+    accuracy, texts = served_accuracy(str(directory / "compress"), directory / "serve", test)
     return {
-        "train": len(train), "test": len(test), "epochs": epochs, "steps": tuned["step"], "finetune_seconds": seconds,
-        "evaluated": found, "compressed": small, "served_accuracy": accuracy, "served_texts_per_second": texts,
+        "train": len(train), "test": len(test), "epochs": epochs, "steps": tuned["step"],
+        "finetune_seconds": tuned["command_seconds"], "evaluated": found, "compressed": small,
+        "served_accuracy": accuracy, "served_texts_per_second": texts,
     }  # fmt: skip
 
 

@@ -11,13 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-import yaml
+from encoder_stages import through_stages
 
 HELD_OUT = 0.2
 
@@ -35,16 +32,6 @@ def split(path: Path, seed: int, directory: Path) -> dict[str, Path]:
     return files
 
 
-def run(stage: str, values: dict, directory: Path) -> tuple[dict, float]:
-    """A stage's report and its seconds."""
-    path = directory / f"{stage}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "raylm.cli", stage, str(path)], check=True)
-    seconds = time.perf_counter() - began
-    return json.loads((directory / values["run"]["name"] / "report.json").read_text()), seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
@@ -57,45 +44,15 @@ def main() -> None:
     directory = arguments.directory or Path(tempfile.mkdtemp())
     directory.mkdir(parents=True, exist_ok=True)
     files = split(arguments.file, arguments.seed, directory)
-    tuned, tune_seconds = run(
-        "finetune",
-        {
-            "run": {"name": "reader", "storage": str(directory), "seed": arguments.seed},
-            "data": {"train": str(files["train"]), "validation": str(files["validation"]), "format": "squad"},
-            "model": {"path": str(arguments.encoder)},
-            "objective": {"type": "extractive_qa"},
-            "training": {
-                "epochs": arguments.epochs, "batch_size": 8, "sequence_length": 256, "learning_rate": 2.0e-4,
-                "schedule": "linear", "warmup_steps": 20, "weight_decay": 0.01, "betas": [0.9, 0.999],
-                "final_learning_rate_fraction": 0.0,
-            },
-            "parallel": {"zero_stage": 0, "micro_batch_size": 4},
-            "resources": {"workers": 2},
-            "checkpoint": {"every_seconds": None},
-        },
-        directory,
-    )  # fmt: skip
-    read, _ = run(
-        "evaluate",
-        {
-            "run": {"name": "evaluation", "storage": str(directory)},
-            "data": {"train": str(files["validation"])},
-            "model": {"path": str(directory / "reader")},
-        },
-        directory,
-    )
-    small, _ = run(
-        "compress",
-        {
-            "run": {"name": "compressed", "storage": str(directory)},
-            "data": {"train": str(files["validation"]), "format": "squad"},
-            "model": {"path": str(directory / "reader")},
-        },
-        directory,
+    held_out = {"train": str(files["validation"]), "format": "squad"}
+    data = {"train": str(files["train"]), "validation": str(files["validation"]), "format": "squad"}
+    training = {"epochs": arguments.epochs, "batch_size": 8, "sequence_length": 256, "learning_rate": 2.0e-4}
+    tuned, read, small = through_stages(
+        directory, arguments.encoder, data, held_out, "extractive_qa", training, arguments.seed, micro_batch_size=4
     )
     result = {
         "file": arguments.file.name, "seed": arguments.seed, "epochs": arguments.epochs, "steps": tuned["step"],
-        "finetune_seconds": tune_seconds, **read, "compressed": small,
+        "finetune_seconds": tuned["command_seconds"], **read, "compressed": small,
     }  # fmt: skip
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"exact match {read['exact_match']:.1f}, F1 {read['f1']:.1f} on {read['questions']} held-out questions")

@@ -18,8 +18,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 HEADER = "serve_multiplexed_model_id"
-
-
 PROMPT = "the quick brown fox"
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,40 +43,13 @@ from raylm.serving.engines.base import (
     TokenScores,
 )  # fmt: skip
 from raylm.serving.engines.pace import Pace
+from raylm.serving.engines.stats import EngineStats
 
 # Seconds between two hand-overs to the same reader, for each request in work. One costs the HTTP side about a
 # millisecond of a CPU: this keeps that near a tenth of one CPU, whatever the number of readers.
 HAND_OVER_SECONDS = 0.008
 LONGEST_HAND_OVER_SECONDS = 0.25
 CLOSE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the engine's start, and what it has in work now."""
-
-    running: int
-    waiting: int
-    requests: int
-    finished: int
-    cancelled: int
-    failed: int
-    prompt_tokens: int
-    generated_tokens: int
-    cache_usage: float | None
-    """Share of the key-value cache in use, 0 to 1; None where the engine does not say."""
-    wait_seconds: float
-    """How long a text that comes now will wait for its turn, as the last ones went; 0 while that is unknown."""
-
-    @classmethod
-    def nothing(cls) -> EngineStats:
-        """Those of an engine that was never asked."""
-        return cls(0, 0, 0, 0, 0, 0, 0, 0, None, 0.0)
-
-    def plus(self, later: EngineStats) -> EngineStats:
-        """Both engines' counters and work; cache and wait are the ``later`` one's."""
-        counts = {key: value + getattr(later, key) for key, value in vars(self).items() if isinstance(value, int)}
-        return dataclasses.replace(later, **counts)
 
 
 class TokenStream:
@@ -256,7 +227,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and current load."""
-        in_work = len(self._waiting)
+        in_work = self.in_work
         waiting = max(0, in_work - self.sequences)
         return EngineStats(
             running=min(in_work, self.sequences),
@@ -275,7 +246,7 @@ class Engine:
     @property
     def hand_over_seconds(self) -> float:
         """Least seconds between two groups of tokens to the same reader."""
-        return min(LONGEST_HAND_OVER_SECONDS, HAND_OVER_SECONDS * min(len(self._waiting), self.sequences))
+        return min(LONGEST_HAND_OVER_SECONDS, HAND_OVER_SECONDS * min(self.in_work, self.sequences))
 
     def check(self) -> None:
         """Raise :class:`EngineFailure` if the process has died."""

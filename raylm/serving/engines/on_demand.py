@@ -15,7 +15,8 @@ from typing import Any
 from ray import serve
 
 from raylm.serving.engines.base import EngineTimeout, Pooling, TokenScores
-from raylm.serving.engines.client import Engine, EngineStats
+from raylm.serving.engines.client import Engine
+from raylm.serving.engines.stats import EngineStats
 
 DRAIN_LOOK_SECONDS = 0.02
 
@@ -38,24 +39,23 @@ class EnginePool:
 
         self.start = start
 
-    def engine(self, name: str, kind: str, sequences: int, start: Callable[[], Engine]) -> OnDemandEngine:
+    def engine(self, name: str, kind: str, start: Callable[[], Engine]) -> OnDemandEngine:
         """A model's engine, started when it is asked for.
 
         Args:
             name: of the model.
             kind: of the engine, for who asks before it runs.
-            sequences: requests decoded together.
             start: starts it and waits until it can be asked; called on a thread.
         """
-        self._engines[name] = OnDemandEngine(self, name, kind, sequences, start)
+        self._engines[name] = OnDemandEngine(self, name, kind, start)
         return self._engines[name]
 
 
 class OnDemandEngine:
     """What a model asks in place of an :class:`~raylm.serving.engines.client.Engine` that always runs."""
 
-    def __init__(self, pool: EnginePool, model: str, kind: str, sequences: int, start: Callable[[], Engine]) -> None:
-        self.name, self.sequences = kind, sequences
+    def __init__(self, pool: EnginePool, model: str, kind: str, start: Callable[[], Engine]) -> None:
+        self.name = kind
         self._pool, self._model, self._starter = pool, model, start
         self._engine: Engine | None = None
         self._starting: asyncio.Task[Any] | None = None
