@@ -33,6 +33,9 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides: training.steps=100")
 ]
 
+# A shell's exit status of what SIGINT ended.
+INTERRUPTED = 130
+
 # Stage -> module and function that run it; imported only when the stage is called.
 STAGE_FUNCTIONS = {
     "prepare": ("raylm.data.prepare", "prepare"),
@@ -151,7 +154,10 @@ def quickstart(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and turn its errors into the exit status."""
     try:
-        return app(args=arguments, standalone_mode=False) or 0
+        status = app(args=arguments, standalone_mode=False) or 0
+        if status == INTERRUPTED:  # so Typer returns it
+            raise KeyboardInterrupt
+        return status
     except UserError as error:
         print(f"raylm: error: {error}", file=sys.stderr)
         return 2
@@ -163,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("raylm: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def run_and_exit(arguments: list[str] | None = None) -> NoReturn:

@@ -75,6 +75,15 @@ class Board:
         self._restarts: list[str] = []
         self._stop: str | None = None
         self._asked = self._saved = 0
+        self._controller: Any = None
+
+    def controller_is(self, handle: Any) -> None:
+        """Remember the handle of Ray Train's controller."""
+        self._controller = handle
+
+    def controller(self) -> Any:
+        """The handle of Ray Train's controller; None before it has started."""
+        return self._controller
 
     def update(self, metrics: dict[str, Any]) -> None:
         """Take over rank 0's ``metrics``."""

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from raylm.training.worker import TrainingJob, Worker
 
 if TYPE_CHECKING:
     from raylm.training.board import Failure
+    from raylm.training.fitting import Fitting
 
 POLL_SECONDS = 0.5
 HANDOVER_SECONDS = 60.0
@@ -116,6 +116,7 @@ def launch(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from raylm.training.board import Board
+    from raylm.training.fitting import Fitting, TellController
     from raylm.training.preemption import NoticingTorchConfig, SaveBeforeResize, sigterm_noticed, sigterm_received
     from raylm.training.storage import Storage
 
@@ -143,30 +144,20 @@ def launch(
             storage_path=(Storage(job.storage) / "ray-train").uri,
             failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": environment(cpus_per_worker)},
-            callbacks=[SaveBeforeResize(job.progress)] if resources.elastic is not None else None,
+            callbacks=[
+                TellController(job.progress),
+                *([SaveBeforeResize(job.progress)] if resources.elastic is not None else []),
+            ],
         ),
     )
-    outcome: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except SystemExit:
-            # So Ray ends a wait that outlives its session; see RELEASE_SECONDS.
-            return
-        except Exception as error:  # noqa: BLE001 - carried over to the driver's thread
-            outcome["error"] = error
-
-    thread = threading.Thread(target=fit, daemon=True)
-    with sigterm_noticed():
-        thread.start()
-        _show_progress(job, thread, sigterm_received, on_evaluation)
-    # Long enough for the workers' resources to be free again; without a dashboard Ray Train's controller then waits
-    # ten seconds more for an answer that cannot come, and nothing of it is needed.
-    thread.join(RELEASE_SECONDS)
+    with sigterm_noticed(), Fitting(trainer, job.progress) as fitting:
+        _show_progress(job, fitting, sigterm_received, on_evaluation)
+        # Long enough for the workers' resources to be free again; without a dashboard Ray Train's controller then
+        # waits ten seconds more for an answer that cannot come, and nothing of it is needed.
+        fitting.wait(RELEASE_SECONDS)
     first = ray.get(job.progress.first_failure.remote(), timeout=HANDOVER_SECONDS)
     latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
-    if (error := outcome.get("error")) is not None or (first is not None and first.kind == "fatal"):
+    if (error := fitting.error) is not None or (first is not None and first.kind == "fatal"):
         raise RunFailure(_explain(error, first)) from error
     # Ray Train keeps the metrics of reports with a checkpoint only; ours are not its checkpoints.
     if (final := latest.get("final")) is None:
@@ -195,7 +186,7 @@ def _explain(error: Exception | None, first: Failure | None) -> str:
 
 def _show_progress(
     job: TrainingJob,
-    thread: threading.Thread,
+    fitting: Fitting,
     asked_to_end: Callable[[], bool],
     on_evaluation: Callable[[dict[str, Any]], None] | None,
 ) -> None:
@@ -206,7 +197,7 @@ def _show_progress(
 
     def poll() -> None:
         nonlocal latest, told, evaluated, deadline
-        thread.join(POLL_SECONDS)
+        fitting.wait(POLL_SECONDS)
         latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
         for reason in latest["restarts"][told:]:
             print(f"{job.stage}: workers restarted after {reason}", file=sys.stderr, flush=True)
@@ -222,10 +213,10 @@ def _show_progress(
             if time.monotonic() > deadline:
                 raise RunFailure(f"SIGTERM: the workers did not end within {STOP_SECONDS:.0f} s")
 
-    while thread.is_alive() and "total_steps" not in latest:
+    while fitting.running() and "total_steps" not in latest:
         poll()
     with ProgressBar(job.stage, latest.get("total_steps"), "steps", latest.get("step", 0)) as bar:
-        while thread.is_alive() and "final" not in latest:
+        while fitting.running() and "final" not in latest:
             poll()
             if "step" in latest:
                 validation = f" validation {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""

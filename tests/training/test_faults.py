@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,6 +64,31 @@ def test_collective_time_out_and_ended_worker(make_run: Callable) -> None:
     assert len(run.losses()) == 200
     report = json.loads((run.metrics.parent / "report.json").read_text())
     assert len(report["restarts"]) == 2
+
+
+@pytest.mark.slow
+def test_interrupt_leaves_no_thread_that_waits_in_ray(make_run: Callable) -> None:
+    run = make_run("interrupted", training={"steps": 100000})
+
+    def interrupt() -> None:
+        run.wait_for_step(5)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(load_config("pretrain", run.config))
+    assert "raylm-fit" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.slow
+def test_interrupted_command_says_so(make_run: Callable) -> None:
+    run = make_run("interrupted", training={"steps": 100000})
+    driver = run.start()
+    run.wait_for_step(5, driver)
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert errors.splitlines()[-1] == "raylm: interrupted"
 
 
 @pytest.fixture
