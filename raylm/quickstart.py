@@ -7,6 +7,7 @@ so and is passed over.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -16,7 +17,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from raylm.errors import RunFailure, UserError
 STAGES = ("prepare", "pretrain", "finetune", "tune", "evaluate", "compress")
 QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?")
 COMPLETION_PROMPT = "Return the"
-START_SECONDS, STOP_SECONDS, STAGE_SECONDS = 180.0, 60.0, 3600.0
+START_SECONDS, CTRL_C_SECONDS, STOP_SECONDS, STAGE_SECONDS = 180.0, 10.0, 60.0, 3600.0
 
 
 def run_quickstart(directory: Path, *, keep_serving: bool = False) -> None:
@@ -63,10 +63,10 @@ def run_quickstart(directory: Path, *, keep_serving: bool = False) -> None:
             print(f"  curl -s {url}/v1/qa -H 'Content-Type: application/json' -d '{body}'", flush=True)
             if keep_serving:
                 print(f"Serving on {url}; stop with Ctrl-C.", flush=True)
-                process.wait()
+                _wait_for_ctrl_c(process)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _server(recipe: Path, directory: Path) -> Iterator[tuple[str, subprocess.Popen]]:
     serving = load_config("serve", recipe).serving
     url = f"http://{serving.host}:{serving.port}"
@@ -87,6 +87,15 @@ def _server(recipe: Path, directory: Path) -> Iterator[tuple[str, subprocess.Pop
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _wait_for_ctrl_c(process: subprocess.Popen) -> None:
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        # A terminal tells the server as well; a second signal would interrupt its end.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(CTRL_C_SECONDS)
 
 
 def _healthy(url: str) -> bool:

@@ -76,14 +76,19 @@ class Board:
         self._stop: str | None = None
         self._asked = self._saved = 0
         self._controller: Any = None
+        self._placement_group: Any = None
 
     def controller_is(self, handle: Any) -> None:
         """Remember the handle of Ray Train's controller."""
         self._controller = handle
 
-    def controller(self) -> Any:
-        """The handle of Ray Train's controller; None before it has started."""
-        return self._controller
+    def placement_group_is(self, placement_group: Any) -> None:
+        """Remember what the workers that run now take of the cluster."""
+        self._placement_group = placement_group
+
+    def ray_train(self) -> tuple[Any, Any]:
+        """Ray Train's controller and the workers' placement group; None for what has not started yet."""
+        return self._controller, self._placement_group
 
     def update(self, metrics: dict[str, Any]) -> None:
         """Take over rank 0's ``metrics``."""

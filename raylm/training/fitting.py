@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.util.placement_group import remove_placement_group
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 END_SECONDS = 10.0
 
 
-class TellController(ControllerCallback):
-    """Tells the board where Ray Train's controller is; runs in it.
+class TellBoard(ControllerCallback, WorkerGroupCallback):
+    """Tells the board where Ray Train's controller is and what its workers take; runs in the controller.
 
     Args:
         board: handle of the run's board.
@@ -36,12 +37,17 @@ class TellController(ControllerCallback):
         """Hand over the controller's own handle."""
         self._board.controller_is.remote(ray.get_runtime_context().current_actor)
 
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Hand over the placement group of the workers."""
+        taken = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        self._board.placement_group_is.remote(taken)
+
 
 class Fitting:
     """Runs ``trainer.fit()`` in a thread within the block; at the block's end nothing of it is left.
 
     Args:
-        trainer: with :class:`TellController` among its callbacks.
+        trainer: with :class:`TellBoard` among its callbacks.
         board: handle of the run's board.
 
     Attributes:
@@ -65,9 +71,12 @@ class Fitting:
         # of too: the board's handle would keep its process.
         with contextlib.suppress(ray.exceptions.RayError):
             while (left := deadline - time.monotonic()) > 0:
-                controller = ray.get(self._board.controller.remote(), timeout=left)
+                controller, placement_group = ray.get(self._board.ray_train.remote(), timeout=left)
                 if controller is not None:
                     ray.kill(controller)
+                # Ray Train's own cleaner would do it later, if it finds this cluster among those on the machine.
+                if placement_group is not None:
+                    remove_placement_group(placement_group)
                 if self._ended.wait(0.2):
                     return
 

@@ -116,7 +116,7 @@ def launch(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from raylm.training.board import Board
-    from raylm.training.fitting import Fitting, TellController
+    from raylm.training.fitting import Fitting, TellBoard
     from raylm.training.preemption import NoticingTorchConfig, SaveBeforeResize, sigterm_noticed, sigterm_received
     from raylm.training.storage import Storage
 
@@ -145,7 +145,7 @@ def launch(
             failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": environment(cpus_per_worker)},
             callbacks=[
-                TellController(job.progress),
+                TellBoard(job.progress),
                 *([SaveBeforeResize(job.progress)] if resources.elastic is not None else []),
             ],
         ),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_collective_time_out_and_ended_worker(make_run: Callable) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_leaves_no_thread_that_waits_in_ray(make_run: Callable) -> None:
+def test_interrupt_leaves_nothing_of_ray_train(ray_instance, make_run: Callable) -> None:
     run = make_run("interrupted", training={"steps": 100000})
 
     def interrupt() -> None:
@@ -77,7 +78,12 @@ def test_interrupt_leaves_no_thread_that_waits_in_ray(make_run: Callable) -> Non
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         pretrain(load_config("pretrain", run.config))
+    # A thread that waits in Ray while Ray shuts down ends the process.
     assert "raylm-fit" not in [thread.name for thread in threading.enumerate()]
+    deadline = time.monotonic() + 20
+    while ray_instance.available_resources()["CPU"] < ray_instance.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "the workers' CPUs are not free again"
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
