@@ -64,7 +64,9 @@ class Fitting:
         threading.Thread(target=self._fit, name="raylm-fit", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ending = True
         deadline = time.monotonic() + END_SECONDS
         # The board may be gone with the node, and the controller not yet there. One that has ended by itself is let go
