@@ -146,7 +146,7 @@ def quickstart(
     directory: Annotated[Path, typer.Option(help="Working directory; results go to runs/quickstart in it.")] = Path(),
 ) -> None:
     """Run the whole pipeline on the embedded corpus and ask the served model two questions."""
-    from raylm.quickstart import run_quickstart
+    from raylm.quickstart.pipeline import run_quickstart
 
     run_quickstart(directory, keep_serving=serve)
 

@@ -1,0 +1,1 @@
+"""The whole pipeline on the embedded corpus, as a newcomer runs it: stages, server, questions and their figures."""
