@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import typer
 
+from raylm.cli import app
+from raylm.config import STAGES
 from tests.readme_commands import ROOT
 from tests.readmes import blocks, commands, mentions, mistakes
 
@@ -37,6 +40,24 @@ def test_every_benchmark_is_described() -> None:
     text = (ROOT / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8")
     scripts = {path.name for path in (ROOT / "tests" / "benchmarks").glob("*.py")}
     assert {name for name in scripts if f"({name})" not in text} == set()
+
+
+def test_every_room_is_on_the_map() -> None:
+    text = (ROOT / "raylm" / "README.md").read_text(encoding="utf-8").partition("## How a command runs")[0]
+    rooms = {f"{path.name}/" for path in (ROOT / "raylm").iterdir() if (path / "__init__.py").is_file()}
+    files = {path.name for path in (ROOT / "raylm").glob("*.py")} - {"__init__.py"}
+    assert {name for name in rooms | files if f"[{name}]" not in text and f"`{name}`" not in text} == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_of_a_stage_says_what_it_reads_writes_and_an_example(stage: str) -> None:
+    command = typer.main.get_command(app).commands[stage]
+    text = command.help
+    assert "Reads " in text
+    assert "Writes " in text
+    example = text.partition("Example:\n")[2].strip()
+    assert example.startswith(f"raylm {stage} ")
+    assert mistakes(bash(example), ROOT) == []
 
 
 def bash(line: str) -> str:
