@@ -5,7 +5,7 @@
 # again and again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source jobs/environment.sh
+source jobs/environment.sh --test
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
