@@ -31,7 +31,7 @@ LOCKS = ROOT / "cluster"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST, NEWEST = (3, 11), (3, 14)
 # Bytes on disk of an environment, measured, with what pip holds at the same time.
-NEEDED = {"cpu": 4e9, "cuda": 8e9, "gpu": 16e9}
+NEEDED = {"cpu": 4e9, "cuda": 8e9, "gpu": 12e9}
 LINE_SECONDS = 15.0
 
 # Kind, what pip says, what the user reads. The first match counts: without a network pip says "No matching" as well.
@@ -53,7 +53,7 @@ FAULTS = (
     (
         "missing",
         r"No matching distribution found for (?P<what>\S+)",
-        "the index has no {what} for this Python and machine",
+        "no index has {what} for this Python and machine",
     ),
 )
 
@@ -91,8 +91,7 @@ class Environment:
         wanted = {"torch": self.torch, "cuda": _digest(LOCKS / "requirements-cuda.txt"), "project": _project_digest()}
         if any(state[key] != value for key, value in wanted.items()):
             return False
-        packages = self._packages()
-        return packages is not None and set(state["packages"]) <= packages
+        return self._is_whole(state)
 
     def read_state(self) -> dict | None:
         """What the last finished installation wrote; None if none was finished or its interpreter is gone."""
@@ -113,7 +112,8 @@ class Environment:
         test = LOCKS / "requirements-test.txt"
         if state and test.name in state["sets"] and test not in self.sets:
             self.sets.append(test)
-        if state is None or state["torch"] != self.torch or not self._runs_on(state["python"]):
+        kept = state is not None and self._is_whole(state) and state["torch"] == self.torch
+        if not kept or not self._runs_on(state["python"]):
             self._make_empty(reporter)
         self._state.unlink(missing_ok=True)
         self.log.write_text("", encoding="utf-8")
@@ -163,7 +163,7 @@ class Environment:
 
     def _make_empty(self, reporter: Reporter) -> None:
         if self.directory.exists():
-            reporter.say(f"{self.directory.name} was not finished or is for another Python or torch: making it anew")
+            reporter.say(f"{self.directory.name} is not whole, or for another Python or torch: making it anew")
             shutil.rmtree(self.directory)
         found = subprocess.run([sys.executable, "-m", "venv", str(self.directory)], capture_output=True, text=True)
         if found.returncode:
@@ -220,6 +220,10 @@ class Environment:
         """Whether an environment made by Python ``version`` serves the one that runs this, by RAYLM_PYTHON or not."""
         return "RAYLM_PYTHON" not in os.environ or version == "{}.{}.{}".format(*sys.version_info)
 
+    def _is_whole(self, state: dict) -> bool:
+        """Whether all that was installed is there; pip itself looks no further than a package's metadata."""
+        return set(state["packages"]) <= (self._packages() or set())
+
     def _packages(self) -> set[str] | None:
         """Names of what lies in site-packages."""
         folder = next(iter(sorted((self.directory / "lib").glob("python3.*/site-packages"))), None)
@@ -272,8 +276,9 @@ def _explain(output: str, status: int) -> InstallError:
         match = re.search(pattern, output)
         if match:
             return InstallError(remedy.format(**match.groupdict()), kind)
-    errors = [line for line in output.splitlines() if line.strip().lower().startswith("error")]
-    return InstallError((errors or output.splitlines() or [f"pip ended with status {status}"])[-1].strip())
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("ERROR: ", "error: ")) and line != "ERROR: Exception:"]
+    return InstallError((errors or lines or [f"pip ended with status {status}"])[-1])
 
 
 def _digest(path: Path) -> str:
