@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from raylm.quickstart.running import Progress
-from raylm.quickstart.stages import Stage, about, duration, seconds_left
+from raylm.quickstart.stages import Stage, about, clock, seconds_left
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+BAR_WIDTH = 10
 
 
 class Display(Protocol):
@@ -125,19 +127,16 @@ class TableDisplay:
 
     def table(self) -> Table:
         """The table as it is now."""
-        from rich import box
         from rich.table import Table
         from rich.text import Text
 
         left = 0.0 if self._over else self.left()
         title = f"raylm quickstart: {about(left)} left" if left else "raylm quickstart"
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", pad_edge=False)
+        table = Table(title=title, box=None, title_justify="left", caption_justify="left", padding=(0, 2, 0, 0))
         table.caption = Text(self._last_line, no_wrap=True, overflow="ellipsis")
-        table.add_column("stage", no_wrap=True)
-        table.add_column("what it does", no_wrap=True, overflow="ellipsis")
-        table.add_column("progress", no_wrap=True, min_width=12)
-        table.add_column("time", no_wrap=True, min_width=11)
-        table.add_column("result", overflow="fold")
+        for name, width in (("stage", 8), ("what it does", 19), ("progress", BAR_WIDTH), ("time", 10)):
+            table.add_column(name, no_wrap=True, min_width=width, header_style="bold underline")
+        table.add_column("result", overflow="fold", header_style="bold underline")
         for stage in self._stages:
             progress, seconds, result = self._cells(stage)
             style = "bold" if stage is self._running else "" if stage.name in self._results else "dim"
@@ -148,17 +147,17 @@ class TableDisplay:
         from rich.progress_bar import ProgressBar
 
         if stage.name in self._results:
-            return "done", duration(self._seconds[stage.name]), self._results[stage.name]
+            return "done", clock(self._seconds[stage.name]), self._results[stage.name]
         if stage is not self._running:
             return "", "", ""
         bar, elapsed = self._progress, time.monotonic() - self._began
         if self._over:
-            return "stopped", duration(elapsed), ""
+            return "stopped", clock(elapsed), ""
         if bar is None or not bar.total:
-            return ProgressBar(pulse=True, width=12), duration(elapsed), ""
-        seconds = duration(elapsed) if bar.seconds_left is None else f"{duration(bar.seconds_left)} left"
+            return ProgressBar(pulse=True, width=BAR_WIDTH), clock(elapsed), ""
+        seconds = clock(elapsed) if bar.seconds_left is None else f"{clock(bar.seconds_left)} left"
         return (
-            ProgressBar(total=bar.total, completed=bar.done, width=12),
+            ProgressBar(total=bar.total, completed=bar.done, width=BAR_WIDTH),
             seconds,
             f"{bar.done:,.0f} of {bar.total:,.0f} {bar.unit}",
         )

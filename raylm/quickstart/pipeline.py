@@ -76,7 +76,7 @@ class Run:
         """The stage's command while the block lasts; it logs to ``runs/quickstart/logs/STAGE.log`` if not shown."""
         log = None if self.display.shows_output else self.directory / RESULTS / "logs" / f"{stage.name}.log"
         self.display.begin(stage, " ".join(["raylm", *self.arguments(stage)]))
-        with Command(self.arguments(stage), self.directory, log) as command:
+        with Command([sys.executable, "-m", "raylm.cli", *self.arguments(stage)], self.directory, log) as command:
             try:
                 yield command
             except KeyboardInterrupt:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,18 +32,18 @@ class Progress:
 
 
 class Command:
-    """One ``raylm`` command in a process and session of its own.
+    """One command in a process and session of its own.
 
     A terminal's Ctrl-C reaches this process alone, which passes it on once: a command that gets it twice would be
     interrupted while it stops its workers.
 
     Args:
-        arguments: of the command.
+        command: program and arguments.
         directory: its working directory.
         log: file that its output is appended to; None leaves the output to this process's own.
     """
 
-    def __init__(self, arguments: list[str], directory: Path, log: Path | None) -> None:
+    def __init__(self, command: list[str], directory: Path, log: Path | None) -> None:
         self.log = log
         self._log_start = 0
         self._progress_file = None if log is None else log.with_suffix(".progress")
@@ -57,8 +56,7 @@ class Command:
                 self._progress_file.unlink(missing_ok=True)
                 environment[FILE_VARIABLE] = str(self._progress_file.resolve())
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "raylm.cli", *arguments],
-                cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT if output else None, start_new_session=True,
             )  # fmt: skip
 

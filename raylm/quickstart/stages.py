@@ -34,11 +34,11 @@ def _prepared(report: Mapping[str, Any]) -> str:
 
 
 def _pretrained(report: Mapping[str, Any]) -> str:
-    return f"loss {report['validation_loss']:.2f}, {report['bits_per_byte']:.2f} bits per byte"
+    return f"{report['bits_per_byte']:.2f} bits per byte"
 
 
 def _finetuned(report: Mapping[str, Any]) -> str:
-    return f"loss {report['validation_loss']:.2f} on held-out pairs"
+    return f"loss {report['validation_loss']:.2f} on answers"
 
 
 def _tuned(report: Mapping[str, Any]) -> str:
@@ -52,7 +52,7 @@ def _evaluated(report: Mapping[str, Any]) -> str:
 def _compressed(report: Mapping[str, Any]) -> str:
     before, after = report["before"], report["after"]
     faster = after["tokens_per_second"]["1"] / before["tokens_per_second"]["1"]
-    return f"{size(before['weight_bytes'])} to {size(after['weight_bytes'])}, {faster:.1f} times the speed"
+    return f"{before['weight_bytes'] / 1e6:.1f} to {after['weight_bytes'] / 1e6:.1f} MB, {faster:.1f}x as fast"
 
 
 def _served(report: Mapping[str, Any]) -> str:
@@ -61,11 +61,11 @@ def _served(report: Mapping[str, Any]) -> str:
 
 # Seconds: two virtual CPUs (Xeon with AMX).
 STAGES = (
-    Stage("prepare", "documentation to tokens", 20, _prepared),
-    Stage("pretrain", "train a small Llama on it", 200, _pretrained),
+    Stage("prepare", "docs to tokens", 20, _prepared),
+    Stage("pretrain", "train a small Llama", 200, _pretrained),
     Stage("finetune", "teach it to answer", 150, _finetuned),
     Stage("tune", "try learning rates", 110, _tuned),
-    Stage("evaluate", "measure on held-out text", 25, _evaluated),
+    Stage("evaluate", "held-out text", 25, _evaluated),
     Stage("compress", "weights to 8 bits", 55, _compressed),
     Stage(SERVE, "start the server", 30, _served),
 )
@@ -100,6 +100,11 @@ def duration(seconds: float) -> str:
     """Such as ``45 s``, ``6 min 10 s``."""
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def clock(seconds: float) -> str:
+    """Such as ``0:45``, ``6:10``."""
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
 
 
 def about(seconds: float) -> str:
