@@ -23,10 +23,9 @@ RECIPES = {
 
 def test_what_the_build_is_told_to_take_is_there() -> None:
     targets = PROJECT["tool"]["hatch"]["build"]["targets"]
-    assert targets["wheel"]["packages"] == ["raylm"]
-    forced = targets["wheel"]["force-include"]
-    assert forced == {"jobs/recipes": "raylm/jobs/recipes"}
-    for source in [*forced, *(name.lstrip("/") for name in targets["sdist"]["include"])]:
+    assert targets["wheel"]["only-include"] == ["raylm", "jobs/recipes"]
+    assert targets["wheel"]["sources"] == {"jobs/recipes": "raylm/jobs/recipes"}
+    for source in [*targets["wheel"]["only-include"], *(name.lstrip("/") for name in targets["sdist"]["include"])]:
         assert (ROOT / source).is_dir(), source
     # A copy in the tree would hide the recipes' one source.
     assert not (ROOT / "raylm" / "jobs").exists()
