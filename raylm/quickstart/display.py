@@ -99,6 +99,7 @@ class TableDisplay:
         self._last_line, self._over = "", True
         self._live.refresh()
         self._live.stop()
+        self._live.console.print()
 
     def begin(self, stage: Stage, command: str) -> None:
         self._running, self._progress, self._last_line = stage, None, ""

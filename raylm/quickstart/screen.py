@@ -9,13 +9,16 @@ from raylm.quickstart.stages import duration
 
 NEXT_STEPS = """\
 Next:
-  1. Your own text:  raylm recipes quickstart/prepare > prepare.yaml
-                     raylm prepare prepare.yaml run.name=mine data.train=FILE.txt
-  2. Your own model: raylm recipes quickstart/pretrain > pretrain.yaml   (then change its model.config)
-                     raylm pretrain pretrain.yaml run.name=my-model data.train=./runs/quickstart/mine
-  3. Your programs:  any OpenAI client with the base URL {url}/v1
-     and a cluster:  RAY_ADDRESS=HOST:6379 raylm pretrain pretrain.yaml run.name=large resources.workers=8
-`raylm recipes` lists more recipes."""
+  1. Your own text
+       raylm recipes quickstart/prepare > prepare.yaml
+       raylm prepare prepare.yaml run.name=mine data.train=FILE.txt
+  2. Your own model: change model.config in the file
+       raylm recipes quickstart/pretrain > pretrain.yaml
+       raylm pretrain pretrain.yaml run.name=my-model
+  3. Your programs and your cluster
+       any OpenAI client, with the base URL {url}/v1
+       RAY_ADDRESS=HOST:6379 raylm pretrain pretrain.yaml run.name=large
+`raylm recipes` lists more recipes, `raylm doctor` checks a machine."""
 
 
 def last_screen(
@@ -43,5 +46,6 @@ def last_screen(
     if serving:
         lines.append(f"Open {url}/ in a browser. Ctrl-C stops the server.")
     else:
-        lines.append(f"Open {url}/ in a browser after `raylm quickstart --serve`, which starts the server again.")
+        lines.append("The page: `raylm quickstart --serve` starts the server again and leaves it running;")
+        lines.append(f"then open {url}/ in a browser.")
     return "\n".join([*lines, "", NEXT_STEPS.format(url=url)])

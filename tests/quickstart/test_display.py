@@ -119,7 +119,8 @@ def test_the_last_screen(serving: bool) -> None:
     text = last_screen(results, "http://127.0.0.1:8001", 370, 4_100_000_000, Path("/home/me"), serving=serving)
     assert "Done in 6 min 10 s, with at most 4.1 GB of memory." in text
     assert "1.66 bits per byte" in text and "/home/me/runs/quickstart" in text
-    assert "Open http://127.0.0.1:8001/ in a browser" in text
+    assert "pen http://127.0.0.1:8001/ in a browser" in text
+    assert max(map(len, text.splitlines())) <= 80
     assert ("raylm quickstart --serve" in text) is not serving
     assert [line.strip()[:2] for line in text.splitlines() if line.strip()[:2] in ("1.", "2.", "3.")] == [
         "1.",
