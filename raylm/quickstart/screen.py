@@ -11,7 +11,8 @@ NEXT_STEPS = """\
 Next:
   1. Your own text
        raylm recipes quickstart/prepare > prepare.yaml
-       raylm prepare prepare.yaml run.name=mine data.train=FILE.txt
+       raylm prepare prepare.yaml run.name=mine data.text_unit=paragraph \\
+           data.train=FILE.txt
   2. Your own model: change model.config in the file
        raylm recipes quickstart/pretrain > pretrain.yaml
        raylm pretrain pretrain.yaml run.name=my-model
@@ -46,6 +47,6 @@ def last_screen(
     if serving:
         lines.append(f"Open {url}/ in a browser. Ctrl-C stops the server.")
     else:
-        lines.append("The page: `raylm quickstart --serve` starts the server again and leaves it running;")
+        lines.append("The page: `raylm quickstart --serve` starts the server again and keeps it;")
         lines.append(f"then open {url}/ in a browser.")
     return "\n".join([*lines, "", NEXT_STEPS.format(url=url)])
