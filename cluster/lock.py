@@ -7,7 +7,7 @@
 One resolution over all extras (uv, for all platforms at once) fixes the versions; each file is a part of it, with
 hashes, so that a package has one version in all of them:
 
-    requirements-build.txt   what builds the one package that comes as source only (deepspeed)
+    requirements-build.txt   what builds raylm, and the one package that comes as source only (deepspeed)
     requirements-cpu.txt     training, compression and serving on CPUs, without torch
     requirements-cuda.txt    PyPI's build of torch for Linux with its CUDA libraries
     requirements-gpu.txt     both of these, and vLLM
@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,9 @@ def make_sets(uv: Path, upgrade: bool) -> dict[str, str]:
             return read_pins(output.read_text(encoding="utf-8"))
 
         build = Path(scratch, "build.in")
-        build.write_text("setuptools\nwheel\n", encoding="utf-8")
+        # deepspeed's, and raylm's own: both are built without isolation, with what is locked here.
+        requires = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["build-system"]["requires"]
+        build.write_text("\n".join(["setuptools", "wheel", *requires]), encoding="utf-8")
         build_pins = part("build.txt", build)
         cpu_all = part("cpu.txt", PROJECT, CPU_EXTRAS)
         gpu_all = part("gpu.txt", PROJECT, GPU_EXTRAS)
