@@ -1,10 +1,18 @@
-# Sourced by the scripts of the repository: makes .venv with the pinned set where it is missing, and activates it.
-# RAYLM_PYTHON names the interpreter to make it with (3.10 or newer; python3 by default).
-if [ ! -x .venv/bin/raylm ] || ! cmp -s cluster/requirements.txt .venv/requirements.txt; then
-    echo "raylm: installing the pinned set into .venv (about 3 GB, some minutes)" >&2
-    "${RAYLM_PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r cluster/requirements.txt
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-    cp cluster/requirements.txt .venv/requirements.txt
+# Sourced by the scripts of the repository: makes or repairs .venv with the locked packages, and activates it.
+#     source jobs/environment.sh          what trains and serves
+#     source jobs/environment.sh --test   what tests as well
+# RAYLM_PYTHON names the interpreter to make it with, else the first of these that is 3.11 to 3.14.
+raylm_python=""
+for candidate in ${RAYLM_PYTHON:-python3 python3.13 python3.12 python3.11 python3.14 python}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
+        raylm_python="$candidate"
+        break
+    fi
+done
+if [ -z "$raylm_python" ]; then
+    echo "raylm: error: ${RAYLM_PYTHON:-python3}: found $("${RAYLM_PYTHON:-python3}" --version 2>&1 | tail -n 1)," \
+        "allowed: Python 3.11 to 3.14 (RAYLM_PYTHON names one)" >&2
+    return 2
 fi
+"$raylm_python" jobs/environment.py "$@" || return $?
 source .venv/bin/activate

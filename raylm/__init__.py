@@ -3,4 +3,4 @@
 The package root imports nothing heavy: ``import raylm`` stays well under half a second.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

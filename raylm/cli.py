@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import click
 import typer
 
+import raylm
 from raylm.errors import RunFailure, UserError
 
 app = typer.Typer(
@@ -46,6 +47,21 @@ STAGE_FUNCTIONS = {
     "compress": ("raylm.compression.stage", "compress"),
     "serve": ("raylm.serving.stage", "serve"),
 }
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"raylm {raylm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """From raw text to a served, compressed language model on Ray."""
 
 
 def run_stage(stage: str, path: Path, overrides: list[str] | None) -> None:
@@ -227,11 +243,33 @@ def schema(stage: Annotated[str, typer.Argument(help="prepare, pretrain, finetun
 
 
 @app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Recipe to print, such as quickstart/pretrain.")] = None,
+) -> None:
+    """List the recipes, or print one: raylm recipes quickstart/pretrain > pretrain.yaml."""
+    from raylm.recipes import all_recipes, find_recipe, listing
+
+    if name is None:
+        print(listing(all_recipes()))
+        print("\nraylm recipes NAME > file.yaml writes one; raylm STAGE file.yaml runs it.")
+    else:
+        print(find_recipe(name).path.read_text(encoding="utf-8"), end="")
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False) -> None:
+    """Check this machine: Python, packages, devices, Ray, ports, disk, memory; exit status 1 if something is broken."""
+    from raylm.doctor.report import run_doctor
+
+    raise typer.Exit(run_doctor(as_json=as_json))
+
+
+@app.command()
 def quickstart(
     serve: Annotated[bool, typer.Option("--serve", help="Keep the server running at the end.")] = False,
     directory: Annotated[Path, typer.Option(help="Working directory; results go to runs/quickstart in it.")] = Path(),
 ) -> None:
-    """Run the whole pipeline on the embedded corpus and ask the served model two questions."""
+    """Run the whole pipeline on the documentation of Python's standard library and ask the served model."""
     from raylm.quickstart.pipeline import run_quickstart
 
     run_quickstart(directory, keep_serving=serve)

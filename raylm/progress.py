@@ -5,11 +5,17 @@ Everything goes to stderr, so that what a stage prints on stdout stays its resul
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 PLAIN_LINE_SECONDS = 10.0
+# Names a file that gets a JSON line a second at most: whoever started the command shows its progress in its own way.
+FILE_VARIABLE = "RAYLM_PROGRESS_FILE"
+FILE_LINE_SECONDS = 1.0
 
 
 class ProgressBar:
@@ -28,6 +34,7 @@ class ProgressBar:
         self._bar = None
         self._task = None
         self._began = self._printed = 0.0
+        self._file, self._written = os.environ.get(FILE_VARIABLE), float("-inf")
 
     def __enter__(self) -> ProgressBar:
         self._began = self._printed = time.monotonic()
@@ -60,6 +67,7 @@ class ProgressBar:
         elapsed = max(1e-9, time.monotonic() - self._began)
         speed = (done - self._first) / elapsed
         rate = f"{speed:,.1f} {self.unit}/s"
+        self._write_line(speed)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=rate, note=note)
         elif time.monotonic() - self._printed >= PLAIN_LINE_SECONDS:
@@ -69,6 +77,16 @@ class ProgressBar:
             print(
                 f"{self.title}: {done:,.0f}{of} {self.unit}, {rate}{left} {note}".rstrip(), file=sys.stderr, flush=True
             )
+
+    def _write_line(self, speed: float) -> None:
+        finished = self.total is not None and self.done >= self.total
+        if not self._file or (time.monotonic() - self._written < FILE_LINE_SECONDS and not finished):
+            return
+        self._written = time.monotonic()
+        left = (self.total - self.done) / speed if self.total and speed > 0 else None
+        line = {"title": self.title, "done": self.done, "total": self.total, "unit": self.unit, "seconds_left": left}
+        with Path(self._file).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

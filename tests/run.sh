@@ -33,7 +33,7 @@ HELP
     exit 0
     ;;
 esac
-source jobs/environment.sh
+source jobs/environment.sh --test
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1

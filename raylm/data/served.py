@@ -131,7 +131,7 @@ class ServedModel:
                     reason = f"status {reply.status}: {_message(await reply.text())}"
                     passing = reply.status in PASSING or reply.status >= 500
                     wished = reply.headers.get("Retry-After", "")
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 reason, passing, wished = f"no answer within {self._section.timeout_seconds:g} s", True, ""
             except (aiohttp.ClientError, OSError) as error:
                 reason, passing, wished = f"no connection: {error or type(error).__name__}", True, ""
@@ -203,7 +203,7 @@ async def _find_model(section: ServedModelSection, api_key: str | None) -> str:
             if reply.status != 200:
                 raise UserError(f"{place}/models: status {reply.status}: {_message(await reply.text())}")
             names = [str(model["id"]) for model in (await reply.json(content_type=None))["data"]]
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise UserError(f"{place} does not answer within {timeout.total:g} s") from None
     except (aiohttp.ClientError, OSError) as error:
         raise UserError(f"{place} cannot be reached: {error or type(error).__name__}") from None

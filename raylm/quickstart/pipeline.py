@@ -9,93 +9,208 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
-import subprocess
 import sys
-import threading
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import raylm
 from raylm.config import load_config
+from raylm.doctor.network import holder, port_error
 from raylm.errors import RunFailure, UserError
+from raylm.quickstart.display import Display, choose_display
+from raylm.quickstart.running import Command, MemoryWatch, ended_like_ctrl_c
+from raylm.quickstart.screen import last_screen
+from raylm.quickstart.stages import SERVE, STAGES, Stage
+from raylm.recipes import recipes_directory
 
-STAGES = ("prepare", "pretrain", "finetune", "tune", "evaluate", "compress")
 QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?")
 COMPLETION_PROMPT = "Return the"
-START_SECONDS, CTRL_C_SECONDS, STOP_SECONDS, STAGE_SECONDS = 180.0, 10.0, 60.0, 3600.0
+START_SECONDS, STAGE_SECONDS = 180.0, 3600.0
+# Ports tried after the recipe's own.
+OTHER_PORTS = 20
+FAILURE_LINES = 15
+# What a stage says that finds a run of other settings (raylm.config.run_directory).
+OTHER_CONFIGURATION = "was started with another configuration"
+RESULTS = Path("runs") / "quickstart"
 
 
-def run_quickstart(directory: Path, *, keep_serving: bool = False) -> None:
+@dataclass
+class Run:
+    """One run of the quickstart.
+
+    Attributes:
+        directory: working directory of all stages.
+        display: what is told of them.
+        overrides: by stage, ``dotted.key=value`` beside its recipe.
+        results: of the finished stages, in a few words.
+    """
+
+    directory: Path
+    display: Display
+    overrides: Mapping[str, Sequence[str]]
+    recipes: Path = field(default_factory=lambda: recipes_directory() / "quickstart")
+    results: dict[str, str] = field(default_factory=dict)
+
+    def arguments(self, stage: Stage) -> list[str]:
+        """Of the stage's command."""
+        return [stage.name, str(self.recipes / f"{stage.name}.yaml"), *self.overrides.get(stage.name, ())]
+
+    def config(self, stage: Stage) -> Any:
+        """The stage's configuration."""
+        name, recipe, *overrides = self.arguments(stage)
+        return load_config(name, recipe, overrides)
+
+    def report(self, stage: Stage) -> dict[str, Any] | None:
+        """The stage's ``report.json``; None before it is done."""
+        section = self.config(stage).run
+        path = self.directory / section.storage / section.name / "report.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @contextlib.contextmanager
+    def started(self, stage: Stage) -> Iterator[Command]:
+        """The stage's command while the block lasts; it logs to ``runs/quickstart/logs/STAGE.log`` if not shown."""
+        log = None if self.display.shows_output else self.directory / RESULTS / "logs" / f"{stage.name}.log"
+        self.display.begin(stage, " ".join(["raylm", *self.arguments(stage)]))
+        with Command([sys.executable, "-m", "raylm.cli", *self.arguments(stage)], self.directory, log) as command:
+            try:
+                yield command
+            except KeyboardInterrupt:
+                self.display.poll(None, f"stopping {stage.name} ...")
+                raise
+
+    def poll(self, command: Command) -> None:
+        """Tell the display what the command is at."""
+        self.display.poll(command.progress(), "".join(command.last_lines(1)))
+
+    def failure(self, stage: Stage, command: Command, what: str) -> RunFailure:
+        """With the last of the stage's output, where it went to a log."""
+        if command.log is None:
+            return RunFailure(f"quickstart: {stage.name} {what}; see above")
+        lines = command.last_lines(FAILURE_LINES)
+        if any(OTHER_CONFIGURATION in line for line in lines):
+            what += f" ({self.directory / RESULTS} is of another version: remove it, or give another --directory)"
+        text = "\n".join(f"  {line}" for line in lines)
+        return RunFailure(f"quickstart: {stage.name} {what}; the last lines of {command.log}:\n{text}")
+
+
+def run_quickstart(
+    directory: Path, *, keep_serving: bool = False, overrides: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Run everything with ``directory`` as the working directory; its ``runs/quickstart`` holds the results.
 
+    Args:
+        keep_serving: leave the server running at the end, until Ctrl-C.
+        overrides: by stage, ``dotted.key=value`` beside its recipe.
+
     Raises:
-        UserError: the recipes are not there (an installation without the repository).
+        UserError: the directory cannot be written, or the server's port cannot be taken; nothing was started.
         RunFailure: a stage failed; the same command goes on from there.
     """
-    recipes = Path(raylm.__file__).resolve().parents[1] / "jobs" / "recipes" / "quickstart"
-    if not recipes.is_dir():
-        raise UserError(f"{recipes}: no such directory; run the quickstart from a clone of the repository")
-    directory.mkdir(parents=True, exist_ok=True)
+    run = Run(directory, choose_display(STAGES), dict(overrides or {}))
+    _make_writable(directory / RESULTS / "logs")
+    _find_port(run)
     began = time.monotonic()
-    with MemoryWatch() as memory:
-        for number, stage in enumerate(STAGES, 1):
-            print(f"\n== {number}/{len(STAGES) + 1} {stage}: raylm {stage} {recipes / stage}.yaml", flush=True)
-            stage_began = time.monotonic()
-            result = subprocess.run(
-                [sys.executable, "-m", "raylm.cli", stage, str(recipes / f"{stage}.yaml")],
-                cwd=directory,
-                timeout=STAGE_SECONDS,
-            )
-            if result.returncode:
-                raise RunFailure(f"quickstart: the stage {stage} ended with status {result.returncode}; see above")
-            print(f"   {stage} took {time.monotonic() - stage_began:.0f} s", flush=True)
-        print(f"\n== {len(STAGES) + 1}/{len(STAGES) + 1} serve: raylm serve {recipes / 'serve.yaml'}", flush=True)
-        with _server(recipes / "serve.yaml", directory) as (url, process):
-            _ask(url)
-            print(f"\nquickstart: done in {time.monotonic() - began:.0f} s, peak memory {memory.peak / 1e9:.1f} GB")
-            print("Try it (start the server with: raylm serve jobs/recipes/quickstart/serve.yaml):")
-            body = json.dumps({"question": QUESTIONS[0]})
-            print(f"  curl -s {url}/v1/qa -H 'Content-Type: application/json' -d '{body}'", flush=True)
-            if keep_serving:
-                print(f"Serving on {url}; stop with Ctrl-C.", flush=True)
-                _wait_for_ctrl_c(process)
+    *stages, serve = STAGES
+    with ended_like_ctrl_c(), _told_of_interrupts(), MemoryWatch() as memory, contextlib.ExitStack() as server:
+        with run.display:
+            for stage in stages:
+                _run_stage(run, stage)
+            url, command = server.enter_context(_server(run, serve))
+        _ask(url)
+        seconds = time.monotonic() - began
+        print(last_screen(run.results, url, seconds, memory.peak, directory, serving=keep_serving), flush=True)
+        if keep_serving:
+            _wait_for_ctrl_c(run, serve, command)
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(b"\0")
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent.resolve()} cannot be written: {error.strerror}; "
+            "start in another directory, or give one: raylm quickstart --directory DIRECTORY"
+        ) from None
+
+
+def _find_port(run: Run) -> None:
+    """Move the server to a free port where its own is taken, and say so.
+
+    Raises:
+        UserError: no port nearby is free.
+    """
+    serving = run.config(STAGES[-1]).serving
+    error = port_error(serving.port, serving.host)
+    if not error:
+        return
+    who = holder(serving.port)
+    taken = f"port {serving.port} is {error}{f' by {who}' if who else ''}"
+    for port in range(serving.port + 1, min(serving.port + 1 + OTHER_PORTS, 2**16)):
+        if not port_error(port, serving.host):
+            print(f"quickstart: {taken}; the server takes port {port}", file=sys.stderr, flush=True)
+            run.overrides = {**run.overrides, SERVE: [*run.overrides.get(SERVE, ()), f"serving.port={port}"]}
+            return
+    raise UserError(f"{taken}, and so are the {OTHER_PORTS} after it; end the process that listens there")
 
 
 @contextlib.contextmanager
-def _server(recipe: Path, directory: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    serving = load_config("serve", recipe).serving
-    url = f"http://{serving.host}:{serving.port}"
-    process = subprocess.Popen([sys.executable, "-m", "raylm.cli", "serve", str(recipe)], cwd=directory)
+def _told_of_interrupts() -> Iterator[None]:
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _healthy(url):
-            if process.poll() is not None:
-                raise RunFailure(f"quickstart: the server ended with status {process.returncode}; see above")
-            if time.monotonic() > deadline:
-                raise RunFailure(f"quickstart: the server did not answer within {START_SECONDS:.0f} s")
-            time.sleep(0.5)
-        yield url, process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _wait_for_ctrl_c(process: subprocess.Popen) -> None:
-    try:
-        process.wait()
+        yield
     except KeyboardInterrupt:
-        # A terminal tells the server as well; a second signal would interrupt its end.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(CTRL_C_SECONDS)
+        print("\nquickstart: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        raise
+
+
+def _run_stage(run: Run, stage: Stage) -> None:
+    done_before = run.report(stage) is not None
+    deadline = time.monotonic() + STAGE_SECONDS
+    with run.started(stage) as command:
+        status = command.wait(lambda: run.poll(command), until=lambda: time.monotonic() > deadline)
+        if status is None:
+            raise run.failure(stage, command, f"did not end within {STAGE_SECONDS:.0f} s")
+        if status:
+            raise run.failure(stage, command, f"ended with status {status}")
+        report = run.report(stage)
+        if report is None:
+            raise run.failure(stage, command, "wrote no report")
+    run.results[stage.name] = stage.result(report)
+    run.display.finish(run.results[stage.name], worked=not done_before)
+
+
+@contextlib.contextmanager
+def _server(run: Run, stage: Stage) -> Iterator[tuple[str, Command]]:
+    """The running server, and its address ``http://HOST:PORT``."""
+    _find_port(run)  # it was free some minutes ago
+    serving = run.config(stage).serving
+    url = f"http://{serving.host}:{serving.port}"
+    with run.started(stage) as command:
+        deadline = time.monotonic() + START_SECONDS
+        status = command.wait(lambda: run.poll(command), until=lambda: _healthy(url) or time.monotonic() > deadline)
+        if status is not None:
+            raise run.failure(stage, command, f"ended with status {status}")
+        if not _healthy(url):
+            raise run.failure(stage, command, f"did not answer within {START_SECONDS:.0f} s")
+        run.display.finish(f"{url}/")
+        yield url, command
+
+
+def _wait_for_ctrl_c(run: Run, stage: Stage, command: Command) -> None:
+    """Until Ctrl-C, which is this command's ordinary end.
+
+    Raises:
+        RunFailure: the server ended by itself.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        status = command.wait(lambda: None)
+        raise run.failure(stage, command, f"ended with status {status}")
 
 
 def _healthy(url: str) -> bool:
@@ -127,36 +242,3 @@ def _ask(url: str) -> None:
                 choices = json.loads(line[len(b"data: ") :])["choices"]
                 print("".join(choice["text"] for choice in choices), end="", flush=True)
     print(flush=True)
-
-
-class MemoryWatch:
-    """Peak memory of this process and everything it started, bytes: private pages plus the largest shared part."""
-
-    def __init__(self, interval: float = 1.0) -> None:
-        self.peak = 0
-        self._interval = interval
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        import psutil
-
-        root = psutil.Process()
-        while not self._stop.wait(self._interval):
-            private, shared = 0, 0
-            for process in [root, *root.children(recursive=True)]:
-                try:
-                    info = process.memory_info()
-                except psutil.NoSuchProcess:
-                    continue
-                private += info.rss - info.shared
-                shared = max(shared, info.shared)
-            self.peak = max(self.peak, private + shared)

@@ -107,7 +107,7 @@ class EncoderService(ModelService):
             found = await asyncio.wait_for(asyncio.gather(*tasks), self.request_seconds)
             reason = "stop"
             return found
-        except asyncio.TimeoutError:
+        except TimeoutError:
             reason = "error"
             raise EngineTimeout(
                 f"the answer was not ready within {self.request_seconds:g} s (serving.request_seconds)"
