@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from raylm.config import STAGES
 from raylm.config.loading import parse_yaml, validate
@@ -23,6 +24,8 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 ROUTE = re.compile(r"^(GET|POST|DELETE) (/\S*)$")
 KEY = re.compile(r"^([a-z_]+(?:\.[a-z_]+)+)(?:[=:].*)?$")
 FILE = re.compile(r"^(?:raylm|jobs|tests|cluster)/[\w./-]+\.\w+$")
+# A row of a table of keys whose last column is a default: a number, true or false, or a word in backticks.
+DEFAULT = re.compile(r"^\| `([a-z_]+(?:\.[a-z_]+)+)` \|.*\| (?:`(\w+)`|([\d.e+-]+|true|false)) \|$")
 PROGRAMS = ("raylm", "bash", "python", "curl", "ray job", "serve deploy", "serve run", "pip install")
 
 
@@ -61,6 +64,7 @@ def mistakes(markdown: str, folder: Path) -> list[str]:
     checks += [(line, lambda text: check_line(text, {}, mention=True)) for line in mentions(markdown)]
     checks += [(text, check_yaml) for language, text in blocks(markdown) if language == "yaml"]
     checks += [(span, check_span) for span in spans(markdown)]
+    checks += [(row, check_default) for row in markdown.splitlines() if DEFAULT.match(row)]
     for text, check in checks:
         try:
             check(text)
@@ -97,7 +101,19 @@ def check_span(span: str) -> None:
         if not (ROOT / span).exists():
             raise Mistake("no such file")
     elif (match := KEY.match(span)) and match[1].split(".")[0] in sections():
-        _check_key(match[1])
+        find_fields(match[1])
+
+
+def check_default(row: str) -> None:
+    """The default in a row of a table of keys."""
+    match = DEFAULT.match(row)
+    assert match is not None
+    if match[1].split(".")[0] not in sections():
+        return
+    stated = match[2] or parse_yaml(match[3], "row")
+    defaults = [field.get_default(call_default_factory=True) for field in find_fields(match[1])]
+    if stated not in defaults:
+        raise Mistake(f"default: found {stated}, allowed: {defaults[0]}")
 
 
 def sections() -> dict[str, list[type[BaseModel]]]:
@@ -115,7 +131,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
 
 
-def _check_key(key: str) -> None:
+def find_fields(key: str) -> list[FieldInfo]:
+    """The fields that the dotted ``key`` may mean; none inside of a field that takes any keys."""
     first, *rest = key.split(".")
     models = sections()[first]
     for name in rest:
@@ -124,7 +141,8 @@ def _check_key(key: str) -> None:
             raise Mistake(f"no such key: {name}")
         models = [model for field in fields for model in _models(field.annotation)]
         if not models:
-            return
+            return fields if name == rest[-1] else []
+    return fields
 
 
 def check_yaml(text: str) -> None:

@@ -96,6 +96,8 @@ WRONG = {
     "yaml without a stage": ("```yaml\ndata: {train: a.txt}\n```\n", "'# stage: STAGE'"),
     "yaml": ("```yaml\n# stage: prepare\nrun: {name: x}\ndata: {train: a.txt, trian: a.txt}\n```\n", "unknown key"),
     "key in the text": ("Set `training.learning_speed`.", "no such key: learning_speed"),
+    "default": ("| `training.batch_size` | sequences in a step | 64 |\n", "default: found 64, allowed: 32"),
+    "word as a default": ("| `tuning.scheduler` | asha or none | `none` |\n", "default: found none, allowed: asha"),
     "deep key in the text": ("Set `data.fields.labels`.", "no such key: labels"),
     "route in the text": ("`GET /v1/model`", "no such route"),
     "file in the text": ("See `raylm/parallel/engines.py`.", "no such file"),
