@@ -29,9 +29,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the stage.", show_default=False)]
+ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the command.", show_default=False)]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides: training.steps=100")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set, such as training.steps=100.")
 ]
 
 # A shell's exit status of what SIGINT ended.
@@ -75,49 +75,120 @@ def run_stage(stage: str, path: Path, overrides: list[str] | None) -> None:
 
 @app.command()
 def prepare(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Read text, train a tokenizer, write token shards."""
+    """Clean text, train a tokenizer, write token shards.
+
+    Reads CONFIG, a YAML file, and the text that its data.train names. Writes the directory <run.storage>/<run.name>:
+    token shards, documents, the tokenizer, and report.html, the data card. KEY=VALUE sets a key of CONFIG. The same
+    command resumes a run that was stopped.
+
+    \b
+    Example:
+      raylm prepare jobs/recipes/corpora/english.yaml data.train=books.jsonl
+    """
     run_stage("prepare", config, overrides)
 
 
 @app.command()
 def pretrain(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Train a new model on Ray Train workers."""
+    """Train a new model.
+
+    Reads CONFIG, a YAML file, and prepared data or raw text (data.train). Writes the run directory
+    <run.storage>/<run.name>: checkpoints/, metrics.jsonl, and model/, a Hugging Face directory. KEY=VALUE sets a key of
+    CONFIG. The same command resumes a run that was stopped.
+
+    \b
+    Example:
+      raylm pretrain jobs/recipes/quickstart/pretrain.yaml training.steps=100
+    """
     run_stage("pretrain", config, overrides)
 
 
 @app.command()
 def finetune(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Go on training an existing model on pairs or text."""
+    """Train an existing model further.
+
+    Reads CONFIG, a YAML file, the model at model.path, and data.train: prompt and answer pairs, text, questions in the
+    SQuAD format, or labelled texts. Writes the run directory <run.storage>/<run.name> with model/, a Hugging Face
+    directory. KEY=VALUE sets a key of CONFIG. The same command resumes a run that was stopped.
+
+    \b
+    Example:
+      raylm finetune jobs/recipes/encoders/reader.yaml model.path=ENCODER data.train=train.json data.validation=dev.json
+    """
     run_stage("finetune", config, overrides)
 
 
 @app.command()
 def tune(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Search fine-tuning hyperparameters with Ray Tune."""
+    """Search hyperparameters of fine-tuning.
+
+    Reads what finetune reads, and the section tuning: the keys to search and their ranges. Writes the run directory
+    <run.storage>/<run.name>: the table of trials and model/, the model of the best trial. KEY=VALUE sets a key of
+    CONFIG.
+
+    \b
+    Example:
+      raylm tune jobs/recipes/quickstart/tune.yaml tuning.trials=8
+    """
     run_stage("tune", config, overrides)
 
 
 @app.command()
 def evaluate(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Measure cross-entropy, perplexity and bits per byte."""
+    """Measure a model on text, questions or labels.
+
+    Reads CONFIG, a YAML file, the model at model.path and the validation data. Writes report.json in the directory
+    <run.storage>/<run.name>: bits per byte and perplexity of a next-token model, exact match and F1 of a reader,
+    accuracy and macro-F1 of a classifier. KEY=VALUE sets a key of CONFIG.
+
+    \b
+    Example:
+      raylm evaluate jobs/recipes/quickstart/evaluate.yaml evaluation.stride=64
+    """
     run_stage("evaluate", config, overrides)
 
 
 @app.command()
 def compress(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Quantize a model and compare it with the original."""
+    """Make 8-bit weights and compare them with the original.
+
+    Reads CONFIG, a YAML file, the model at model.path and validation data. Writes the directory
+    <run.storage>/<run.name>: model/ with an OpenVINO export in model/openvino/, and report.json with size, memory,
+    speed and quality before and after. KEY=VALUE sets a key of CONFIG.
+
+    \b
+    Example:
+      raylm compress jobs/recipes/quickstart/compress.yaml
+    """
     run_stage("compress", config, overrides)
 
 
 @app.command()
 def serve(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Serve a model over HTTP until interrupted."""
+    """Serve models over HTTP until Ctrl-C.
+
+    Reads CONFIG, a YAML file, and the model at model.path. Answers on serving.host and serving.port (by default
+    http://127.0.0.1:8000): OpenAI's routes, /v1/qa, /v1/classify, and a page at /. Writes one line for each request
+    to <run.storage>/<run.name>/logs/. KEY=VALUE sets a key of CONFIG.
+
+    \b
+    Example:
+      raylm serve jobs/recipes/quickstart/serve.yaml serving.port=8080
+    """
     run_stage("serve", config, overrides)
 
 
 @app.command()
 def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Show layout, parameters, memory and tokens of a training file; train nothing."""
+    """Show what a training run would take; train nothing.
+
+    Reads CONFIG, the YAML file of pretrain. Prints layout, parameters, memory of a worker by kind, traffic, pipeline
+    bubble, and what else was considered. Writes nothing. KEY=VALUE sets a key of CONFIG.
+
+    \b
+    Example:
+      raylm plan jobs/recipes/encoders/bert.yaml resources.workers=4 parallel.tensor=2
+    """
     from raylm.config import load_config
     from raylm.parallel.plan import make_plan
 
@@ -128,11 +199,18 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 def generate(
     model: Annotated[Path, typer.Argument(help="Model or run directory.", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.", show_default=False)],
-    max_new_tokens: int = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    seed: int = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time; above, samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Try a model without a server."""
+    """Generate text from a prompt, without a server.
+
+    Reads MODEL: a run directory, a Hugging Face directory or a hub name. Prints PROMPT's continuation.
+
+    \b
+    Example:
+      raylm generate runs/quickstart/pretrain "Return the" --max-new-tokens 32
+    """
     from raylm.evaluation.generation import generate_text
 
     print(generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
@@ -148,7 +226,15 @@ def report(run_directory: Annotated[Path, typer.Argument(help="Directory of any 
 
 @app.command()
 def schema(stage: Annotated[str, typer.Argument(help="prepare, pretrain, finetune, ...")]) -> None:
-    """Print the JSON Schema of a stage's YAML, for editors."""
+    """Print the JSON Schema of a stage's YAML file.
+
+    STAGE is prepare, pretrain, finetune, tune, evaluate, compress or serve. Editors complete and check keys with it.
+    Every key has its description, type, default and limits.
+
+    \b
+    Example:
+      raylm schema pretrain > pretrain.schema.json
+    """
     from raylm.config import STAGES
 
     if stage not in STAGES:

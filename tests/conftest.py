@@ -23,8 +23,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LONGEST = ("test_faults", "test_storage", "test_recipes", "test_search")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files whose tests take longest first."""
+TESTS = Path(__file__).parent
+# Files directly in tests/ whose topic is not their name.
+TOPICS = {"test_readmes": "docs"}
+
+
+def topic_of(path: Path, known: set[str]) -> str:
+    """The marker of a test file: its folder in tests/, or for a file directly in it its own name, else cli.
+
+    Raises:
+        pytest.UsageError: a folder whose name is no marker of pyproject.toml.
+    """
+    folder, *rest = path.relative_to(TESTS).parts
+    if not rest:
+        name = TOPICS.get(path.stem, path.stem.removeprefix("test_"))
+        return name if name in known else "cli"
+    if folder not in known:
+        raise pytest.UsageError(f"tests/{folder}: add the marker '{folder}' to pyproject.toml, tool.pytest.ini_options")
+    return folder
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test with its topic, before -m chooses; put the files whose tests take longest first."""
+    known = {line.partition(":")[0] for line in config.getini("markers")}
+    for item in items:
+        item.add_marker(topic_of(item.path, known))
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 

@@ -85,7 +85,8 @@ def open_material(task: EncoderTask, config: CompressConfig, source: str) -> Mat
 
     texts = list(itertools.islice(evaluation_texts(config.data, config.evaluation.split), MOST_TEXTS))
     if not texts:
-        raise UserError(f"data: {', '.join(config.data.train_sources)} has no text in the split")
+        sources = ", ".join(config.data.train_sources)
+        raise UserError(f"data: {sources} has no text in the {config.evaluation.split} split")
     ids = sorted(encode_texts(tokenizer, texts, length), key=len)
     size = config.evaluation.batch_size
     pad_id = tokenizer.pad_token_id or 0

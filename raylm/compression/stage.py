@@ -181,8 +181,8 @@ def take_prompts(stream: TextStream, count: int, length: int) -> list[list[int]]
     room = len(stream.tokens) - length
     if room < count:
         raise UserError(
-            f"compression.prompts: found {count} prompts of {length} tokens, allowed: what the text's "
-            f"{len(stream.tokens)} tokens hold"
+            f"compression.prompts: found {count} prompts of {length} tokens, allowed: fewer or "
+            f"shorter ones, as the text has {len(stream.tokens)} tokens"
         )
     starts = np.linspace(0, room, count, dtype=np.int64)
     return [stream.tokens[start : start + length].tolist() for start in starts]

@@ -26,12 +26,12 @@ class MethodSection(Section):
     """One item of ``data.augmentation.methods``."""
 
     method: Literal["copy", "swap", "delete", "synonym", "span_mask", "paraphrase", "back_translation", "generate"]
-    """copy: the document again. swap, delete, synonym: change some words (Wei & Zou 2019). span_mask: put a sign in the
-    place of runs of words. paraphrase, back_translation (Sennrich et al. 2016), generate: ask a served model."""
+    """copy: the document again. swap, delete, synonym: change some words (Wei & Zou 2019). span_mask: replace
+    runs of words by ``mask``. paraphrase, back_translation (Sennrich et al. 2016), generate: ask a served model."""
     times: int = Field(default=1, ge=1, le=100)
-    """Variants of each document."""
+    """Number of variants of each document."""
     fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of the documents that the method is for, chosen by their hash."""
+    """Share of the documents that the method is applied to, chosen by hash."""
     part: Literal["prompt", "answer", "context"] | None = None
     """Part of a pair that is changed; the prompt by default."""
     share: float | None = Field(default=None, gt=0, lt=1)
@@ -41,18 +41,18 @@ class MethodSection(Section):
     dictionary: str | None = Field(default=None, min_length=1)
     """synonym: a UTF-8 file with a word, a tab and its synonyms, separated by tabs, on each line."""
     span_words: int | None = Field(default=None, ge=1)
-    """span_mask: words in a run; 3 by default."""
+    """span_mask: words of a run; 3 by default."""
     mask: str | None = Field(default=None, min_length=1)
-    """span_mask: what stands in a run's place; [MASK] by default."""
+    """span_mask: text that replaces a run; [MASK] by default."""
     template: str | None = Field(default=None, min_length=1)
-    """What the model is asked; {text}, or of generate on pairs {prompt}, {answer} and {context}, stand for the
-    document. back_translation: {language} stands for the language that is translated into."""
+    """Prompt for the model. {text} is replaced by the document; generate on pairs has {prompt}, {answer} and {context}
+    instead. back_translation: {language} is replaced by the language to translate into."""
     back_template: str | None = Field(default=None, min_length=1)
-    """back_translation: what it is asked on the way back; the same as ``template`` by default."""
+    """back_translation: prompt for the translation back; ``template`` by default."""
     language: str | None = Field(default=None, min_length=1)
-    """back_translation: the language between; English for a Chinese text, else French, by default."""
+    """back_translation: the language in between; by default English for a Chinese text, else French."""
     original_language: str | None = Field(default=None, min_length=1)
-    """back_translation: the language of the documents; by default Chinese where half of the letters are, else
+    """back_translation: the language of the documents; by default Chinese if half of the letters are Chinese, else
     English."""
 
     @model_validator(mode="after")
@@ -60,11 +60,12 @@ class MethodSection(Section):
         allowed = _KEYS.get(self.method, ())
         for key in _SPECIFIC:
             if getattr(self, key) is not None and key not in allowed:
-                raise ValueError(f"{key} is not for the method {self.method}")
+                methods = ", ".join(method for method, keys in _KEYS.items() if key in keys)
+                raise ValueError(f"{key}: found with the method {self.method}, allowed with: {methods}")
         if self.part is not None and self.method in ("copy", "generate"):
-            raise ValueError(f"part is not for the method {self.method}, which takes the whole pair")
+            raise ValueError(f"part: leave it out with the method {self.method}, which takes the whole pair")
         if self.method == "synonym" and self.dictionary is None:
-            raise ValueError("the method synonym needs a dictionary: a file")
+            raise ValueError("dictionary: missing; the method synonym needs a file with synonyms")
         if self.template is not None and self.method != "generate" and "{text}" not in self.template:
             raise ValueError(f"template: found '{self.template}', allowed: a text with {{text}}")
         return self
@@ -74,35 +75,35 @@ class ServedModelSection(Section):
     """``data.augmentation.model``: any server with OpenAI's routes, such as ``raylm serve``."""
 
     base_url: str = Field(pattern=r"^https?://\S+$")
-    """Up to and with /v1."""
+    """Address of the server, up to and including /v1: http://127.0.0.1:8000/v1."""
     name: str | None = None
-    """Name of the model; by default the only one that the server has."""
+    """Name of the model; needed if the server has several."""
     api_key_environment: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of the environment variable that holds the key."""
     concurrency: int = Field(default=4, ge=1, le=1024)
-    """Requests at a time."""
+    """Requests that are sent at a time."""
     timeout_seconds: float = Field(default=120.0, gt=0)
-    """Longest wait for an answer."""
+    """Longest wait for an answer, in seconds."""
     retries: int = Field(default=3, ge=0, le=20)
-    """Further attempts after a failure that may pass: no connection, a timeout, status 408, 429 or 5xx."""
+    """Attempts after a first failure that may be temporary: no connection, a timeout, status 408, 429 or 5xx."""
     temperature: float = Field(default=0.7, ge=0, le=2)
-    """0 takes the likeliest token each time."""
+    """Sampling temperature; 0 takes the likeliest token each time."""
     max_tokens: int = Field(default=256, ge=1)
-    """Longest answer."""
+    """Most tokens of an answer."""
     max_failures: float = Field(default=0.1, ge=0, le=1)
-    """Share of the requests that may fail; above it, prepare stops, and the same command goes on."""
+    """Share of the requests that may fail. If more fail, prepare stops; the same command continues later."""
 
 
 class BalanceSection(Section):
     """``data.augmentation.balance``: as many documents of every class."""
 
     by: Literal["label", "answer"] = "label"
-    """What the class is: the column ``data.fields.label``, or the answer of a pair."""
+    """What a class is: a value of the column ``data.fields.label``, or an answer of pairs."""
     method: Literal["oversample", "undersample"] = "oversample"
     """oversample repeats documents until every class has as many as the largest; undersample leaves some out until
     every class has as many as the smallest."""
     max_copies: int = Field(default=10, ge=1)
-    """oversample: most times that a document is there."""
+    """oversample: most copies of a document, the original included."""
 
 
 class AugmentationSection(Section):
@@ -113,13 +114,13 @@ class AugmentationSection(Section):
     """
 
     methods: list[MethodSection] = Field(default_factory=list)
-    """Each is applied to the originals, not to what another one made."""
+    """Methods. Each is applied to the original documents, not to variants."""
     model: ServedModelSection | None = None
-    """The server that paraphrase, back_translation and generate ask."""
+    """Server of the model that paraphrase, back_translation and generate ask."""
     balance: BalanceSection | None = None
-    """Even out classes; of the originals, before the methods."""
+    """Make all classes of the original documents the same size, before the methods."""
     seed: int = Field(default=0, ge=0)
-    """Another seed changes other words."""
+    """Seed of the random choices; another seed changes other words."""
 
     @property
     def served(self) -> bool:
@@ -129,8 +130,10 @@ class AugmentationSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> AugmentationSection:
         if not self.methods and self.balance is None:
-            raise ValueError("give methods, balance, or both")
+            raise ValueError("give methods, balance, or both; found neither")
         if self.served and self.model is None:
             name = next(method.method for method in self.methods if method.method in SERVED_METHODS)
-            raise ValueError(f"the method {name} needs a model: {{base_url: ...}}")
+            raise ValueError(
+                f"model: missing; the method {name} needs a served model, as {{base_url: http://127.0.0.1:8000/v1}}"
+            )
         return self

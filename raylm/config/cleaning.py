@@ -37,7 +37,7 @@ class LanguageSection(Section):
     keep: list[str] = Field(min_length=1)
     """ISO 639-1 codes, such as en and zh; zh stands for Wu and Cantonese too, which are hard to tell from it."""
     characters: int = Field(default=1000, ge=50)
-    """How much of a document's beginning is looked at."""
+    """Characters at the beginning of a document that its language is found from."""
 
 
 class CleaningSection(Section):
@@ -48,7 +48,7 @@ class CleaningSection(Section):
     """
 
     html: bool = False
-    """Take the text out of HTML."""
+    """Replace HTML by its text."""
     unicode: Literal["NFC", "NFKC"] | None = None
     """Unicode normalisation form."""
     control_characters: bool = False
@@ -64,28 +64,30 @@ class CleaningSection(Section):
     language: LanguageSection | None = None
     """Languages to keep."""
     repetition: bool = False
-    """Drop what repeats itself: the rules of Gopher (Rae et al. 2021, table A1)."""
+    """Drop documents that repeat themselves: the rules of Gopher (Rae et al. 2021, table A1)."""
     gopher: bool = False
-    """Drop what is no prose: the quality rules of Gopher (Rae et al. 2021, section A.1.1). For English."""
+    """Drop documents that are not prose: the quality rules of Gopher (Rae et al. 2021, section A.1.1). For English."""
     c4: bool = False
-    """Keep lines that end as sentences do, drop placeholders: the rules of C4 (Raffel et al. 2020). For English."""
+    """Keep only lines that end like sentences, and drop documents with placeholder text: the rules of C4 (Raffel et al.
+    2020). For English."""
 
 
 class DeduplicationSection(Section):
-    """``data.deduplication``: of what is there twice, the first stays; over all sources together."""
+    """``data.deduplication``: drop duplicates over all sources together; the first one stays."""
 
     exact: bool = True
     """Drop documents whose text is the same but for letter case, white space and Unicode form."""
     near: bool = True
-    """Drop documents that share most of their shingles with an earlier one (MinHash, locality-sensitive hashing)."""
+    """Drop documents that share most of their shingles (runs of words) with an earlier one (MinHash,
+    locality-sensitive hashing)."""
     threshold: float = Field(default=0.8, gt=0, le=1)
-    """Jaccard similarity of two documents' sets of shingles from which on the later one is dropped."""
+    """Least Jaccard similarity of the shingles of two documents at which the later document is dropped."""
     shingle_words: int = Field(default=5, ge=1, le=32)
-    """Words in a shingle; a Chinese or Japanese character is a word."""
+    """Words of a shingle; a Chinese or Japanese character is a word."""
     permutations: int = Field(default=128, ge=8, le=1024)
     """Length of a MinHash signature."""
     bands: int | None = Field(default=None, ge=1)
-    """Bands that a signature is cut into; by default as many as find 99% of the pairs at ``threshold``."""
+    """Bands that a signature is cut into; the default finds 99% of the pairs at ``threshold``."""
     seed: int = Field(default=1, ge=0)
     """Seed of the permutations."""
 
@@ -113,11 +115,11 @@ class DeduplicationSection(Section):
 
 
 class DecontaminationSection(Section):
-    """``data.decontamination``: drop documents that hold text of evaluation sets."""
+    """``data.decontamination``: drop documents that contain text of evaluation sets."""
 
     sources: list[str] = Field(min_length=1)
     """Evaluation sets: sources like those of ``data.train``."""
     ngram_words: int = Field(default=13, ge=1, le=64)
-    """Words in a row that make a match; 13 as for GPT-3 (Brown et al. 2020, appendix C)."""
+    """Words of an n-gram; 13 as for GPT-3 (Brown et al. 2020, appendix C)."""
     max_overlap: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a document's n-grams that may be found in the evaluation sets."""
+    """Share of a document's n-grams that may occur in the evaluation sets."""

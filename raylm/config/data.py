@@ -29,8 +29,8 @@ class FieldsSection(Section):
     messages: str = "messages"
     """Column of a conversation: a list of messages, each with a role and a content."""
     label: str | None = None
-    """Column of a document's class, which is kept and can be balanced; none by default. The objective classification
-    takes 'label' where none is named."""
+    """Column of a document's class; none by default. The objective classification takes the column 'label' by
+    default."""
 
 
 Format = Literal["auto", "text", "jsonl", "csv", "parquet", "squad", "parallel", "hub", "prepared"]
@@ -42,9 +42,9 @@ class SourceSection(Section):
     path: str = Field(min_length=1)
     """Path, glob, directory, URI, hub name or embedded corpus."""
     weight: float = Field(default=1.0, gt=0, le=100)
-    """How often its training documents are taken: 2 is twice, 0.5 every second one (chosen by hash)."""
+    """How often each training document is used: 2 is twice, 0.5 is every second document (chosen by hash)."""
     format: Format | None = None
-    """Format of this source; that of ``data.format`` by default."""
+    """Format of this source; ``data.format`` by default."""
     target: str | None = None
     """Parallel text: a file whose line n translates line n of ``path``, a text file. Makes pairs."""
 
@@ -59,14 +59,14 @@ class DataSection(Section):
     train: str | list[str | SourceSection]
     """Source, or list of sources, to train on. A source is a name, or ``{path: ..., weight: ..., format: ...}``."""
     validation: str | list[str] | None = None
-    """Source, or list of sources, to validate on; without it a share of the documents is held out by their hash."""
+    """Source, or list of sources, to validate on. Without it, ``validation_fraction`` of the documents is held out."""
     format: Format = "auto"
     """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2. parallel:
     text files with a sentence, a tab and its translation on each line, without a header; makes pairs."""
     fields: FieldsSection = FieldsSection()
     """Which column of a row holds what."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the documents that is held out where no ``validation`` source is given."""
+    """Share of the documents that is held out, chosen by hash, if there is no ``validation`` source."""
     hub_split: str = "train"
     """Split of a hub dataset to read as training text."""
     hub_streaming: bool = False
@@ -80,15 +80,15 @@ class DataSection(Section):
     """Encoding of text, JSONL, CSV and SQuAD files, such as gb18030 or latin-1; ``detect`` guesses each file's own from
     its beginning."""
     max_document_bytes: int = Field(default=128 << 20, ge=1)
-    """Longest document, line or row that is read; a longer one is an error like others."""
+    """Longest document, line or row that is read, in bytes; ``errors`` says what happens to a longer one."""
     cleaning: CleaningSection = CleaningSection()
-    """What is changed in documents, and which ones are dropped."""
+    """Changes to documents, and filters that drop documents; off by default."""
     deduplication: DeduplicationSection | None = None
-    """Drop what is there twice; ``{}`` takes the defaults."""
+    """Drop duplicates; off by default, ``{}`` turns it on with its defaults."""
     decontamination: DecontaminationSection | None = None
-    """Drop what holds text of evaluation sets."""
+    """Drop documents that contain text of evaluation sets; off by default."""
     augmentation: AugmentationSection | None = None
-    """Further training documents, made from those that there are."""
+    """Make further training documents from the existing ones; off by default."""
 
     @field_validator("encoding")
     @classmethod
@@ -108,7 +108,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _not_empty(self) -> DataSection:
         if not self.train or not all(self.train_sources):
-            raise ValueError("train must name at least one source")
+            raise ValueError("train: found no source, allowed: one or more")
         return self
 
     @property
@@ -145,18 +145,18 @@ class TokenizerSection(Section):
     type: Literal["bpe", "wordpiece", "unigram", "byte", "character", "word"] | None = None
     """Kind of tokenizer to train: byte-level BPE, WordPiece, Unigram, single bytes, single characters, or words."""
     segmenter: Literal["whitespace", "jieba"] | None = None
-    """What a word is, for type word: what stands between white space and signs (default), or what jieba finds."""
+    """type word: how text is cut into words, at white space and punctuation (default) or by jieba."""
     vocab_size: int | None = Field(default=None, ge=1)
-    """Most entries of a vocabulary, special tokens included; default 8192. Types byte and character find theirs."""
+    """Most entries of the vocabulary, special tokens included; default 8192. Not for the types byte and character."""
     path: str | None = None
     """Hugging Face directory or hub name of a tokenizer to reuse."""
     mask_token: bool | None = None
-    """Give a new tokenizer a mask token, which the objective masked needs; by default where the file has it."""
+    """Give a new tokenizer a mask token. By default only if the same file has the objective masked, which needs it."""
     sentinels: int | None = Field(default=None, ge=0)
-    """Sentinel tokens of a new tokenizer, for the objective span; by default 100 where the file has it, else none."""
+    """Sentinel tokens of a new tokenizer. By default 100 if the same file has the objective span, which needs them."""
 
     sample_bytes: int = Field(default=32 << 20, ge=1)
-    """Bytes of text that a tokenizer is trained on; of a larger set, documents chosen by their hash."""
+    """Bytes of text that a tokenizer is trained on. From a larger set, documents are chosen by hash."""
 
     @property
     def special_tokens(self) -> list[str]:
@@ -169,11 +169,11 @@ class TokenizerSection(Section):
         if self.path is not None:
             for name in ("type", "segmenter", "vocab_size", "mask_token", "sentinels"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"path stands alone: leave out {name}")
+                    raise ValueError(f"{name}: leave it out with path; the tokenizer at path has its own")
             return self
         self.type = self.type or "bpe"
         if self.segmenter is not None and self.type != "word":
-            raise ValueError(f"segmenter is for type word; found type {self.type}")
+            raise ValueError(f"segmenter: found with type {self.type}, allowed with: word")
         if self.type == "word":
             self.segmenter = self.segmenter or "whitespace"
         if self.type in ("wordpiece", "unigram", "word"):
@@ -186,9 +186,9 @@ class TokenizerSection(Section):
             least = BYTE_ALPHABET + len(self.special_tokens)
             if self.vocab_size < least:
                 raise ValueError(
-                    f"vocab_size {self.vocab_size} is smaller than the byte alphabet: allowed is {least} or more "
+                    f"vocab_size: found {self.vocab_size}, allowed: {least} or more "
                     f"({BYTE_ALPHABET} bytes and {len(self.special_tokens)} special tokens)"
                 )
         elif self.vocab_size is not None:
-            raise ValueError(f"vocab_size is not for type {self.type}: it finds its own")
+            raise ValueError(f"vocab_size: found with type {self.type}, allowed with: bpe, wordpiece, unigram, word")
         return self

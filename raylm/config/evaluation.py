@@ -11,18 +11,18 @@ from raylm.config.reading import ReadingSection
 
 
 class EvaluationSection(Section):
-    """``evaluation``: cross-entropy over a sliding window; of a reader, exact match and F1."""
+    """``evaluation``: how a model is measured: windows of text, or the windows of a reader."""
 
     sequence_length: int | None = Field(default=None, ge=2)
-    """Tokens a window; by default the model's positions, at most 1024."""
+    """Tokens of a window; by default the model's positions, at most 1024."""
     stride: int | None = Field(default=None, ge=1)
     """Tokens between the starts of two windows; by default half a window. Each token is counted once."""
     batch_size: int = Field(default=8, ge=1)
-    """Windows evaluated together."""
+    """Windows in a batch."""
     split: Literal["train", "validation"] = "validation"
-    """Which part of the data to read."""
+    """Part of the data to measure on."""
     reading: ReadingSection = ReadingSection()
-    """Of an extractive reader: how it looks for answers; sequence_length and stride above are not for it."""
+    """How an extractive reader looks for answers. It does not use ``sequence_length`` and ``stride`` above."""
 
     @model_validator(mode="after")
     def _stride_fits(self) -> EvaluationSection:
@@ -32,13 +32,13 @@ class EvaluationSection(Section):
 
 
 class CompressionSection(Section):
-    """``compression``: what to make of the model, and how to compare it."""
+    """``compression``: how to compress the model, and how to compare it with the original."""
 
     method: Literal["int8"] = "int8"
     """int8: weights in 8 bits through the OpenVINO exporter."""
     prompt_tokens: int = Field(default=32, ge=1)
-    """Length of the prompts that speed is measured on."""
+    """Tokens of a prompt when speed is measured."""
     new_tokens: int = Field(default=64, ge=1)
-    """Tokens generated for each prompt."""
+    """Tokens generated for each prompt when speed is measured."""
     prompts: int = Field(default=16, ge=1)
-    """Prompts, taken from the validation text, on which greedy output is compared."""
+    """Number of prompts, taken from the validation text, whose greedy output is compared."""

@@ -70,14 +70,14 @@ def load_config(stage: str, path: str | Path, overrides: list[str] | tuple[str, 
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a directory, a YAML file is needed") from None
+        raise UserError(f"{path}: found a directory, allowed: a YAML file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}), allowed: a YAML file in UTF-8") from None
     values = parse_yaml(text, str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: found {_kind(values)} at the top, allowed: sections (run:, data:, ...)")
+        raise UserError(f"{path}: found {_kind(values)}, allowed: sections such as 'run:' and 'data:'")
     for override in overrides:
         apply_override(values, override)
     return validate(STAGES[stage], values, str(path))
@@ -91,7 +91,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"override '{override}': allowed: dotted.key=value")
+        raise UserError(
+            f"override '{override}': found no KEY=VALUE, allowed: a key with its value, as training.steps=1"
+        )
     set_key(values, key, parse_yaml(text, f"override '{override}'"))
 
 
@@ -104,7 +106,7 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
             section[parent] = {}
         section = section[parent]
         if not isinstance(section, dict):
-            raise UserError(f"override '{key}': '{parent}' is a value, not a section")
+            raise UserError(f"override '{key}': '{parent}' is a value and has no keys of its own")
     section[last] = value
 
 
@@ -126,7 +128,7 @@ def _describe(model: type[BaseModel], mistake: Any) -> str:
     # Branches of a union add their type's name to the location; only real keys help the reader.
     location = [str(part) for part in mistake["loc"]]
     section, keys = _walk(model, location)
-    key = ".".join(keys) or "configuration"
+    key = ".".join(keys)
     found = mistake["input"]
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "extra_forbidden":
@@ -135,10 +137,17 @@ def _describe(model: type[BaseModel], mistake: Any) -> str:
         hint = f"did you mean '{close[0]}'? " if close else ""
         return f"{key}: unknown key; {hint}allowed: {', '.join(allowed)}"
     if mistake["type"] == "missing":
-        return f"{key}: missing; {message[0].lower()}{message[1:]}"
+        return f"{key}: missing; this key is required"
     if isinstance(found, dict | list) or (found is None and mistake["type"] == "value_error"):
-        return f"{key}: {message}"
+        return _under(key, message)
     return f"{key}: found {found!r}, {_allowed(message)}"
+
+
+def _under(key: str, message: str) -> str:
+    """What a check of the whole section ``key`` says; a message that begins with a key in it goes on with that key."""
+    if not key:
+        return message
+    return f"{key}.{message}" if re.match(r"[a-z_]+(\.[a-z_]+)*: ", message) else f"{key}: {message}"
 
 
 def _allowed(message: str) -> str:

@@ -33,21 +33,21 @@ class ModelSection(Section):
         if self.family is not None and self.family not in FAMILIES:
             raise ValueError(f"family: found '{self.family}', allowed: {', '.join(FAMILIES)}")
         if self.path is not None and self.config:
-            raise ValueError("config is for a new model; the one at path brings its own")
+            raise ValueError("config: leave it out with path; it is for a new model, and the one at path has its own")
         if "vocab_size" in self.config:
-            raise ValueError("config.vocab_size comes from the tokenizer: leave it out")
+            raise ValueError("config.vocab_size: leave it out; the vocabulary size comes from the tokenizer")
         return self
 
 
 class ObjectiveSection(Section):
-    """``objective``: what the loss is."""
+    """``objective``: what the model learns to do, and so its loss."""
 
     type: Literal["auto", "causal", "masked", "span", "extractive_qa", "classification"] = "auto"
-    """causal: predict each next token. masked: predict tokens that were hidden (BERT). span: write what stood in the
-    gaps of a text (T5). extractive_qa: point at the answer in a context (encoders; SQuAD files). classification: the
+    """causal: predict each next token. masked: predict tokens that were hidden (BERT). span: write the text
+    that was removed (T5). extractive_qa: point at the answer in a context (encoders; SQuAD files). classification: the
     class of a text (encoders; rows with a text and a label). auto: the family's own."""
     answer_only: bool = True
-    """On prompt and answer pairs: count the loss on the answer's tokens alone."""
+    """Prompt and answer pairs: count the loss on the answer's tokens only."""
     document_boundaries: Literal["ignore", "positions", "attention"] = "ignore"
     """causal, on documents that are packed into one sequence. ignore: a token sees all tokens before it. positions: the
     same, but positions count from each document's beginning. attention: a token sees those of its own document only,

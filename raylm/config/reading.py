@@ -11,14 +11,14 @@ class ReadingSection(Section):
     """How an extractive reader looks for the answer."""
 
     sequence_length: int = Field(default=384, ge=16)
-    """Most tokens of a window: the question, a part of the context, and what the tokenizer puts around them."""
+    """Most tokens of a window: the question, a part of the context, and the tokenizer's special tokens."""
     overlap: int = Field(default=128, ge=0)
     """Tokens that two windows of a long context share."""
     max_answer_tokens: int = Field(default=30, ge=1)
-    """Longest answer."""
+    """Most tokens of an answer."""
     null_threshold: float | None = None
-    """Say that there is no answer where the score of none (a logit) is above the best answer's by more than this; for
-    readers trained on questions without answers (SQuAD 2), where 0 is a good start. By default there is always one."""
+    """Give no answer if the score (a logit) of no answer exceeds the best answer's score by more than this. For readers
+    trained on questions without answers (SQuAD 2); start with 0. By default a reader always gives an answer."""
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> ReadingSection:

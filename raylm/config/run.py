@@ -51,40 +51,41 @@ class LocalRunSection(RunSection):
     @classmethod
     def _local(cls, value: str) -> str:
         if "://" in value:
-            raise ValueError("a local or shared directory is needed; only pretrain and finetune take URIs")
+            raise ValueError("allowed: a local or shared directory; only pretrain and finetune take URIs")
         return value
 
 
 class ResourcesSection(Section):
-    """``resources``: processes and what each of them holds."""
+    """``resources``: the worker processes of a stage and what each of them reserves."""
 
     workers: int | Literal["auto"] = "auto"
-    """Worker processes; ``auto`` takes every GPU, or else every CPU, that the cluster has."""
+    """Number of worker processes; ``auto`` takes every GPU of the cluster, or else every CPU."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that a worker reserves; a fraction lets several workers share a core."""
     gpus_per_worker: int | Literal["auto"] = "auto"
     """GPUs that a worker holds, 0 or 1; ``auto`` is 1 where the cluster has GPUs."""
     workers_per_node: int | None = Field(default=None, ge=1)
-    """Workers of one node, for planning; by default what each node of the cluster holds."""
+    """Workers of one node, for raylm plan and auto; by default what each node of the cluster holds."""
     memory_per_worker_gb: float | None = Field(default=None, gt=0)
-    """Memory that a worker may take, in 10^9 bytes, for planning; by default its GPU's, or else its share of the
+    """Memory of a worker in 10^9 bytes, for raylm plan and auto; by default its GPU's memory, or else its share of the
     node's."""
     elastic: list[int] | None = Field(default=None, min_length=2, max_length=2)
-    """Least and most workers: training goes on with as many as the cluster holds, and follows it up and down."""
+    """[least, most] workers: training uses as many as the cluster holds and follows its size; off by default."""
     elastic_check_seconds: float = Field(default=60.0, ge=1)
-    """Seconds between two looks at whether the cluster holds more workers."""
+    """elastic: seconds between two checks whether the cluster holds more workers."""
     max_failures: int = Field(default=3, ge=0)
-    """How often a run restarts from its last checkpoint after workers died."""
+    """Restarts from the last checkpoint after workers died; then the run fails."""
     collective_timeout_seconds: float = Field(default=600.0, ge=1)
-    """Longest wait for the other workers in a collective operation; then stacks are dumped and all restart."""
+    """Longest wait for other workers in a collective operation. After it, all ranks write their stacks and restart."""
     heartbeat_seconds: float | None = Field(default=60.0, ge=5)
-    """A worker that gives no sign of life for so long is taken for hung, and the workers restart."""
+    """Longest time without a sign of life from a worker. After it, the worker counts as hung and all restart. null
+    turns this off."""
 
     @field_validator("workers")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1, or auto")
+            raise ValueError("allowed: 1 or more, or auto")
         return value
 
     @model_validator(mode="after")
@@ -101,5 +102,5 @@ class ResourcesSection(Section):
     @classmethod
     def _zero_or_one(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value not in (0, 1):
-            raise ValueError("must be 0, 1 or auto")
+            raise ValueError("allowed: 0, 1 or auto")
         return value

@@ -15,11 +15,11 @@ class ServedModel(Section):
     """One of ``serving.models``: a further model of the same application."""
 
     path: str
-    """What ``model.path`` takes."""
+    """Run directory, Hugging Face directory or hub name."""
     engine: Literal["auto", "openvino", "transformers", "vllm"] = "auto"
-    """As ``serving.engine``."""
+    """Engine of this model, as ``serving.engine``."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
-    """As ``serving.pooling``."""
+    """Pooling of this model, as ``serving.pooling``."""
 
 
 class ReplicaScaling(Section):
@@ -30,11 +30,11 @@ class ReplicaScaling(Section):
     most: int = Field(ge=1)
     """Most replicas."""
     requests_per_replica: float = Field(default=16, gt=0)
-    """Requests in work and waiting that each replica is to have on average; more start another one."""
+    """Running and waiting requests per replica, on average. If there are more, another replica starts."""
     grow_seconds: float = Field(default=30, ge=0)
-    """Seconds that there must be too many requests before a replica is added."""
+    """Seconds with too many requests before a replica is added."""
     shrink_seconds: float = Field(default=300, ge=0)
-    """Seconds that there must be too few before one is taken away."""
+    """Seconds with too few requests before a replica is removed."""
 
     @model_validator(mode="after")
     def _in_order(self) -> ReplicaScaling:
@@ -47,29 +47,29 @@ class ServingSection(Section):
     """``serving``: address, engine, limits, and the collection that questions are answered from."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; another than this machine's own (a loopback address) needs API keys."""
+    """Address to listen on. Addresses that other machines reach (not loopback) need API keys."""
     port: int = Field(default=8000, ge=1, le=65535)
-    """Port to listen on; one in use is refused."""
+    """Port to listen on; it must be free."""
     name: str | None = None
     """Name of the model in requests; by default the run's name."""
     models: dict[str, ServedModel] = Field(default_factory=dict)
     """Further models of the same application, by their names in requests."""
     loaded_models: int | None = Field(default=None, ge=1)
-    """Models that a replica holds at a time, from the first one on; another is loaded when it is asked for, in place of
-    the one unused for longest. By default a replica holds all."""
+    """Models that a replica holds at a time. If a request names another one, it replaces the one unused for longest. By
+    default a replica holds all."""
     engine: Literal["auto", "openvino", "transformers", "vllm"] = "auto"
     """auto takes vLLM on a GPU where it is installed, OpenVINO on a CPU where the model directory has an openvino/
     export, else transformers."""
     replicas: int = Field(default=1, ge=1)
-    """Copies of the model; left out where there is autoscaling."""
+    """Number of replicas (copies of the models); autoscaling replaces it."""
     autoscaling: ReplicaScaling | None = None
     """Let the number of replicas follow the load."""
     routing: Literal["balanced", "session"] = "balanced"
     """session: requests with the same X-Session-Id header go to the same replica, which has their text in its cache."""
     drain_seconds: float = Field(default=30, ge=0)
-    """Seconds that a replica that is to stop has for the requests that it has in work."""
+    """Seconds that a stopping replica has for its running requests."""
     update_first: bool = False
-    """An update starts new replicas before it stops old ones; needs room for both. Else requests wait meanwhile."""
+    """In an update, start new replicas before the old ones stop; needs room for both. If false, requests wait."""
     cpus_per_replica: float | Literal["auto"] = "auto"
     """CPUs that a replica reserves and computes with; auto shares the largest host's CPUs among the replicas."""
     gpus_per_replica: float = Field(default=0, ge=0)
@@ -79,39 +79,42 @@ class ServingSection(Section):
     max_concurrent_requests: int = Field(default=64, ge=1)
     """Texts that a replica generates together."""
     max_queued_requests: int = Field(default=256, ge=1)
-    """Texts that wait at a replica for their turn; further ones get status 503."""
+    """Texts that may wait at a replica; further ones get status 503."""
     max_queue_seconds: float = Field(default=15.0, gt=0)
-    """A text that would wait longer for its turn, as the last ones went, gets status 503 and when to come back."""
+    """Longest wait. A text that is expected to wait longer gets status 503 and the header Retry-After."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """Most tokens that a request may ask for, and what it gets if it does not say."""
+    """Most tokens that a request may ask for; also the default of a request."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """How the last hidden states become an embedding; auto: as a sentence encoder's directory says, else the mean."""
     api_keys_file: str | None = None
-    """File with one API key a line, or its hash as sha256:HEX, then perhaps a name. More come from RAYLM_API_KEYS."""
+    """File with an API key, or its hash as sha256:HEX, on each line; a name may follow. The environment variable
+    RAYLM_API_KEYS has more keys."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Requests that a replica takes in a minute with one API key; further ones get status 429."""
+    """Requests per minute and API key that a replica takes; further ones get status 429. No limit by default."""
     max_body_megabytes: float = Field(default=4.0, gt=0)
-    """Longest body of a request; longer ones get status 413."""
+    """Largest body of a request, in megabytes; larger ones get status 413."""
     request_seconds: float = Field(default=600.0, gt=0)
-    """Seconds after which a text that is still in work is ended with status 504."""
+    """Longest time for a text, in seconds; then the request ends with status 504."""
     request_log: bool = True
-    """Write a line of JSON a request to logs/ in the run's directory: ids, keys' names, counts and times, no texts."""
+    """Write one line of JSON for each request to logs/ in the run directory: ids, names of keys, counts and times, no
+    texts."""
     cache_gigabytes: int = Field(default=1, ge=1)
-    """OpenVINO: memory of the key-value cache."""
+    """OpenVINO: memory of the key-value cache, in gigabytes."""
     collection: str | None = None
     """Directory made by ``raylm prepare`` whose documents /v1/qa searches."""
     collections: str | None = None
     """Directory of the collections that clients upload, shared by all replicas; by default in the run's directory."""
     encoder: str | None = None
-    """Directory of a sentence encoder such as all-MiniLM-L6-v2: passages are ranked by meaning too, not words alone."""
+    """Directory of a sentence encoder such as all-MiniLM-L6-v2. With it, passages are ranked by meaning and by words;
+    without it, by words only (BM25)."""
     dense_weight: float = Field(default=0.5, ge=0, le=1)
-    """With an encoder: share of its vectors in the rank, beside that of the words (BM25)."""
+    """Weight of the encoder's vectors in the rank; the words (BM25) have the rest."""
     least_relevance: float = Field(default=0.35, ge=0, le=1)
-    """A question without a passage of this relevance (0 to 1) is not answered; 0 answers all."""
+    """Least relevance (0 to 1) of the best passage. Below it, a question is not answered; 0 answers all."""
     reading: ReadingSection = ReadingSection()
-    """Of extractive readers among the models: how they look for answers."""
+    """How extractive readers among the models look for answers."""
     passages: int = Field(default=3, ge=1, le=20)
-    """Passages that a question's answer is generated from."""
+    """Passages that an answer is generated from, if the request does not say."""
 
     @field_validator("cpus_per_replica")
     @classmethod

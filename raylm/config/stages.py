@@ -98,7 +98,7 @@ class TrainConfig(Section):
         if cut > 1 and self.parallel.zero_stage in (2, 3):
             raise ValueError(
                 f"parallel.zero_stage: found {self.parallel.zero_stage}, allowed with parallel.tensor or "
-                "parallel.pipeline above 1: 0, 1, as gradients are then whole until all micro-batches are through"
+                "parallel.pipeline above 1: 0, 1, as gradients stay whole until the last micro-batch"
             )
         if cut > 1 and self.training.optimizer == "muon":
             raise ValueError(
@@ -108,7 +108,7 @@ class TrainConfig(Section):
         if cut > 1 and self.objective.document_boundaries != "ignore":
             raise ValueError(
                 f"objective.document_boundaries: found {self.objective.document_boundaries}, allowed with "
-                "parallel.tensor or parallel.pipeline above 1: ignore, as stages pass no positions on"
+                "parallel.tensor or parallel.pipeline above 1: ignore, as pipeline stages do not pass positions on"
             )
         known = workers // cut if isinstance(workers, int) and not automatic else data
         if isinstance(known, int):
@@ -136,9 +136,9 @@ class FinetuneConfig(TrainConfig):
     @model_validator(mode="after")
     def _existing_model(self) -> FinetuneConfig:
         if self.model.path is None:
-            raise ValueError("model.path is needed: finetune goes on from an existing model")
+            raise ValueError("model.path: missing; finetune trains an existing model further")
         if self.tokenizer is not None:
-            raise ValueError("tokenizer: leave it out, the model at model.path brings its own")
+            raise ValueError("tokenizer: leave it out; the model at model.path has its own")
         return self
 
 

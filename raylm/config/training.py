@@ -13,11 +13,11 @@ class EarlyStoppingSection(Section):
     """``training.early_stopping``: stop when a metric no longer improves."""
 
     metric: Literal["validation_loss", "loss"] = "validation_loss"
-    """Metric that must fall."""
+    """Metric that must decrease."""
     patience: int = Field(default=3, ge=1)
     """Evaluations in a row without improvement after which training stops; the best weights are exported."""
     minimum_change: float = Field(default=0.0, ge=0)
-    """A fall smaller than this does not count as an improvement."""
+    """Smallest decrease that counts as an improvement."""
 
 
 class AnomaliesSection(Section):
@@ -30,38 +30,38 @@ class AnomaliesSection(Section):
     """A loss above this many times the median of the last ``window`` steps is an anomaly; by default only a gradient
     that is not finite is."""
     window: int = Field(default=50, ge=2)
-    """Steps of which the median is taken; no loss counts as a spike before a run has made so many."""
+    """Steps over which the median is taken; before a run has made so many, no loss counts as a spike."""
     limit: int = Field(default=10, ge=1)
-    """Anomalies after which the run ends all the same."""
+    """Number of anomalies after which the run ends, whatever the policy."""
 
 
 class TrainingSection(Section):
     """``training``: length, batch, optimizer, schedule, precision, logging."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps. One of steps, tokens and epochs is given."""
+    """Optimizer steps. Give one of steps, tokens and epochs."""
     tokens: int | None = Field(default=None, ge=1)
     """Tokens to train on; rounded up to whole steps."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the training set; rounded up to whole steps."""
     batch_size: int = Field(default=32, ge=1)
-    """Sequences a step, all workers together."""
+    """Sequences in a step, all workers together."""
     sequence_length: int = Field(default=256, ge=2)
-    """Tokens a sequence."""
+    """Tokens in a sequence."""
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     """muon orthogonalises the updates of weight matrices and gives the other parameters to AdamW."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate; under muon, of what AdamW updates (embeddings, norms, biases)."""
+    """Peak learning rate. With muon, that of the parameters that AdamW updates (embeddings, norms, biases)."""
     matrix_learning_rate: float = Field(default=0.02, gt=0)
-    """Peak learning rate of the weight matrices under muon."""
+    """Peak learning rate of weight matrices with muon."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Momentum of muon and sgd."""
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     """AdamW's decay rates of the first and second moment."""
     epsilon: float = Field(default=1e-8, gt=0)
-    """AdamW's term against division by zero."""
+    """AdamW's epsilon, which avoids division by zero."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices. Norms and biases have no decay."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -80,15 +80,15 @@ class TrainingSection(Section):
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
     evaluate_every_steps: int | None = Field(default=None, ge=1)
-    """Steps between two evaluations; the end of training is always evaluated."""
+    """Steps between two evaluations. By default only the end of training is evaluated."""
     evaluation_batches: int | None = Field(default=None, ge=1)
-    """Batches an evaluation reads; by default the whole validation set."""
+    """Batches of an evaluation; by default the whole validation set."""
     early_stopping: EarlyStoppingSection | None = None
     """Stop when a metric no longer improves; off by default."""
     anomalies: AnomaliesSection = AnomaliesSection()
     """What to do about a gradient that is not finite, or a loss that jumps."""
     log_samples: bool = False
-    """Write the numbers of the samples of every step to samples/, one file a worker."""
+    """Write the sample numbers of every step to samples/, one file for each worker."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
@@ -98,7 +98,7 @@ class TrainingSection(Section):
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps: found {self.warmup_steps}, allowed: fewer than steps ({self.steps})")
         if self.early_stopping and self.early_stopping.metric == "validation_loss" and not self.evaluate_every_steps:
-            raise ValueError("early_stopping on validation_loss needs evaluate_every_steps")
+            raise ValueError("evaluate_every_steps: missing; early_stopping on validation_loss needs it")
         return self
 
 
@@ -108,26 +108,26 @@ class ParallelSection(Section):
     data: int | Literal["auto"] = "auto"
     """Replicas that share a batch; auto is the number of workers."""
     tensor: int | Literal["auto"] = 1
-    """Processes that share each layer; workers = data x tensor x pipeline. auto here and below takes what the memory of
-    a worker needs and the estimated time of a step favours; ``raylm plan`` shows what, and why."""
+    """Processes that share each layer; workers = data x tensor x pipeline. auto, here and below,
+    takes the layout that fits a worker's memory and has the shortest estimated step; ``raylm plan`` shows it."""
     pipeline: int | Literal["auto"] = 1
-    """Stages, each of which holds some of the blocks; micro-batches pass through them one forward, one backward."""
+    """Pipeline stages, each with a part of the blocks (schedule 1F1B: one forward, one backward)."""
     zero_stage: Literal[0, 1, 2, 3, "auto"] = 1
-    """DeepSpeed ZeRO: 0 replicates all, 1 shards optimizer state, 2 gradients too, 3 parameters too; 2 and 3 go with
-    data parallelism only."""
+    """DeepSpeed ZeRO: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too. 2 and 3
+    work with data parallelism only."""
     micro_batch_size: int | Literal["auto"] = "auto"
-    """Sequences that a worker takes at once; the rest of its share of the batch is accumulated."""
+    """Sequences that a worker processes at once; gradients are accumulated over the rest of its batch."""
     balance: Literal["parameters", "time"] = "parameters"
-    """What pipeline stages are to have equally much of: parameters, or the time that each layer is measured to take
-    when the run first starts (kept in stages.json)."""
+    """What pipeline stages have in equal parts: parameters, or time. Time is measured for each layer when the run first
+    starts, and kept in stages.json."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass to save memory; auto does where they do not fit."""
+    """Recompute activations in the backward pass to save memory; auto does so if they do not fit."""
 
     @field_validator("data", "tensor", "pipeline", "micro_batch_size")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1, or auto")
+            raise ValueError("allowed: 1 or more, or auto")
         return value
 
     @property
@@ -140,10 +140,10 @@ class CheckpointSection(Section):
     """``checkpoint``: when to save, and how many to keep."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints; off by default."""
     every_seconds: float | None = Field(default=60.0, gt=0)
     """Seconds between two checkpoints; the end of training always saves one."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints to keep; under evaluate_every_steps the one with the best validation loss is kept as well."""
+    """Newest checkpoints to keep. With evaluate_every_steps, the one with the best validation loss is kept too."""
     asynchronous: bool = True
-    """Write in the background; training waits only where a write lasts longer than a forward and backward pass."""
+    """Write in the background. Training waits only if a write takes longer than a forward and backward pass."""

@@ -15,7 +15,7 @@ class Distribution(Section):
     choice: list[Any] | None = Field(default=None, min_length=1)
     """Values to draw from."""
     grid: list[Any] | None = Field(default=None, min_length=1)
-    """Values of which every one is tried."""
+    """Values that are all tried."""
     uniform: list[float] | None = Field(default=None, min_length=2, max_length=2)
     """Bounds of a uniform distribution."""
     log_uniform: list[float] | None = Field(default=None, min_length=2, max_length=2)
@@ -43,17 +43,17 @@ class TuningSection(Section):
     space: dict[str, Distribution] = Field(min_length=1)
     """Dotted key, for example training.learning_rate, to a distribution."""
     trials: int = Field(default=8, ge=1)
-    """Draws from the space (for each point of a grid, where there is one)."""
+    """Draws from the space; with a grid, draws for each of its points."""
     metric: Literal["validation_loss"] = "validation_loss"
-    """Metric that the best trial has the lowest value of."""
+    """Metric to minimise."""
     scheduler: Literal["asha", "none"] = "asha"
-    """asha stops trials early that are behind at the same step (Li et al. 2020, arXiv:1810.05934)."""
+    """asha stops trials early that are worse than others at the same step (Li et al. 2020, arXiv:1810.05934)."""
     grace_evaluations: int = Field(default=1, ge=1)
-    """Evaluations that every trial may finish before asha may stop it."""
+    """Evaluations of a trial before asha may stop it."""
     reduction_factor: int = Field(default=2, ge=2)
-    """asha keeps one trial in this many at each rung."""
+    """asha keeps one in this many trials at each rung."""
     max_concurrent: int | Literal["auto"] = "auto"
-    """Trials at a time; auto is what the resources hold. More than that is refused."""
+    """Trials at a time; auto is as many as the cluster holds. More are refused."""
 
     @field_validator("space")
     @classmethod

@@ -119,7 +119,7 @@ class LabelledInput:
         found = {text.label for text in self.texts["train"]}
         self.labels = in_order(found) if known is None else list(known)
         if len(self.labels) < 2:
-            raise UserError(f"data.train: found the only label '{self.labels[0]}', allowed: two or more labels")
+            raise UserError(f"data.train: found one label only ('{self.labels[0]}'), allowed: two or more")
         for side in SPLITS:
             unknown = sorted({text.label for text in self.texts[side]} - set(self.labels))
             if unknown:

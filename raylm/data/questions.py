@@ -108,13 +108,13 @@ def read_file(path: str, errors: InputErrors) -> Iterator[Question]:
                 context = paragraph.get("context") or paragraph["context_text"]
                 rows = list(paragraph["qas"])
             except (KeyError, TypeError, AttributeError) as error:
-                errors.bad("malformed", f"{place}: no SQuAD paragraph: {_found(error)}")
+                errors.bad("malformed", f"{place}: not a SQuAD paragraph: {_found(error)}")
                 continue
             for row in rows:
                 try:
                     yield _question(row, context, place)
                 except (KeyError, TypeError, AttributeError) as error:
-                    errors.bad("malformed", f"{place}: no SQuAD question: {_found(error)}")
+                    errors.bad("malformed", f"{place}: not a SQuAD question: {_found(error)}")
                 except ValueError as error:
                     errors.bad("misplaced", str(error))
 

@@ -159,7 +159,7 @@ def read_csv(segment: Segment, data: DataSection, errors: InputErrors) -> Iterat
                 header = fields
                 repeated = next((name for name in header if header.count(name) > 1), None)
                 if repeated is not None:
-                    raise UserError(f"{path}:1: column '{repeated}' stands twice in the header")
+                    raise UserError(f"{path}:1: column '{repeated}' is twice in the header")
             elif not fields:
                 continue
             elif len(fields) != len(header):
@@ -209,7 +209,7 @@ def read_squad(segment: Segment, data: DataSection, errors: InputErrors) -> Iter
                         yield number, {"question": _question(question), "context": context, "answer": _answer(question)}
                 except (KeyError, TypeError, AttributeError) as error:
                     found = f"found {error}" if isinstance(error, KeyError) else "found another structure"
-                    errors.bad("malformed", f"{path}: article {number}: no SQuAD paragraph: {found}")
+                    errors.bad("malformed", f"{path}: article {number}: not a SQuAD paragraph: {found}")
 
     fields = data.fields.model_copy(
         update={"prompt": "question", "answer": "answer", "context": "context" if data.fields.context else None}

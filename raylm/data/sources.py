@@ -232,7 +232,7 @@ def _matches(pattern: Path, name: str, key: str) -> list[Path]:
     try:
         found = list(base.glob(str(pattern.relative_to(pattern.anchor))))
     except ValueError as error:
-        raise UserError(f"{key}: '{name}' is no glob: {error}") from None
+        raise UserError(f"{key}: '{name}' is not a valid glob: {error}") from None
     return sorted(file for file in found if file.is_file() and not file.name.startswith("."))
 
 

@@ -29,5 +29,5 @@ def read_articles(path: str, errors: InputErrors, allowed: str) -> list[Any]:
         raise UserError(f"{path}:{line}: malformed JSON: {getattr(error, 'msg', error)}") from None
     articles = content.get("data") if isinstance(content, dict) else content
     if not isinstance(articles, list):
-        raise UserError(f"{path}: no SQuAD file: found no list 'data'; allowed: {allowed}")
+        raise UserError(f"{path}: not a SQuAD file: found no list 'data'; allowed: {allowed}")
     return articles

@@ -142,7 +142,7 @@ def reuse_tokenizer(path: str) -> TokenizerFiles | PreTrainedTokenizerFast:
         elif found.sep_token is not None:
             found.eos_token = found.sep_token
     if found.eos_token_id is None:
-        raise UserError(f"{key}: {path} has no EOS token (nor a separator), which must stand between documents")
+        raise UserError(f"{key}: {path} has neither an EOS token nor a separator, one of which ends documents")
     if not found.chat_template:
         ours = {USER, ASSISTANT} <= _special_tokens(found)
         found.chat_template = CHAT_TEMPLATE if ours else PLAIN_TEMPLATE

@@ -112,9 +112,7 @@ def check_reader_tokenizer(tokenizer: PreTrainedTokenizerBase, place: str) -> No
         UserError: names ``place``.
     """
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise UserError(
-            f"model.path: {place} has no fast tokenizer with a padding token, which finding answers in a text needs"
-        )
+        raise UserError(f"model.path: {place} has no fast tokenizer with a padding token; a reader needs one")
 
 
 def pad(windows: list[Window], pad_id: int, most: int | None = None) -> dict[str, np.ndarray]:

@@ -30,7 +30,8 @@ def generate_text(
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and ids.shape[1] + max_new_tokens > positions:
         raise UserError(
-            f"prompt: {ids.shape[1]} tokens and {max_new_tokens} new ones, allowed: the model's {positions} positions"
+            f"prompt: found {ids.shape[1]} tokens and {max_new_tokens} new ones, allowed: at most the model's "
+            f"{positions} positions"
         )
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -183,7 +183,7 @@ class SavedWeights:
         expected = list(self._parameters[name].shape)
         if found.get_shape() != expected:
             raise UserError(
-                f"model.path: {self._directory} has {key} in the shape {found.get_shape()}, its config.json means "
+                f"model.path: {self._directory} has {key} in the shape {found.get_shape()}, its config.json implies "
                 f"{expected}"
             )
         if found.get_dtype() not in TRAINABLE:

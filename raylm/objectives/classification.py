@@ -42,7 +42,7 @@ class ClassificationObjective(Objective):
         if sequence_length < SHORTEST:
             raise UserError(f"training.sequence_length: found {sequence_length}, allowed: {SHORTEST} or more")
         if tokenizer.pad_token_id is None:
-            raise UserError(f"model.path: {place} has no tokenizer with a padding token, which classification needs")
+            raise UserError(f"model.path: {place} has no tokenizer with a padding token; classification needs one")
 
     def settings(self, directory: Path | str) -> dict[str, Any]:
         """See :class:`Objective`: the labels by number."""

@@ -20,8 +20,8 @@ def check_compilation(zero_stage: int) -> None:
     """
     if zero_stage == 3:
         raise UserError(
-            "training.compile: found true, allowed with parallel.zero_stage 0, 1 and 2: under 3 weights come and go in "
-            "hooks of every layer, between which there is nothing left to compile"
+            "training.compile: found true, allowed with parallel.zero_stage 0, 1 and 2: ZeRO 3 gathers weights in "
+            "hooks of every layer, which leaves nothing to compile"
         )
     wanted = os.environ.get("CXX", "g++")
     if shutil.which(wanted) is None:

@@ -258,8 +258,8 @@ def plan_training(config: TrainConfig, capacity: Capacity) -> Plan:
     found = candidates(space, memory)
     if not found:
         raise UserError(
-            f"training.batch_size: found {training.batch_size}, allowed: what the data-parallel workers and "
-            f"parallel.micro_batch_size divide, with {space.places} workers in all"
+            f"training.batch_size: found {training.batch_size}, allowed: a multiple of data-parallel workers x "
+            f"parallel.micro_batch_size, with at most {space.places} workers in all"
         )
     return Plan(space, memory, objective, found)
 

@@ -31,7 +31,8 @@ def check_cuts(config: PretrainedConfig, parallel: ParallelSection, objective: s
     found = f"parallel.tensor: found {tensor}" if tensor > 1 else f"parallel.pipeline: found {pipeline}"
     if config.model_type not in PLANS:
         raise UserError(
-            f"{found}, allowed for {config.model_type}: 1; cut over processes are {', '.join(sorted(PLANS))}"
+            f"{found}, allowed for {config.model_type}: 1; tensor and pipeline parallelism are for "
+            f"{', '.join(sorted(PLANS))}"
         )
     if objective not in PLANNED_OBJECTIVES:
         raise UserError(f"{found}, allowed with objective.type {objective}: 1")

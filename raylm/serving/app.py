@@ -223,7 +223,7 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     config = validate(ServeConfig, args, "args")
     if config.model.path is None:
-        raise UserError("args: model.path is needed")
+        raise UserError("args.model.path: missing; serve needs an existing model")
     if not ray.is_initialized():
         # `serve run` builds first and connects then, to this very instance.
         ray.init(logging_level="WARNING")

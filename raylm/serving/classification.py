@@ -18,11 +18,11 @@ class ClassifyRequest(RequestBody):
     input: str | list[str]
     """A text, or a list of them."""
     model: str | None = None
-    """Name of the classifier; the first one where it is left out."""
+    """Name of the classifier; by default the first one."""
     top: int | None = Field(default=None, ge=1)
-    """Give the scores of this many likeliest labels; all by default."""
+    """Return the scores of this many likeliest labels; all by default."""
     user: str | None = None
-    """The client's own name for its user; without effect."""
+    """The client's name for its user; has no effect."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> ClassifyRequest:

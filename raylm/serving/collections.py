@@ -30,18 +30,18 @@ class NewCollection(RequestBody):
     """``POST /v1/collections``."""
 
     name: str = Field(pattern="^[a-z0-9][a-z0-9_-]*$", max_length=64)
-    """a to z, 0 to 9, - and _."""
+    """Name of letters a to z, digits, - and _."""
 
 
 class NewDocument(RequestBody):
     """A document to put into a collection."""
 
     text: str = Field(min_length=1)
-    """What is cut into passages and searched."""
+    """Text of the document. It is cut into passages, which are searched."""
     title: str = Field(default="", max_length=1000)
-    """Searched as well, and shown with a passage."""
+    """Title of the document. It is searched too, and shown with a passage."""
     id: str | None = Field(default=None, min_length=1, max_length=256)
-    """A document of the same id is replaced; by default a hash of the text."""
+    """Id of the document; by default a hash of the text. A document with the same id is replaced."""
 
 
 class NewDocuments(RequestBody):
@@ -54,16 +54,16 @@ class Search(RequestBody):
     """``POST /v1/collections/{name}/search``."""
 
     question: str = Field(min_length=1)
-    """What to look for."""
+    """Question or words to search for."""
     passages: int = Field(default=3, ge=1, le=MOST_PASSAGES)
-    """How many passages to find."""
+    """Number of passages to find."""
 
 
 def collection_routes(library: Library) -> APIRouter:
     """The routes over ``library``."""
     router = APIRouter(prefix="/v1/collections")
 
-    @router.post("", responses={409: error_response("There is a collection of this name")})
+    @router.post("", responses={409: error_response("A collection of this name exists")})
     async def create(request: NewCollection) -> dict[str, Any]:
         """Make an empty collection."""
         with refusals():
@@ -83,14 +83,14 @@ def collection_routes(library: Library) -> APIRouter:
 
     @router.delete("/{name}")
     async def delete(name: str) -> dict[str, Any]:
-        """Remove a collection with its documents."""
+        """Delete a collection with its documents."""
         with refusals():
             await library.delete(name)
         return {"object": "collection.deleted", "id": name, "deleted": True}
 
     @router.post("/{name}/documents")
     async def add(name: str, request: NewDocuments) -> dict[str, Any]:
-        """Put documents in; they are found as soon as this answers."""
+        """Add documents. A search finds them as soon as this request is answered."""
         documents = [
             StoredDocument(document.id or _hash(document.text), document.title, document.text)
             for document in request.documents
@@ -102,7 +102,7 @@ def collection_routes(library: Library) -> APIRouter:
 
     @router.delete("/{name}/documents/{document_id:path}")
     async def remove(name: str, document_id: str) -> dict[str, Any]:
-        """Take a document out."""
+        """Delete a document."""
         with refusals():
             removed = await library.remove(name, document_id)
         if not removed:
@@ -111,7 +111,7 @@ def collection_routes(library: Library) -> APIRouter:
 
     @router.post("/{name}/search")
     async def search(name: str, request: Search) -> dict[str, Any]:
-        """The passages that fit a question best, one a document."""
+        """The passages that fit a question best, one for each document."""
         with refusals():
             matches = await library.search(name, request.question, request.passages)
         return {"object": "list", "collection": name, "data": describe_matches(matches)}

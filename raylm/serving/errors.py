@@ -25,7 +25,7 @@ class ErrorObject(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is none."""
+    """The body of every error response."""
 
     error: ErrorObject
 
@@ -42,7 +42,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         400: "The request is wrong; the message says what is allowed",
         401: "The API key is missing or wrong",
         404: "No such model, collection or page",
-        405: "The route has another method",
+        405: "The route does not take this method",
         413: "The body is too large",
         429: "Too many requests with this key",
         500: "The engine failed",

@@ -54,7 +54,7 @@ class GenerationRequest(RequestBody):
     """What all routes that generate text share."""
 
     model: str | None = None
-    """Name of the model; the one that is served where it is left out."""
+    """Name of the model; by default the first one that fits the route."""
     max_tokens: int | None = Field(default=None, ge=0)
     """Most tokens to generate."""
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -64,17 +64,17 @@ class GenerationRequest(RequestBody):
     seed: int | None = None
     """Seed of the sampling; the same seed gives the same text."""
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    """Taken from the logit of every token that was generated before."""
+    """Subtracted from the logit of every token that was generated before."""
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    """Taken from a token's logit as many times as it was generated before."""
+    """Subtracted from a token's logit once for each time that it was generated before."""
     stop: str | list[str] | None = None
-    """Strings before which the text ends; at most 4."""
+    """Strings that end the text, at most 4; the text ends before them."""
     stream: bool | None = None
     """Send the text as server-sent events while it is generated."""
     stream_options: StreamOptions | None = None
     """Only together with stream."""
     user: str | None = None
-    """The client's own name for its user; without effect."""
+    """The client's name for its user; has no effect."""
 
     @model_validator(mode="before")
     @classmethod
@@ -119,13 +119,14 @@ class CompletionRequest(GenerationRequest):
     prompt: str | TokenIds | list[str] | list[TokenIds]
     """Text, token ids, or a list of either."""
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
-    """Completions of each prompt; default 1."""
+    """Number of completions of each prompt; default 1."""
     echo: bool | None = None
-    """Put the prompt before the completion; with max_tokens 0 nothing is generated."""
+    """Begin the text with the prompt; with max_tokens 0 nothing is generated."""
     response_format: ResponseFormat | None = None
-    """JSON that the text must be: ``{"type": "json_schema", "json_schema": {"schema": ...}}`` or json_object."""
+    """JSON that the text must follow: ``{"type": "json_schema", "json_schema": {"schema": ...}}`` or json_object."""
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
-    """Give each token's log-probability, and those of this many likeliest ones; streaming, all with the last piece."""
+    """Return each token's log-probability, and those of this many likeliest tokens. A stream sends all with its last
+    piece."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:
@@ -176,13 +177,13 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """OpenAI's newer name of max_tokens."""
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
-    """Answers to give; default 1."""
+    """Number of answers; default 1."""
     response_format: ResponseFormat | None = None
-    """JSON that the answer must be: ``{"type": "json_schema", "json_schema": {"schema": ...}}`` or json_object."""
+    """JSON that the answer must follow: ``{"type": "json_schema", "json_schema": {"schema": ...}}`` or json_object."""
     logprobs: bool | None = None
-    """Give each token's log-probability; streaming, all with the last piece."""
+    """Return each token's log-probability. A stream sends all with its last piece."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
-    """With logprobs: those of this many likeliest tokens too."""
+    """Return the log-probabilities of this many likeliest tokens too; needs logprobs."""
 
     @model_validator(mode="after")
     def _something_to_say(self) -> ChatRequest:
@@ -199,11 +200,11 @@ class EmbeddingRequest(RequestBody):
     input: str | TokenIds | list[str] | list[TokenIds]
     """Text, token ids, or a list of either."""
     model: str | None = None
-    """Name of the model; the first one where it is left out."""
+    """Name of the model; by default the first one that fits the route."""
     encoding_format: Literal["float", "base64"] = "float"
     """base64: little-endian fp32."""
     user: str | None = None
-    """The client's own name for its user; without effect."""
+    """The client's name for its user; has no effect."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> EmbeddingRequest:
@@ -223,17 +224,17 @@ class QuestionRequest(GenerationRequest):
     question: str = Field(min_length=1)
     """The question."""
     collection: str | None = None
-    """Where to look; by default in the collection that the server was started with."""
+    """Collection to search; by default the one that the server was started with."""
     context: str | None = Field(default=None, min_length=1)
-    """A text to answer from, instead of a collection."""
+    """Text to answer from, instead of a collection."""
     mode: Literal["extractive", "generative"] | None = None
     """extractive: a reader points at the answer (sampling has no effect). generative: a model writes it. By default
-    extractive for a context where there is a reader, else generative."""
+    extractive for a context if a reader is served, else generative."""
     null_threshold: float | None = None
-    """extractive: say that there is no answer where its score (a logit) is above the best answer's by more than this;
-    by default what the server is set to."""
+    """extractive: give no answer if the score (a logit) of no answer exceeds the best answer's score by more than this;
+    by default the server's setting."""
     passages: int | None = Field(default=None, ge=1, le=20)
-    """Passages to answer from; by default what the server is set to."""
+    """Number of passages to answer from; by default the server's setting."""
 
     @model_validator(mode="after")
     def _one_place(self) -> QuestionRequest:

@@ -30,7 +30,7 @@ PAGE_HEADERS = {
 # For the OpenAPI document: what a route answers where the request says ``stream``.
 STREAMS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answer: one object, or server-sent events with `stream`",
+        "description": "The answer: one JSON object; with `stream`, server-sent events",
         "content": {
             "application/json": {"schema": {"type": "object"}},
             "text/event-stream": {},
@@ -56,7 +56,7 @@ def create_app(
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Whether every model can answer, their load, and counters since the start."""
+        """Whether every model can answer, the load of each, and counters since the start."""
         loads = {}
         for service in models.services:
             service.engine.check()
@@ -79,7 +79,7 @@ def create_app(
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """The models that can be asked."""
+        """The models that are served."""
         return {"object": "list", "data": [_model_object(service) for service in models.services]}
 
     @app.get("/v1/models/{name:path}")
@@ -89,7 +89,7 @@ def create_app(
 
     @app.post("/v1/completions", responses=STREAMS)
     async def completions(request: CompletionRequest) -> Response:
-        """Text that goes on from each prompt."""
+        """Continue each prompt."""
         return await complete(models.find(request.model, "generation"), request)
 
     @app.post("/v1/chat/completions", responses=STREAMS)
@@ -99,17 +99,17 @@ def create_app(
 
     @app.post("/v1/embeddings")
     async def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
-        """One vector for each text."""
+        """One vector for each text, of length 1."""
         return await embed(models.find(request.model, "generation", "embedding"), request)
 
     @app.post("/v1/qa", responses=STREAMS)
     async def question_answering(request: QuestionRequest) -> Response:
-        """An answer from a collection's passages, with its sources, or from a given context."""
+        """Answer a question from the passages of a collection, with its sources, or from a given context."""
         return await answer_question(models, library, request, request.passages or passages, least_relevance)
 
     @app.post("/v1/classify")
     async def classification(request: ClassifyRequest) -> dict[str, Any]:
-        """The label of each text."""
+        """The likeliest label of each text, and the probabilities of the labels."""
         return await classify(models.find(request.model, "classification"), request)
 
     app.include_router(collection_routes(library))

@@ -79,7 +79,7 @@ def concurrency(config: TuneConfig, cpus: float, gpus: float, use_gpu: bool, wor
     if fitting < 1:
         raise UserError(
             f"resources.workers: found {workers} with {config.resources.cpus_per_worker:g} CPUs each, allowed: what "
-            f"{cpus:g} CPUs and {gpus:g} GPUs hold"
+            f"fits into {cpus:g} CPUs and {gpus:g} GPUs"
         )
     wanted = config.tuning.max_concurrent
     if wanted == "auto":

@@ -92,10 +92,10 @@ def test_a_variant_is_a_function_of_seed_text_method_and_number() -> None:
 
 MISTAKES = [
     ({}, "give methods, balance, or both"),
-    ({"methods": [{"method": "paraphrase"}]}, "the method paraphrase needs a model"),
-    ({"methods": [{"method": "swap", "mask": "x"}]}, "mask is not for the method swap"),
-    ({"methods": [{"method": "copy", "part": "answer"}]}, "part is not for the method copy"),
-    ({"methods": [{"method": "synonym"}]}, "the method synonym needs a dictionary"),
+    ({"methods": [{"method": "paraphrase"}]}, "model: missing; the method paraphrase needs a served model"),
+    ({"methods": [{"method": "swap", "mask": "x"}]}, "mask: found with the method swap, allowed with: span_mask"),
+    ({"methods": [{"method": "copy", "part": "answer"}]}, "part: leave it out with the method copy"),
+    ({"methods": [{"method": "synonym"}]}, "dictionary: missing; the method synonym needs a file"),
     ({"methods": [{"method": "wap"}]}, "found 'wap', allowed: 'copy', 'swap'"),
     ({"methods": [{"method": "swap", "share": 2.0}]}, "share: found 2.0"),
 ]

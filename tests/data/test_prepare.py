@@ -213,7 +213,7 @@ BAD_INPUT = {
         {"train": "http://127.0.0.1:1/a.txt"},
         "data.train: http://127.0.0.1:1/a.txt cannot be reached: ",
     ),
-    "vocabulary below the bytes": ({"train": "{}/good.txt"}, "vocab_size 200 is smaller than the byte alphabet"),
+    "vocabulary below the bytes": ({"train": "{}/good.txt"}, "tokenizer.vocab_size: found 200, allowed: 260 or more"),
     "not prepared": ({"train": "{}", "format": "prepared"}, "is not a prepared directory"),
     "tokenizer": ({"train": "{}/good.txt", "validation_fraction": 0}, "tokenizer.path: {}/none does not exist"),
 }

@@ -88,7 +88,7 @@ def test_bad_csv_is_named_by_line(tmp_path):
     path.write_text("id,text\n1,a\n2,b,c\n")
     assert refusal(path) == f"{path}:3: found 3 fields, the header has 2"
     path.write_text("text,text\na,b\n")
-    assert refusal(path) == f"{path}:1: column 'text' stands twice in the header"
+    assert refusal(path) == f"{path}:1: column 'text' is twice in the header"
     path.write_text('id,text\n1,"a" b\n')
     assert refusal(path).startswith(f"{path}:2: malformed CSV: ")
     path.write_text("id,body\n1,a\n")

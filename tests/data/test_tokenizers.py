@@ -143,5 +143,5 @@ def test_a_path_without_a_usable_tokenizer_is_refused(tmp_path):
     make_tokenizer(KINDS["byte"], iter(())).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
-    with pytest.raises(UserError, match="has no EOS token"):
+    with pytest.raises(UserError, match="has neither an EOS token nor a separator"):
         reuse_tokenizer(str(tmp_path))

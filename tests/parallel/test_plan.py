@@ -133,7 +133,8 @@ def test_what_cannot_be_cut_is_refused() -> None:
         return str(caught.value)
 
     assert refused(RobertaConfig(), "masked", pipeline=2).startswith(
-        "parallel.pipeline: found 2, allowed for roberta: 1; cut over processes are bert, gpt2, llama, t5"
+        "parallel.pipeline: found 2, allowed for roberta: 1; tensor and pipeline parallelism are for bert, gpt2, "
+        "llama, t5"
     )
     assert refused(BertConfig(), "extractive_qa", tensor=2).startswith("parallel.tensor: found 2, allowed with obj")
     assert "a divisor of the model's d_ff (9)" in refused(T5Config(num_heads=8, d_ff=9), "span", tensor=2)
