@@ -29,6 +29,7 @@ from raylm.parallel.environment import prepare_deepspeed
 
 VOCABULARY = 2048
 KINDS = ("fp32", "bf16")
+WARM_UP = 10
 
 
 def arguments() -> argparse.Namespace:
@@ -74,7 +75,7 @@ def make_engine(chosen: argparse.Namespace, bf16: bool):
         n_head=chosen.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    training = TrainingSection(steps=1, optimizer=chosen.optimizer)
+    training = TrainingSection(steps=1, optimizer=chosen.optimizer, precision="bf16" if bf16 else "fp32")
     outline = make_outline(config)
     return DataParallelEngine(
         ObjectiveModule(outline.model, CausalObjective()), lambda named: make_optimizer(training, named, "gpt2"),
@@ -85,6 +86,8 @@ def make_engine(chosen: argparse.Namespace, bf16: bool):
 
 
 def rank_main(rank: int, store: str, chosen: argparse.Namespace, output: str) -> None:
+    from raylm.parallel.precision import decide, measure
+
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(chosen.workers)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=chosen.workers)
@@ -103,12 +106,14 @@ def rank_main(rank: int, store: str, chosen: argparse.Namespace, output: str) ->
         return found
 
     found: dict[str, Any] = {
+        "auto": decide([measure(chosen.width, chosen.batch * chosen.length, 1)]).record(),
         "parameters": sum(p.numel() for p in engines["fp32"].parameters.values()),
         "losses": {kind: [] for kind in KINDS},
         "tokens_per_second": {kind: [] for kind in KINDS},
     }
     for step in range(chosen.loss_steps):
         for kind, engine in engines.items():
+            engine.set_learning_rate(min(1.0, (step + 1) / WARM_UP))
             found["losses"][kind].append(engine.mean_loss(engine.train_step(batches(step))))
     for number in range(chosen.rounds):
         for kind, engine in engines.items():
@@ -141,6 +146,8 @@ def main() -> None:
     result |= {
         "settings": vars(chosen),
         "largest_relative_difference_of_losses": max(apart, default=None),
+        "median_relative_difference_of_losses": statistics.median(apart) if apart else None,
+        "steps_with_losses_within_1e-3": sum(difference <= 1e-3 for difference in apart),
         "median_tokens_per_second": {kind: round(statistics.median(found)) for kind, found in speeds.items() if found},
         "ratios": [round(ratio, 3) for ratio in ratios],
     }
