@@ -43,14 +43,21 @@ def tune(config: TuneConfig) -> None:
         trial_config(config, candidate)
 
     from raylm.models.loading import resolve_model
+    from raylm.parallel.plan import check_model
+    from raylm.parallel.precision import with_precision
     from raylm.training.launch import exclusive, new_attempt
+    from raylm.training.precision import note_precision, run_precision
     from raylm.training.worker import TrainingJob
 
     # Without the dashboard, stopped trials leak their placement groups.
     with ray_session(dashboard=True):
         capacity = cluster_capacity()
-        configs, at_a_time, use_gpu = _resolve(config, candidates, capacity)
-        run.create()
+        # One for all trials, which the search is to tell apart.
+        precision = run_precision(run, config, check_model(config)[0], capacity)
+        planned = with_precision(config, precision)
+        configs, at_a_time, use_gpu = _resolve(planned, candidates, capacity)
+        run.create(planned)
+        note_precision(run, precision)
         with exclusive(run.path):
             data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
             base = TrainingJob(
@@ -64,7 +71,7 @@ def tune(config: TuneConfig) -> None:
                 use_gpu=use_gpu,
                 attempt=new_attempt(),
             )
-            rows = _search(config, base, configs, candidates, at_a_time)
+            rows = _search(planned, base, configs, candidates, at_a_time)
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
         raise RunFailure(f"no trial finished; see {run.path / 'trials'}")
@@ -74,7 +81,7 @@ def tune(config: TuneConfig) -> None:
     shutil.copytree(trial_directory(run.path, best["trial"]) / "model", partial)
     shutil.rmtree(run.path / "model", ignore_errors=True)
     partial.rename(run.path / "model")
-    run.write_report({"best": best, "trials": rows, "concurrent_trials": at_a_time})
+    run.write_report({"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()})
     print(table(rows, list(config.tuning.space)))
     print(f"tune: best is trial {best['trial']}, validation loss {best['validation_loss']:.4f}")
     print(f"  model in {run.path / 'model'}, trials in {run.path / 'trials'}")
