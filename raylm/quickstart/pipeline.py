@@ -23,9 +23,10 @@ from typing import Any
 import raylm
 from raylm.config import load_config
 from raylm.errors import RunFailure, UserError
+from raylm.quickstart.questions import answers_for_people
 
 STAGES = ("prepare", "pretrain", "finetune", "tune", "evaluate", "compress")
-QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?")
+QUESTION = "What does os.path.join do?"
 COMPLETION_PROMPT = "Return the"
 START_SECONDS, CTRL_C_SECONDS, STOP_SECONDS, STAGE_SECONDS = 180.0, 10.0, 60.0, 3600.0
 
@@ -56,10 +57,10 @@ def run_quickstart(directory: Path, *, keep_serving: bool = False) -> None:
             print(f"   {stage} took {time.monotonic() - stage_began:.0f} s", flush=True)
         print(f"\n== {len(STAGES) + 1}/{len(STAGES) + 1} serve: raylm serve {recipes / 'serve.yaml'}", flush=True)
         with _server(recipes / "serve.yaml", directory) as (url, process):
-            _ask(url)
+            _ask(url, directory / "runs" / "quickstart")
             print(f"\nquickstart: done in {time.monotonic() - began:.0f} s, peak memory {memory.peak / 1e9:.1f} GB")
             print("Try it (start the server with: raylm serve jobs/recipes/quickstart/serve.yaml):")
-            body = json.dumps({"question": QUESTIONS[0]})
+            body = json.dumps({"question": QUESTION})
             print(f"  curl -s {url}/v1/qa -H 'Content-Type: application/json' -d '{body}'", flush=True)
             if keep_serving:
                 print(f"Serving on {url}; stop with Ctrl-C.", flush=True)
@@ -111,12 +112,9 @@ def _post(url: str, body: dict[str, Any]):
     return urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=120)
 
 
-def _ask(url: str) -> None:
-    for question in QUESTIONS:
-        with _post(f"{url}/v1/qa", {"question": question}) as response:
-            answer = json.load(response)
-        print(f"   question: {question}\n   answer:   {answer['answer']}")
-        print(f"   sources:  {', '.join(source['title'] or source['id'] for source in answer['sources'])}", flush=True)
+def _ask(url: str, runs: Path) -> None:
+    for line in answers_for_people(url, runs):
+        print(f"   {line}", flush=True)
     with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as response:
         model = json.load(response)["data"][0]["id"]
     print(f"   streamed completion: {COMPLETION_PROMPT}", end="", flush=True)
