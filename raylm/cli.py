@@ -18,6 +18,7 @@ import click
 import typer
 
 from raylm.errors import RunFailure, UserError
+from raylm.progress import Activity
 
 app = typer.Typer(
     name="raylm",
@@ -53,8 +54,10 @@ def run_stage(stage: str, path: Path, overrides: list[str] | None) -> None:
     from raylm.config import load_config
 
     config = load_config(stage, path, overrides or [])
-    module, function = STAGE_FUNCTIONS[stage]
-    getattr(importlib.import_module(module), function)(config)
+    module, name = STAGE_FUNCTIONS[stage]
+    with Activity(f"{stage}: importing libraries"):
+        function = getattr(importlib.import_module(module), name)
+    function(config)
 
 
 @app.command()

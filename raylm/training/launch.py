@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylm.cluster import training_environment, worker_environment
 from raylm.errors import RunFailure, UserError
-from raylm.progress import ProgressBar
+from raylm.progress import Activity, ProgressBar
 from raylm.training.worker import TrainingJob, Worker
 
 if TYPE_CHECKING:
@@ -41,6 +41,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     from raylm.parallel.environment import prepare_deepspeed
 
     job: TrainingJob = settings["job"]
+    context, resources = ray.train.get_context(), job.config.resources
+    rank = context.get_world_rank()
+
+    def doing(text: str) -> None:
+        if rank == 0:
+            job.progress.update.remote({"doing": text})
+
+    doing("importing DeepSpeed")
     prepare_deepspeed(job.use_gpu)
     from raylm.training.health import HealthMonitor
     from raylm.training.loop import TrainingLoop
@@ -48,8 +56,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     from raylm.training.preemption import Notices
     from raylm.training.storage import Storage
 
-    context, resources = ray.train.get_context(), job.config.resources
-    rank = context.get_world_rank()
     begun: list[Any] = [None, None]
     if rank == 0:
         generation = new_attempt()
@@ -82,6 +88,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 memory_bytes=lambda: health.answer.memory_bytes,
             )
             mirror.fetch_data()
+            doing("building the model")
             loop = TrainingLoop(job, worker)
             if rank == 0:
                 job.progress.update.remote({"total_steps": loop.total_steps})
@@ -213,17 +220,29 @@ def _show_progress(
             if time.monotonic() > deadline:
                 raise RunFailure(f"SIGTERM: the workers did not end within {STOP_SECONDS:.0f} s")
 
-    while fitting.running() and "total_steps" not in latest:
-        poll()
+    with Activity(f"{job.stage}: starting {_workers(job)}") as activity:
+        while fitting.running() and "total_steps" not in latest:
+            poll()
+            if "doing" in latest:
+                activity.change(f"{job.stage}: {latest['doing']}")
     with ProgressBar(job.stage, latest.get("total_steps"), "steps", latest.get("step", 0)) as bar:
         while fitting.running() and "final" not in latest:
             poll()
             if "step" in latest:
-                validation = f" validation {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
-                bar.update(
-                    latest["step"],
-                    f"loss {latest['loss']:.4f}{validation} {latest['tokens_per_second']:,.0f} tokens/s",
-                )
+                bar.update(latest["step"], _note(latest))
+
+
+def _workers(job: TrainingJob) -> str:
+    count = job.config.resources.workers
+    return "workers" if count == "auto" else f"{count} worker{'s' if count != 1 else ''}"
+
+
+def _note(latest: dict[str, Any]) -> str:
+    """The latest figures, or what is done after the last step."""
+    if "finishing" in latest:
+        return latest["finishing"]
+    validation = f", validation loss {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
+    return f"loss {latest['loss']:.4f}{validation}, {latest['tokens_per_second']:,.0f} tokens/s"
 
 
 @contextlib.contextmanager

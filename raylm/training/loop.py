@@ -331,6 +331,8 @@ class TrainingLoop:
 
     def _finish(self) -> dict[str, Any]:
         """Export the final (under early stopping the best) weights, reload them and compare."""
+        if self.worker.rank == 0 and self.job.progress is not None:
+            self.job.progress.update.remote({"finishing": "exporting the model and comparing its outputs"})
         root = self.writer.root
         chosen = root.read(BEST) if self.config.training.early_stopping else None
         source = root / (chosen or root.read(LATEST) or b"").decode().strip()

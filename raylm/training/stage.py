@@ -13,6 +13,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.data.sources import MANIFEST
 from raylm.errors import UserError
+from raylm.progress import Activity
 
 if TYPE_CHECKING:
     from raylm.data.labelled import LabelledInput
@@ -245,7 +246,8 @@ def run_training(stage: str, config: TrainConfig) -> None:
     if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
         print(f"{stage}: {run.path} is done already (step {done['step']}); model in {run.path / 'model'}")
         return
-    checked = validate(config)
+    with Activity(f"{stage}: checking the data and the model"):
+        checked = validate(config)
 
     from raylm.models.loading import resolve_model
     from raylm.parallel.plan import apply_layout, plan_training, recorded
