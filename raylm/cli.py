@@ -126,11 +126,20 @@ def generate(
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(help="Directory of any stage's run.")]) -> None:
-    """Write report.html with plots beside a run's report.json."""
-    from raylm.evaluation.report import write_html
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write. Default: report.html in the run's directory; of several runs, in the current one.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run of any stage, also one that is still going, or compare several on one page."""
+    from raylm.reports.report import write_report
 
-    print(write_html(run_directory))
+    print(write_report(runs, output))
 
 
 @app.command()

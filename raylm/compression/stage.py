@@ -73,7 +73,7 @@ def compress(config: CompressConfig) -> None:
 def _next(run: RunDirectory) -> str:
     return (
         f"  model      {run.path / 'model'} (as it was, and its 8-bit form in openvino/)\n"
-        f"  next       try it: raylm generate {run.path} 'TEXT'; as a page: raylm report {run.path}"
+        f"  next       the comparison as a page: raylm report {run.path}"
     )
 
 

@@ -12,16 +12,21 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.cluster import training_environment, worker_environment
 from raylm.errors import RunFailure, UserError
 from raylm.progress import Activity, ProgressBar
+from raylm.training.events import append_event
+from raylm.training.metrics import read_metrics
+from raylm.training.mirror import METRICS
 from raylm.training.worker import TrainingJob, Worker
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
     from raylm.training.board import Failure
     from raylm.training.fitting import Fitting
 
@@ -123,8 +128,8 @@ def launch(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from raylm.training.board import Board
-    from raylm.training.fitting import Fitting, TellBoard
-    from raylm.training.preemption import NoticingTorchConfig, SaveBeforeResize, sigterm_noticed, sigterm_received
+    from raylm.training.fitting import TellBoard
+    from raylm.training.preemption import NoticingTorchConfig, SaveBeforeResize
     from raylm.training.storage import Storage
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
@@ -157,6 +162,18 @@ def launch(
             ],
         ),
     )
+    with _noting_the_end(job):
+        return _fit(job, trainer, on_evaluation)
+
+
+def _fit(
+    job: TrainingJob, trainer: TorchTrainer, on_evaluation: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any]:
+    import ray
+
+    from raylm.training.fitting import Fitting
+    from raylm.training.preemption import sigterm_noticed, sigterm_received
+
     with sigterm_noticed(), Fitting(trainer, job.progress) as fitting:
         _show_progress(job, fitting, sigterm_received, on_evaluation)
         # Long enough for the workers' resources to be free again; without a dashboard Ray Train's controller then
@@ -172,6 +189,25 @@ def launch(
     if "failure" in final:
         raise RunFailure(final["failure"])
     return {**final, "restarts": latest["restarts"]}
+
+
+@contextlib.contextmanager
+def _noting_the_end(job: TrainingJob) -> Iterator[None]:
+    """Write an end that is no success into the run's events."""
+    try:
+        yield
+    except (RunFailure, KeyboardInterrupt) as error:
+        failed = isinstance(error, RunFailure)
+        lines = read_metrics(job.directory / METRICS)
+        append_event(
+            job.directory,
+            {
+                "kind": "failure" if failed else "interrupted",
+                "step": lines[-1]["step"] if lines else 0,
+                "text": str(error) if failed else "interrupted; the same command goes on from the last checkpoint",
+            },
+        )
+        raise
 
 
 def _explain(error: Exception | None, first: Failure | None) -> str:
@@ -200,15 +236,16 @@ def _show_progress(
     import ray
 
     latest: dict[str, Any] = {"restarts": []}
-    told, evaluated, deadline = 0, 0, float("inf")
+    noted, evaluated, deadline = 0, 0, float("inf")
 
     def poll() -> None:
-        nonlocal latest, told, evaluated, deadline
+        nonlocal latest, noted, evaluated, deadline
         fitting.wait(POLL_SECONDS)
         latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
-        for reason in latest["restarts"][told:]:
-            print(f"{job.stage}: workers restarted after {reason}", file=sys.stderr, flush=True)
-        told = len(latest["restarts"])
+        for event in ray.get(job.progress.events.remote(noted), timeout=HANDOVER_SECONDS):
+            print(f"{job.stage}: {event['text']}", file=sys.stderr, flush=True)
+            append_event(job.directory, event)
+            noted += 1
         if on_evaluation is not None:
             for metrics in ray.get(job.progress.evaluations.remote(evaluated), timeout=HANDOVER_SECONDS):
                 on_evaluation(metrics)
