@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 
 from raylm.reports.figures import Figure, short
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 220, 52, 12, 10, 26
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 220, 52, 16, 10, 26
+# Half the width of a digit of the axes' text.
+HALF_DIGIT = 3.5
 COLOURS = 8
 # Points of a curve that are drawn; of more the lowest and highest of each group are.
 MOST_POINTS = 1200
@@ -37,6 +39,8 @@ figure svg{margin:.3em 0;touch-action:pan-y}
 background:var(--k);margin-right:.4em;vertical-align:middle}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;vector-effect:non-scaling-stroke}
 .raw{fill:none;stroke-width:1;opacity:.3;vector-effect:non-scaling-stroke}
+.legend{display:flex;flex-wrap:wrap;gap:.2em 1.4em;position:sticky;top:0;
+background:var(--page);padding:.4em 0;z-index:2}
 .tip{position:absolute;z-index:1;pointer-events:none;background:var(--page);border:1px solid var(--line);
 border-radius:6px;padding:.35em .7em;font-size:.85em;box-shadow:0 2px 8px #0002;font-variant-numeric:tabular-nums;
 max-width:90%}
@@ -130,14 +134,26 @@ class _Scale:
         return TOP + (self.y[1] - y) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
 
 
-def chart(figure: Figure, series: Sequence[Series], marks: Sequence[Mark] = (), title: str | None = None) -> str:
-    """One chart of ``series``, each of one point or more, over the steps, with ``marks`` at the events."""
+def chart(
+    figure: Figure,
+    series: Sequence[Series],
+    marks: Sequence[Mark] = (),
+    title: str | None = None,
+    *,
+    named: bool = False,
+) -> str:
+    """One chart of ``series``, each of one point or more, over the steps, with ``marks`` at the events.
+
+    Args:
+        title: the figure's own by default.
+        named: say beside the title which curve is which; else the page's legend does.
+    """
     drawn = [Series(one.name, thinned(one.points), one.colour) for one in series]
     scale = _scale(drawn)
     shown = [mark for mark in marks if scale.x[0] <= mark.step <= scale.x[1]]
     better = f"{figure.better} is better" if figure.better else ""
     caption = ", ".join(text for text in (figure.unit, better) if text)
-    keys = "".join(_key(one) for one in drawn) if len(drawn) > 1 else ""
+    keys = "".join(_key(one) for one in drawn) if named and len(drawn) > 1 else ""
     data = {
         "unit": figure.symbol,
         "smooth": figure.smooth,
@@ -173,7 +189,7 @@ def _key(one: Series) -> str:
 def legend(names: Sequence[str]) -> str:
     """The runs and their colours, in order."""
     keys = "".join(_key(Series(name, [], colour % COLOURS)) for colour, name in enumerate(names))
-    return f'<p style="display:flex;flex-wrap:wrap;gap:.2em 1.4em">{keys}</p>'
+    return f"<p class=legend>{keys}</p>"
 
 
 def slider() -> str:
@@ -236,7 +252,7 @@ def _picture(figure: Figure, series: Sequence[Series], marks: Sequence[Mark], sc
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick in _ticks(*scale.x, 5):
         if scale.x[0] <= tick <= scale.x[1] and tick == int(tick):
-            x = scale.left(tick)
+            x = min(scale.left(tick), WIDTH - HALF_DIGIT * len(short(tick)))
             parts.append(f'<text x="{x:.1f}" y="{axis + 15}" text-anchor="middle">{short(tick)}</text>')
     for mark in marks:
         x = scale.left(mark.step)

@@ -54,7 +54,8 @@ def _training_headline(run: Run) -> dict[str, str]:
             found[name] = f"{evaluated[-1][key]:.1%}"
     seconds = max(1e-9, sum(interval_seconds(lines)))
     wanted = run.wanted_steps
-    found["steps" if run.report is not None or not wanted else f"steps of {wanted:,}"] = f"{last['step']:,}"
+    of = f" of {wanted:,}" if run.report is None and wanted else ""
+    found["steps"] = f"{last['step']:,}{of}"
     found["tokens"] = f"{last['tokens']:,}"
     found["tokens/s"] = f"{last['tokens'] / seconds:,.0f}"
     found["training time, h:min:s"] = clock(seconds)
@@ -73,11 +74,8 @@ def _tune_headline(report: dict[str, Any]) -> dict[str, str]:
     keys = [key for key in best if key not in ("trial", "step", "validation_loss", "status")]
     found |= {f"best {key}": _value(best[key]) for key in keys}
     finished = sum(row["status"] == "finished" for row in trials)
-    return found | {
-        "trials": str(len(trials)),
-        "finished": str(finished),
-        "at a time": str(report["concurrent_trials"]),
-    }
+    at_a_time = report["concurrent_trials"]
+    return found | {"trials": str(len(trials)), "finished": str(finished), "trials at a time": str(at_a_time)}
 
 
 def _evaluate_headline(report: dict[str, Any]) -> dict[str, str]:
@@ -137,10 +135,8 @@ def sections(run: Run) -> dict[str, str]:
 
 def definitions(values: dict[str, str]) -> str:
     """Titles with their texts."""
-    rows = "".join(
-        f"<dt>{html.escape(title)}</dt><dd>{html.escape(text)}</dd>" for title, text in values.items() if text
-    )
-    return f"<dl>{rows}</dl>" if rows else ""
+    pairs = "".join(f"<dt>{html.escape(title)}</dt><dd>{html.escape(text)}</dd>" for title, text in values.items())
+    return f"<dl>{pairs}</dl>" if pairs else ""
 
 
 def events_table(runs: list[Run]) -> str:
@@ -177,11 +173,11 @@ def _trials(report: dict[str, Any]) -> str:
             {"trial": row["trial"], **{key: _value(row[key]) for key in keys}, "steps": _or_dash(row["step"]),
              "validation loss": _or_dash(row["validation_loss"]), "status": row["status"]}
         )  # fmt: skip
-    return (
-        table(listed)
-        + "<p class=dim>Best first. A trial that was stopped early was behind the others at the same step; "
-        "its loss is the last that it reached.</p>"
+    note = (
+        "Best first. A trial that was stopped early was behind the others at the same step; its loss is the last that "
+        "it reached."
     )
+    return f"{table(listed)}<p class=dim>{note}</p>"
 
 
 def _comparison(report: dict[str, Any]) -> str:
@@ -207,12 +203,12 @@ def _labels(report: dict[str, Any]) -> str:
 
 
 def _sides(report: dict[str, Any]) -> str:
-    listed = [
-        {"questions": f"{report[f'{side}_questions']:,} {side}", "exact match, %": round(report[f"{side}_exact_match"], 2),
-         "F1, %": round(report[f"{side}_f1"], 2)}
-        for side in ("answerable", "unanswerable")
-        if f"{side}_f1" in report
-    ]  # fmt: skip
+    listed = []
+    for side in ("answerable", "unanswerable"):
+        if f"{side}_f1" in report:
+            exact, f1 = (round(report[f"{side}_{name}"], 2) for name in ("exact_match", "f1"))
+            count = f"{report[f'{side}_questions']:,} {side}"
+            listed.append({"questions": count, "exact match, %": exact, "F1, %": f1})
     return table(listed) if listed else ""
 
 

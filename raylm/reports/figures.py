@@ -38,10 +38,8 @@ FIGURES = (
     Figure("gradient_norm", "gradient norm", "before clipping"),
     Figure("tokens_per_second", "speed", "tokens/s", "tokens/s", better="higher"),
     Figure("mfu", "MFU", "% of the hardware's matrix-product peak", "%", 100.0, "higher"),
-    Figure("data_wait_seconds", "waiting for data", "seconds between two points", "s", better="lower", smooth=False),
-    Figure(
-        "checkpoint_seconds", "waiting for checkpoints", "seconds between two points", "s", better="lower", smooth=False
-    ),
+    Figure("data_wait_seconds", "waiting for data", "seconds a point", "s", better="lower", smooth=False),
+    Figure("checkpoint_seconds", "waiting for checkpoints", "seconds a point", "s", better="lower", smooth=False),
 )
 # Drawn only where there was a wait to speak of.
 WAITS = ("data_wait_seconds", "checkpoint_seconds")

@@ -73,10 +73,7 @@ def single_page(run: Run) -> str:
 
 def comparison_page(runs: list[Run]) -> str:
     """The page about several runs: their figures side by side, where their configurations differ, curves overlaid."""
-    parts = [legend([run.label for run in runs])]
-    parts.append(_figures_table(runs))
-    trained = [_with_curves(run) for run in runs]
-    parts += _curves_of_several(trained)
+    parts = [_figures_table(runs), *_curves_of_several([_with_curves(run) for run in runs])]
     differences = [
         {"key": key, **dict(zip((run.label for run in runs), values, strict=True))}
         for key, values in differing(runs).items()
@@ -111,7 +108,7 @@ def _curves_of_one(run: Run) -> list[str]:
         if found
     ]
     if is_worth_drawing(FIGURES[0], [one.points for one in series]):
-        charts.append(chart(FIGURES[0], series, marks, "loss"))
+        charts.append(chart(FIGURES[0], series, marks, "loss", named=True))
     for figure in FIGURES[2:]:
         found = points(run.metrics, figure)
         if is_worth_drawing(figure, [found]):
@@ -130,14 +127,14 @@ def _curves_of_several(runs: list[Run]) -> list[str]:
         ]
         if is_worth_drawing(figure, [one.points for one in series]):
             charts.append(chart(figure, series, _marks(runs) if len(runs) < COLOURS else []))
-    return _section_of(charts)
+    return _section_of(charts, legend([run.label for run in runs]))
 
 
-def _section_of(charts: list[str]) -> list[str]:
+def _section_of(charts: list[str], keys: str = "") -> list[str]:
     if not charts:
         return []
     note = "<p class=dim>By training step. Point at a curve for the values as they were logged.</p>"
-    return [f"<h2>Curves</h2>{note}{slider()}<div class=charts>{''.join(charts)}</div>"]
+    return [f"<h2>Curves</h2>{note}{slider()}{keys}<div class=charts>{''.join(charts)}</div>"]
 
 
 def _marks(runs: list[Run]) -> list[Mark]:
