@@ -14,6 +14,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.data.sources import MANIFEST
 from raylm.errors import UserError
+from raylm.progress import Activity
 
 if TYPE_CHECKING:
     from raylm.data.labelled import LabelledInput
@@ -234,6 +235,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
         UserError: configuration or input is wrong; nothing was started.
         RunFailure: the run failed; the same command goes on from its last checkpoint.
     """
+    from raylm.training.events import EVENTS
     from raylm.training.metrics import read_metrics
     from raylm.training.mirror import METRICS, SUMMARY, Mirror
     from raylm.training.storage import Storage
@@ -244,9 +246,10 @@ def run_training(stage: str, config: TrainConfig) -> None:
     mirror.open_run()
     run.check()
     if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
-        print(f"{stage}: {run.path} is done already (step {done['step']}); model in {run.path / 'model'}")
+        print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
         return
-    checked = validate(config)
+    with Activity(f"{stage}: checking the data and the model"):
+        checked = validate(config)
 
     from raylm.models.loading import resolve_model
     from raylm.parallel.plan import apply_layout, check_model, plan_training, recorded
@@ -294,10 +297,17 @@ def run_training(stage: str, config: TrainConfig) -> None:
     (run.path / SUMMARY).write_text(
         summarize(stage, config.run.name, read_metrics(run.path / METRICS), final), encoding="utf-8"
     )
-    mirror.send("report.json", SUMMARY)
-    per_byte = f" ({final['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in final else ""
-    print(
-        f"{stage}: {final['step']} steps, {final['tokens']:,} tokens, validation loss {final['validation_loss']:.4f} "
-        f"nats{per_byte}; reloaded model's logits differ by {final['logits_difference']:.1e}\n"
-        f"  model in {run.path / 'model'}, metrics in {run.path / METRICS}, summary in {run.path / SUMMARY}"
+    mirror.send("report.json", SUMMARY, EVENTS)
+    print(describe(stage, run, final))
+
+
+def describe(stage: str, run: RunDirectory, final: dict[str, Any]) -> str:
+    """What came of the run, where it lies and what to type next, for people."""
+    per_byte = f", {final['bits_per_byte']:.4f} bits per byte of text" if "bits_per_byte" in final else ""
+    return (
+        f"{stage}: {final['step']:,} steps, {final['tokens']:,} tokens\n"
+        f"  result     validation loss {final['validation_loss']:.4f} nats a target{per_byte} (lower is better)\n"
+        f"  check      the saved model was loaded again; its logits differ by {final['logits_difference']:.1e}\n"
+        f"  model      {run.path / 'model'}\n"
+        f"  next       curves on one page: raylm report {run.path}"
     )
