@@ -19,6 +19,7 @@ import typer
 
 import raylm
 from raylm.errors import RunFailure, UserError
+from raylm.progress import Activity
 
 app = typer.Typer(
     name="raylm",
@@ -69,8 +70,10 @@ def run_stage(stage: str, path: Path, overrides: list[str] | None) -> None:
     from raylm.config import load_config
 
     config = load_config(stage, path, overrides or [])
-    module, function = STAGE_FUNCTIONS[stage]
-    getattr(importlib.import_module(module), function)(config)
+    module, name = STAGE_FUNCTIONS[stage]
+    with Activity(f"{stage}: importing libraries"):
+        function = getattr(importlib.import_module(module), name)
+    function(config)
 
 
 @app.command()
@@ -217,11 +220,20 @@ def generate(
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(help="Directory of any stage's run.")]) -> None:
-    """Write report.html with plots beside a run's report.json."""
-    from raylm.evaluation.report import write_html
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write. Default: report.html in the run's directory; of several runs, in the current one.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run of any stage, also one that is still going, or compare several on one page."""
+    from raylm.reports.report import write_report
 
-    print(write_html(run_directory))
+    print(write_report(runs, output))
 
 
 @app.command()

@@ -12,11 +12,13 @@ import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from raylm.errors import RunFailure, UserError
 from raylm.parallel.capacity import Capacity, Node
+from raylm.progress import Activity
 
 # Ray itself tries for two minutes to reach a cluster that is not there.
 CONNECT_SECONDS = 10.0
@@ -46,11 +48,27 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
         UserError: ``RAY_ADDRESS`` names a cluster that does not answer.
         RunFailure: Ray could not be started.
     """
-    import ray
-
-    if ray.is_initialized():
+    if _joined():
         yield
         return
+    with Activity("joining the Ray cluster" if os.environ.get("RAY_ADDRESS") else "starting Ray"):
+        _start_ray(dashboard)
+    try:
+        yield
+    finally:
+        import ray
+
+        ray.shutdown()
+
+
+def _joined() -> bool:
+    """Whether this process is connected to Ray; without importing Ray where it cannot be."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def _start_ray(dashboard: bool) -> None:
+    import ray
+
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict = {"log_to_driver": False, "logging_level": logging.WARNING}
@@ -69,10 +87,6 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     except Exception as error:  # Ray raises its bare class where a process of it does not come up in time
         ray.shutdown()
         raise RunFailure(f"Ray did not start: {str(error).splitlines()[0]}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _check_address(address: str) -> None:

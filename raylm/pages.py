@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 STYLE = """
-:root{--ink:#1c2330;--dim:#667085;--line:#e4e7ec;--back:#f8f9fb;--fill:#3b6fb6;--soft:#c9daf0}
+:root{--ink:#1c2330;--dim:#667085;--line:#e4e7ec;--back:#f8f9fb;--fill:#3b6fb6;--soft:#c9daf0;--page:#fff;
+color-scheme:light dark}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--dim:#98a2b3;--line:#2b323d;--back:#1d232d;--fill:#6fa3e8;
+--soft:#35506f;--page:#14181f}}
 *{box-sizing:border-box}
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);
-max-width:62em;margin:2em auto 5em;padding:0 1.2em}
+background:var(--page);max-width:62em;margin:2em auto 5em;padding:0 1.2em}
 h1{font-size:1.7em;margin:0}h2{font-size:1.2em;margin:2.2em 0 .6em;padding-top:.6em;border-top:1px solid var(--line)}
 h3{font-size:1em;margin:1.4em 0 .4em}p{margin:.4em 0}.dim{color:var(--dim)}
 table{border-collapse:collapse;margin:.5em 0}td,th{padding:.25em 1em .25em 0;text-align:left;vertical-align:top;
@@ -30,17 +33,19 @@ blockquote{margin:.4em 0;padding:.5em .9em;background:var(--back);border-left:3p
 white-space:pre-wrap;overflow-wrap:anywhere;border-radius:0 6px 6px 0}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:.8em}
 details{margin:.3em 0}summary{cursor:pointer}img{width:100%}
-@media(max-width:40em){.pair{grid-template-columns:1fr}}
+.scroll{overflow-x:auto}.scroll>svg{min-width:34em}
+@media(max-width:40em){.pair{grid-template-columns:1fr}body{margin:1em auto 3em}.tile{min-width:7em;padding:.5em .8em}
+table{display:block;max-width:100%;overflow-x:auto}.bars{gap:.25em .5em}}
 """
 WIDTH, HEIGHT, LEFT, BOTTOM = 900, 210, 60, 34
 WIDEST = 90.0
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """A whole page."""
+def page(title: str, parts: Sequence[str], style: str = "") -> str:
+    """A whole page; ``style`` is CSS beside that of all pages."""
     head = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style>"
     )
     return "\n".join([head, f"<h1>{html.escape(title)}</h1>", *parts, "</html>"])
 
@@ -79,7 +84,9 @@ def table(value: Any) -> str:
         return f"<table>{rows}</table>"
     if isinstance(value, int | float) and not isinstance(value, bool):
         return number(value)
-    return html.escape(str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else html.escape(str(value))
 
 
 def _cell(value: Any) -> str:
@@ -144,7 +151,7 @@ def _chart(marks: str, ticks: Mapping[float, str], caption: str) -> str:
         for share, text in ticks.items()
     )
     name = f'<text x="{WIDTH}" y="{HEIGHT - 4}" text-anchor="end">{html.escape(caption)}</text>'
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{lines}{marks}{name}</svg>'
+    return f'<div class=scroll><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{lines}{marks}{name}</svg></div>'
 
 
 def quote(text: str) -> str:

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.compression.measure import BATCH_SIZES
+from raylm.compression.table import table
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
+from raylm.progress import Activity, ProgressBar
 
 if TYPE_CHECKING:
     from raylm.models.encoders import EncoderTask
@@ -43,15 +45,13 @@ def compress(config: CompressConfig) -> None:
         RunFailure: the export's logits do not agree with the original's, or measuring failed.
     """
     from raylm.compression.openvino import check_installed
-    from raylm.evaluation.stage import open_text, window_of
     from raylm.models.encoders import encoder_task
-    from raylm.models.families import check_positions
-    from raylm.models.loading import load_config, load_model, load_tokenizer, resolve_model
+    from raylm.models.loading import load_config, resolve_model
 
     run = RunDirectory("compress", config)
     run.check()
     if (report := run.report()) is not None:
-        print(f"compress: {run.path} is done already\n{_table_of(report)}")
+        print(f"compress: {run.path} is done already\n{table(report)}\n{_next(run)}")
         return
     if config.model.path is None:
         raise UserError("model.path: missing; compress needs an existing model")
@@ -60,31 +60,56 @@ def compress(config: CompressConfig) -> None:
     if not Path(source).is_dir():
         raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
     if (task := encoder_task(load_config(source))) is not None:
-        _compress_encoder(task, source, config, run)
-        return
-    tokenizer = load_tokenizer(source)
-    model = load_model(source)
-    window = window_of(config.evaluation, model.config)
-    check_positions(
-        model.config,
-        config.compression.prompt_tokens + config.compression.new_tokens,
-        "compression.prompt_tokens + compression.new_tokens",
+        report = _compress_encoder(task, source, config, run)
+    else:
+        report = _compress_generator(source, config, run)
+    run.write_report(report)
+    print(
+        f"compress: {config.model.path} to 8-bit weights, {report['threads']} CPU threads\n"
+        f"{table(report)}\n{_next(run)}"
     )
-    stream = open_text(config.data, config.evaluation.split, tokenizer)
-    prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
+
+
+def _next(run: RunDirectory) -> str:
+    return (
+        f"  model      {run.path / 'model'} (as it was, and its 8-bit form in openvino/)\n"
+        f"  next       the comparison as a page: raylm report {run.path}"
+    )
+
+
+def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) -> dict[str, Any]:
+    """The report of a model that generates text."""
+    from raylm.evaluation.stage import open_text, window_of
+    from raylm.models.families import check_positions
+    from raylm.models.loading import load_model, load_tokenizer
+
+    with Activity("compress: loading the model and the text"):
+        tokenizer = load_tokenizer(source)
+        model = load_model(source)
+        window = window_of(config.evaluation, model.config)
+        check_positions(
+            model.config,
+            config.compression.prompt_tokens + config.compression.new_tokens,
+            "compression.prompt_tokens + compression.new_tokens",
+        )
+        stream = open_text(config.data, config.evaluation.split, tokenizer)
+        prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
     run.create()
 
     partial = _copy_with_export(source, run, "causal")
-    scorer = _compare_logits(model, partial, prompts)
     threads = os.cpu_count() or 1
-    before = figures(stream, score_stream(stream, TransformersScorer(model), *window))
-    after = figures(stream, score_stream(stream, scorer[0], *window))
+    with Activity("compress: comparing the outputs of both models") as activity:
+        scorer = _compare_logits(model, partial, prompts)
+        activity.change("compress: measuring bits per byte before")
+        before = figures(stream, score_stream(stream, TransformersScorer(model), *window))
+        activity.change("compress: measuring bits per byte after")
+        after = figures(stream, score_stream(stream, scorer[0], *window))
     measured = _measure(
         {"transformers": source, "openvino": str(partial)}, prompts, config.compression.new_tokens, threads
     )
     _replace_model(partial, run)
     outputs = measured["transformers"].pop("outputs"), measured["openvino"].pop("outputs")
-    report = {
+    return {
         "model": config.model.path,
         "threads": threads,
         "logits_cosine": scorer[1],
@@ -102,34 +127,34 @@ def compress(config: CompressConfig) -> None:
         },
         "greedy_agreement": agreement(*outputs),
     }
-    run.write_report(report)
-    print(f"compress: {config.model.path} to 8-bit weights, {threads} threads\n{table(report)}")
-    print(f"  model in {run.path / 'model'} (export in openvino/)")
 
 
-def _compress_encoder(task: EncoderTask, source: str, config: CompressConfig, run: RunDirectory) -> None:
-    """The stage for a model that reads and does not generate."""
+def _compress_encoder(task: EncoderTask, source: str, config: CompressConfig, run: RunDirectory) -> dict[str, Any]:
+    """The report of a model that reads and does not generate."""
     from raylm.compression import encoders
 
-    material = encoders.open_material(task, config, source)
+    with Activity("compress: reading the data"):
+        material = encoders.open_material(task, config, source)
     run.create()
     partial = _copy_with_export(source, run, task)
     threads = os.cpu_count() or 1
-    compared = encoders.compare(material, source, partial, threads)
+    with Activity("compress: comparing the outputs of both models"):
+        compared = encoders.compare(material, source, partial, threads)
     paths = {"transformers": source, "openvino": str(partial)}
     rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in paths}
-    for _ in range(ROUNDS):
-        for engine, path in paths.items():
-            job = encoders.latency_job(engine, path, material, threads)
-            rounds[engine].append(_measure_once(job, "raylm.compression.measure_encoder"))
+    with _measuring(paths) as bar:
+        for _ in range(ROUNDS):
+            for engine, path in paths.items():
+                job = encoders.latency_job(engine, path, material, threads)
+                rounds[engine].append(_measure_once(job, "raylm.compression.measure_encoder"))
+                bar.update(bar.done + 1)
     _replace_model(partial, run)
-    report = {
+    return {
         "model": config.model.path,
         "task": task,
         "threads": threads,
         "sequence_length": material.length,
-        "outputs_cosine": compared["outputs_cosine"],
-        "outputs_cosine_least": compared["outputs_cosine_least"],
+        **compared["closeness"],
         "before": {
             "engine": "transformers fp32",
             "weight_bytes": _size(Path(source), "*.safetensors"),
@@ -143,33 +168,28 @@ def _compress_encoder(task: EncoderTask, source: str, config: CompressConfig, ru
             **compared["after"],
         },
     }
-    run.write_report(report)
-    print(f"compress: {config.model.path} to 8-bit weights, {threads} threads\n{encoders.table(report)}")
-    print(f"  model in {run.path / 'model'} (export in openvino/)")
+
+
+def _measuring(models: dict[str, str]) -> ProgressBar:
+    """Over the processes that measure, one for each engine and round."""
+    return ProgressBar("compress: measuring speed and memory", ROUNDS * len(models), "measurements")
 
 
 def _copy_with_export(source: str, run: RunDirectory, task: str) -> Path:
     """The original directory with the export in its ``openvino/``, not yet under its own name."""
-    from raylm.compression.openvino import export_int8
-
     partial = run.path / ".model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("openvino"))
-    export_int8(source, partial / "openvino", task)
+    with Activity("compress: converting the model to 8-bit weights (OpenVINO)"):
+        from raylm.compression.openvino import export_int8
+
+        export_int8(source, partial / "openvino", task)
     return partial
 
 
 def _replace_model(partial: Path, run: RunDirectory) -> None:
     shutil.rmtree(run.path / "model", ignore_errors=True)
     partial.rename(run.path / "model")
-
-
-def _table_of(report: dict[str, Any]) -> str:
-    if "task" not in report:
-        return table(report)
-    from raylm.compression import encoders
-
-    return encoders.table(report)
 
 
 def take_prompts(stream: TextStream, count: int, length: int) -> list[list[int]]:
@@ -219,12 +239,14 @@ def _compare_logits(model, directory: Path, prompts: list[list[int]]) -> tuple[A
 def _measure(models: dict[str, str], prompts: list[list[int]], new_tokens: int, threads: int) -> dict[str, Any]:
     """Medians of interleaved rounds, each in a fresh process."""
     rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in models}
-    for _ in range(ROUNDS):
-        for engine, path in models.items():
-            job = {
-                "engine": engine, "model": path, "prompts": prompts, "new_tokens": new_tokens, "threads": threads,
-            }  # fmt: skip
-            rounds[engine].append(_measure_once(job))
+    with _measuring(models) as bar:
+        for _ in range(ROUNDS):
+            for engine, path in models.items():
+                job = {
+                    "engine": engine, "model": path, "prompts": prompts, "new_tokens": new_tokens, "threads": threads,
+                }  # fmt: skip
+                rounds[engine].append(_measure_once(job))
+                bar.update(bar.done + 1)
     return {
         engine: {
             "resident_bytes": statistics.median(r["resident_bytes"] for r in found),
@@ -255,24 +277,3 @@ def _measure_once(job: dict[str, Any], module: str = "raylm.compression.measure"
 
 def _size(directory: Path, pattern: str) -> int:
     return sum(path.stat().st_size for path in directory.glob(pattern))
-
-
-def table(report: dict[str, Any]) -> str:
-    """Before and after as lines of text."""
-    rows = [("", report["before"]["engine"], report["after"]["engine"])]
-    for title, read in (
-        ("weights on disk, MB", lambda r: f"{r['weight_bytes'] / 1e6:.2f}"),
-        ("resident after load, MB", lambda r: f"{r['resident_bytes'] / 1e6:.0f}"),
-        ("peak memory, MB", lambda r: f"{r['peak_bytes'] / 1e6:.0f}"),
-        ("tokens/s, batch 1", lambda r: f"{r['tokens_per_second']['1']:,.0f}"),
-        ("tokens/s, batch 8", lambda r: f"{r['tokens_per_second']['8']:,.0f}"),
-        ("bits per byte", lambda r: f"{r['bits_per_byte']:.4f}"),
-    ):
-        rows.append((title, read(report["before"]), read(report["after"])))
-    lines = [f"  {title:<26}{one:>18}{other:>16}" for title, one, other in rows]
-    agreed = report["greedy_agreement"]
-    lines.append(
-        f"  greedy output: {agreed['identical_outputs']:.0%} of prompts identical, "
-        f"{agreed['tokens_before_first_difference']:.0%} of tokens before the first difference"
-    )
-    return "\n".join(lines)

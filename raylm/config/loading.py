@@ -214,7 +214,8 @@ def differing_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     differences = []
     for key, (old, new) in sorted(_compare(saved, current, "").items()):
         free = key.split(".")[0] in _FREE_SECTIONS or any(key == k or key.startswith(k + ".") for k in _FREE_KEYS)
-        if not free:
+        # auto stays with what the run began with.
+        if not free and (key, new) != ("training.precision", "auto"):
             differences.append(f"{key} (was {old!r}, now {new!r})")
     return differences
 

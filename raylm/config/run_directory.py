@@ -47,7 +47,7 @@ class RunDirectory:
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise UserError(f"run.name: {self.path} holds files but no config.yaml; choose another name")
             return
-        saved = yaml.safe_load(saved_path.read_text(encoding="utf-8")) or {}
+        saved = self.saved() or {}
         stage = saved.pop("stage", None)
         if stage != self.stage:
             raise UserError(
@@ -62,6 +62,11 @@ class RunDirectory:
                 f"run.name: {self.path} was started with another configuration: {'; '.join(differences)}. "
                 "Choose another run.name, or restore these values to resume"
             )
+
+    def saved(self) -> dict[str, Any] | None:
+        """What ``config.yaml`` holds, with the ``stage``; None before the first start."""
+        path = self.path / "config.yaml"
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else None
 
     def create(self, resolved: Section | None = None) -> None:
         """Make the directory and write ``config.yaml``; call after everything else was validated.

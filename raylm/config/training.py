@@ -73,7 +73,8 @@ class TrainingSection(Section):
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient; 0 does not clip."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp32."""
+    """bf16 keeps fp32 master weights (parallel.zero_stage 1 to 3). auto: bf16 on a GPU; on CPUs what is measured to be
+    faster when the run first starts, and fp32 where parallel.zero_stage is 0. A run stays with what it began with."""
     compile: bool = False
     """Run the model through torch.compile: the first step takes a minute or so longer, the others less; needs a C++
     compiler on every node."""

@@ -16,8 +16,11 @@ from raylm.pages import bars, curve, folded, histogram, number, page, quote, sid
 MOST_ROWS = 200
 
 
-def write_card(directory: Path, report: dict[str, Any]) -> Path:
-    """Write ``report.html`` into a prepared directory from its manifest and ``report``; returns the path.
+def write_card(directory: Path, report: dict[str, Any], path: Path | None = None) -> Path:
+    """Write the card of a prepared directory from its manifest and ``report``; returns the path.
+
+    Args:
+        path: of the file; ``report.html`` in the directory by default.
 
     Raises:
         UserError: the directory is not prepared.
@@ -42,7 +45,7 @@ def write_card(directory: Path, report: dict[str, Any]) -> Path:
     }
     parts = [_summary(directory, report)]
     parts += [f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections.items() if content]
-    path = directory / "report.html"
+    path = path or directory / "report.html"
     write_atomically(path, page(f"Data card: {directory.name}", parts))
     return path
 

@@ -29,6 +29,7 @@ from raylm.data.documents import Split, make_pair, read_documents
 from raylm.data.shards import FORMAT_VERSION, read_manifest, token_dtype
 from raylm.data.sources import MANIFEST
 from raylm.errors import UserError
+from raylm.progress import Activity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -114,7 +115,8 @@ def prepare(config: PrepareConfig) -> None:
     if report is not None:
         print(f"prepare: {run.path} is done already ({report['tokens']['train']:,} training tokens)")
         return
-    checked = Input(config.data, config.tokenizer, read=False)
+    with Activity("prepare: looking at the sources"):
+        checked = Input(config.data, config.tokenizer, read=False)
     workers = config.resources.workers
     with _nothing_half_written(run.path):
         run.create()
@@ -180,7 +182,8 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         augmented = pipeline.augment()
         if augmented:
             lap("augmentation")
-        tokenizer = pipeline.make_tokenizer()
+        with Activity("training the tokenizer" if checked.tokenizer.path is None else "copying the tokenizer"):
+            tokenizer = pipeline.make_tokenizer()
         lap("tokenizer")
         vocab_size = len(tokenizer)
         layout = Layout(
@@ -193,11 +196,12 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         results = pipeline.make_files(asdict(layout))
         lap("tokens")
     entries = [entry for result in results for entry in result["entries"]]
-    baselines = compressed_sizes(document.text for document in read_documents(directory, "validation"))
-    lap("baselines")
-    splits = {split: _split_entry(entries, split) for split in ("train", "validation")}
-    card = describe_set(directory, splits)
-    lap("card")
+    with Activity("measuring what the set holds, for its data card"):
+        baselines = compressed_sizes(document.text for document in read_documents(directory, "validation"))
+        lap("baselines")
+        splits = {split: _split_entry(entries, split) for split in ("train", "validation")}
+        card = describe_set(directory, splits)
+        lap("card")
     pad_id = tokenizer.pad_token_id
     manifest = {
         "version": FORMAT_VERSION,

@@ -2,14 +2,13 @@
 
 ``stdlib-docs``: docstrings of its modules, classes, functions and methods, read with :mod:`ast` from source (nothing
 is imported), and the language reference in ``pydoc_data.topics``. ``stdlib-pairs``: "What does NAME do?" and the first
-sentence of NAME's docstring. Both are keyed by the dotted name, so that a passage and its question are on one side of
-the split.
+sentence of NAME's docstring, perhaps with the passage that it is in as context. Both are keyed by the dotted name, so
+that a passage and its question are on one side of the split.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
 import re
 import sysconfig
@@ -19,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from raylm.data.documents import Document, make_pair
+from raylm.data.passages import passage_spans
 from raylm.data.stdlib_names import PublicNames
 from raylm.errors import UserError
 
 # Tests, vendored packages and programs whose docstrings are no documentation of the library.
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
-CONTEXT_CHARACTERS = 400
 ANSWER_CHARACTERS = (15, 300)
 # The end of a sentence: a stop, then white space and something that begins one.
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(])")
@@ -69,8 +68,8 @@ def stdlib_pairs(documents: list[Document], with_context: bool) -> list[Document
 
     Args:
         documents: those of :func:`stdlib_documents`.
-        with_context: give half of the pairs, chosen by the name's hash, the beginning of the document that they are
-            about as context; otherwise none has one.
+        with_context: give each pair the passage with the answer as context, cut as retrieval cuts it; otherwise none
+            has one.
     """
     pairs = []
     for document in documents:
@@ -79,29 +78,35 @@ def stdlib_pairs(documents: list[Document], with_context: bool) -> list[Document
         private = any(part.startswith("_") for part in document.title.split("."))
         if private or heading.startswith("topic ") or answer is None:
             continue
-        chosen = hashlib.blake2b(document.title.encode(), person=b"raylm-context").digest()[0] % 2 == 0
-        context = _passage(document.text) if with_context and chosen else ""
-        prompt = f"What does {document.title} do?"
+        context = _passage_with(document.text, len(document.text) - len(body)) if with_context else ""
+        prompt = question_about(document.title)
         pairs.append(make_pair(prompt, answer, context, title=document.title, split_key=document.title))
     return pairs
 
 
-def _first_sentence(body: str) -> str | None:
-    """The first sentence of a docstring on one line, or None where it is a signature, too short or too long."""
+def question_about(name: str) -> str:
+    """The question of the pair about ``name``."""
+    return f"What does {name} do?"
+
+
+def opening_sentence(body: str) -> str:
+    """The first sentence of a docstring, on one line."""
     paragraph = " ".join(body.split("\n\n", 1)[0].split())
-    sentence = _SENTENCE_END.split(paragraph, maxsplit=1)[0]
+    return _SENTENCE_END.split(paragraph, maxsplit=1)[0]
+
+
+def _first_sentence(body: str) -> str | None:
+    """The first sentence of a docstring, or None where it is a signature, too short or too long."""
+    sentence = opening_sentence(body)
     shortest, longest = ANSWER_CHARACTERS
     if not shortest <= len(sentence) <= longest or " " not in sentence or "->" in sentence or not sentence[0].isalpha():
         return None
     return sentence
 
 
-def _passage(text: str) -> str:
-    """The beginning of ``text``, cut between words at ``CONTEXT_CHARACTERS``."""
-    if len(text) <= CONTEXT_CHARACTERS:
-        return text
-    cut = text[: CONTEXT_CHARACTERS + 1]
-    return cut[: max(cut.rfind(" "), cut.rfind("\n"))].rstrip()
+def _passage_with(text: str, place: int) -> str:
+    """The passage of ``text`` that has the character at ``place`` in it."""
+    return next(text[start:end] for start, end in passage_spans(text) if place < end)
 
 
 def _encodable(text: str) -> bool:

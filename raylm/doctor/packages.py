@@ -42,13 +42,12 @@ class Requirement:
 
 def probe_python() -> list[Finding]:
     """The interpreter against the ``requires-python`` of the installed raylm, and raylm itself."""
-    version, wanted = platform.python_version(), ""
+    version, wanted, known = platform.python_version(), "", None
     try:
         wanted = importlib.metadata.metadata("raylm").get("Requires-Python") or ""
+        known = importlib.metadata.version("raylm")
     except importlib.metadata.PackageNotFoundError:
-        place = "not installed, used from its folder"
-    else:
-        place = "installed"
+        pass
     environment = "virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
     bits = 64 if sys.maxsize > 2**32 else 32
     found = f"{version}, {platform.system()} {platform.machine()}, {environment}"
@@ -58,10 +57,16 @@ def probe_python() -> list[Finding]:
         state, mend = "broken", "take a 64-bit Python: torch and ray have no other"
     elif wanted and _within(version, wanted) is False:
         state, mend = "broken", f"take a Python {wanted} and install raylm into a new virtual environment of it"
-    return [
-        Finding("python", found, state, mend),
-        Finding("raylm", f"{raylm.__version__}, {place} ({Path(raylm.__file__).parent})"),
-    ]
+    return [Finding("python", found, state, mend), judge_raylm(raylm.__version__, known, Path(raylm.__file__).parent)]
+
+
+def judge_raylm(version: str, known: str | None, place: Path) -> Finding:
+    """One line; ``known`` is the version that was installed, None where raylm is used from its folder alone."""
+    found = f"{version}, {'not installed, used from' if known is None else 'in'} {place}"
+    if known not in (None, version):
+        mend = "python -m pip install --no-deps --editable . in its clone, or install the new wheel"
+        return Finding("raylm", f"{found}; installed as {known}", "warning", mend)
+    return Finding("raylm", found)
 
 
 def requirements(lines: Iterable[str], versions: Mapping[str, str | None]) -> list[Requirement]:

@@ -146,9 +146,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report in one line."""
+    """The report in three lines."""
     return (
-        f"evaluate: {report['model']} on {report['texts']:,} labelled texts: accuracy {report['accuracy']:.2f}, "
-        f"macro-F1 {report['macro_f1']:.2f} ({len(report['labels'])} labels), "
-        f"{report['texts_per_second']:,.0f} texts/s on {report['workers']} workers"
+        f"evaluate: {report['model']} on {report['texts']:,} labelled texts\n"
+        f"  quality    accuracy {report['accuracy']:.2f}%, macro-F1 {report['macro_f1']:.2f}% over "
+        f"{len(report['labels'])} labels (higher is better)\n"
+        f"  speed      {report['texts_per_second']:,.0f} texts/s on {report['workers']:,} "
+        f"worker{'s' if report['workers'] != 1 else ''}"
     )

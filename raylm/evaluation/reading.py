@@ -156,15 +156,17 @@ def evaluate_reader(source: str, questions: QuestionSet, config: EvaluateConfig,
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report in two lines."""
+    """The report in three lines."""
     sides = "".join(
-        f"; {report[f'{side}_questions']:,} {side}: {report[f'{side}_exact_match']:.2f} and {report[f'{side}_f1']:.2f}"
+        f"; {report[f'{side}_questions']:,} {side}: {report[f'{side}_exact_match']:.2f}% and "
+        f"{report[f'{side}_f1']:.2f}%"
         for side in ("answerable", "unanswerable")
         if f"{side}_f1" in report
     )
     return (
-        f"evaluate: {report['model']} on {report['questions']:,} questions: exact match {report['exact_match']:.2f}, "
-        f"F1 {report['f1']:.2f} ({report['convention']} convention){sides}\n"
-        f"  {report['windows']:,} windows, {report['questions_per_second']:,.1f} questions/s on {report['workers']} "
-        f"workers"
+        f"evaluate: {report['model']} on {report['questions']:,} questions\n"
+        f"  quality    exact match {report['exact_match']:.2f}%, F1 {report['f1']:.2f}% (higher is better; counted as "
+        f"{report['convention']} does){sides}\n"
+        f"  speed      {report['questions_per_second']:,.1f} questions/s on {report['workers']:,} "
+        f"worker{'s' if report['workers'] != 1 else ''}, {report['windows']:,} windows"
     )

@@ -26,7 +26,7 @@ from raylm.evaluation.perplexity import (
 )
 from raylm.models.encoders import encoder_task
 from raylm.models.loading import first_line
-from raylm.progress import ProgressBar
+from raylm.progress import Activity, ProgressBar
 
 LONGEST_DEFAULT_WINDOW = 1024
 
@@ -82,60 +82,73 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         UserError: configuration or input is wrong; nothing was started.
     """
-    from raylm.models.families import check_head
-    from raylm.models.loading import load_config, load_tokenizer, resolve_model
-
     run = RunDirectory("evaluate", config)
     run.check()
     report = run.report()
     if report is None:
         if config.model.path is None:
             raise UserError("model.path: missing; evaluate needs an existing model")
+        report = _measure(config, run)
+        run.write_report(report)
+    print(f"{describe(report)}\n  report     {run.path / 'report.json'}; as a page: raylm report {run.path}")
+
+
+def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
+    """The report of a model that has none yet; makes the run directory once everything is checked."""
+    from raylm.models.families import check_head
+    from raylm.models.loading import load_config, load_tokenizer, resolve_model
+
+    with Activity("evaluate: reading the model's configuration and the text"):
         source = resolve_model(config.model.path)
         model_config = load_config(source)
-        if (task := encoder_task(model_config)) in ("extractive_qa", "classification"):
-            print(f"{_evaluate_encoder(task, source, config, run)}; report in {run.path / 'report.json'}")
-            return
-        check_head(model_config, "causal", config.model.path)
-        tokenizer = load_tokenizer(source)
-        window = window_of(config.evaluation, model_config)
-        stream = open_text(config.data, config.evaluation.split, tokenizer)
-        with ray_session():
-            run.create()
-            report = {"model": config.model.path, **evaluate_stream(source, stream, window, config)}
-        run.write_report(report)
-    if "exact_match" in report or "macro_f1" in report:
-        print(f"{_describe_encoder(report)}; report in {run.path / 'report.json'}")
-        return
-    print(
-        f"evaluate: {report['model']} on {report['documents']:,} documents, {report['bytes']:,} bytes: cross-entropy "
-        f"{report['cross_entropy']:.4f} nats a token, perplexity {report['perplexity']:.2f}, "
-        f"{report['bits_per_byte']:.4f} bits per byte\n"
-        f"  window {report['sequence_length']}, stride {report['stride']}, {report['tokens_per_second']:,.0f} tokens/s "
-        f"on {report['workers']} workers; report in {run.path / 'report.json'}"
+        encoder = encoder_task(model_config) in ("extractive_qa", "classification")
+        if not encoder:
+            check_head(model_config, "causal", config.model.path)
+            tokenizer = load_tokenizer(source)
+            window = window_of(config.evaluation, model_config)
+            stream = open_text(config.data, config.evaluation.split, tokenizer)
+    if encoder:
+        return _measure_encoder(encoder_task(model_config), source, config, run)
+    with ray_session():
+        run.create()
+        return {"model": config.model.path, **evaluate_stream(source, stream, window, config)}
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The figures of a report as lines of text, for people."""
+    from raylm.evaluation import classification, reading
+
+    if "exact_match" in report:
+        return reading.describe(report)
+    if "macro_f1" in report:
+        return classification.describe(report)
+    return (
+        f"evaluate: {report['model']} on {report['documents']:,} documents, {report['bytes']:,} bytes of text\n"
+        f"  perplexity {report['perplexity']:.2f}; cross-entropy {report['cross_entropy']:.4f} nats a token; "
+        f"{report['bits_per_byte']:.4f} bits per byte (of all, lower is better)\n"
+        f"  speed      {report['tokens_per_second']:,.0f} tokens/s on {workers_text(report['workers'])}; windows of "
+        f"{report['sequence_length']:,} tokens, a new one every {report['stride']:,}"
     )
 
 
-def _evaluate_encoder(task: str, source: str, config: EvaluateConfig, run: RunDirectory) -> str:
-    """Measure a reader or a classifier and write the report; returns it as text."""
+def workers_text(count: int) -> str:
+    """``1 worker``, ``2 workers``."""
+    return f"{count:,} worker{'s' if count != 1 else ''}"
+
+
+def _measure_encoder(task: str, source: str, config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
+    """The report of a reader or a classifier."""
     from raylm.evaluation.classification import evaluate_classifier, open_texts
     from raylm.evaluation.reading import evaluate_reader, open_questions
 
-    if task == "extractive_qa":
-        questions, measure = open_questions(config, source), evaluate_reader
-    else:
-        questions, measure = open_texts(config, source), evaluate_classifier
+    with Activity("evaluate: reading the data"):
+        if task == "extractive_qa":
+            questions, measure = open_questions(config, source), evaluate_reader
+        else:
+            questions, measure = open_texts(config, source), evaluate_classifier
     with ray_session():
         run.create()
-        report = {"model": config.model.path, **measure(source, questions, config, run.path)}
-    run.write_report(report)
-    return _describe_encoder(report)
-
-
-def _describe_encoder(report: dict[str, Any]) -> str:
-    from raylm.evaluation import classification, reading
-
-    return (reading if "exact_match" in report else classification).describe(report)
+        return {"model": config.model.path, **measure(source, questions, config, run.path)}
 
 
 def evaluate_stream(
@@ -195,7 +208,7 @@ def start_scorers(scorer: type, arguments: tuple[Any, ...], batches: int, config
         raise UserError(f"resources.workers: found {workers}, allowed: at most {fitting} with {cpus:g} CPUs each")
     actor = ray.remote(scorer).options(num_cpus=cpus, runtime_env={"env_vars": worker_environment(cpus)})
     scorers = [actor.remote() for _ in range(workers)]
-    with _worker_errors():
+    with _worker_errors(), Activity(f"evaluate: loading the model on {workers_text(workers)}"):
         ray.get([scorer.load.remote(*arguments) for scorer in scorers])
     return scorers
 

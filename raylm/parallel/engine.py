@@ -18,6 +18,7 @@ from torch import nn
 
 from raylm.models.weights import Weights
 from raylm.objectives.base import IGNORED, Batch, ObjectiveModule
+from raylm.parallel.attention import attend_in_fp32
 from raylm.parallel.compilation import compile_blocks
 from raylm.parallel.cut import BUCKET_ELEMENTS
 from raylm.parallel.filling import fill, share_out_by_deepspeed
@@ -133,6 +134,8 @@ class DataParallelEngine:
         config = deepspeed_config(
             zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16, device=device, overlap=True
         )
+        if bf16 and device.type == "cpu":
+            attend_in_fp32(objective.model)
         if weights is not None:
             names = {parameter: name for name, parameter in objective.model.named_parameters()}
             share_out = {"share_out": share_out_by_deepspeed(config)} if zero_stage == 3 else {}

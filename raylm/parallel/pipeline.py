@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from raylm.models.families import has_dropout
 from raylm.models.weights import Weights
 from raylm.objectives.base import IGNORED, Batch, Objective
+from raylm.parallel.attention import attend_in_fp32
 from raylm.parallel.compilation import compile_blocks
 from raylm.parallel.engine import StepResult, deepspeed_config, scale_learning_rates
 from raylm.parallel.families import PLANS
@@ -151,6 +152,8 @@ class PipelineTensorEngine:
         self.objective, self.model_config = objective, model.config
         self.plan = PLANS[model.config.model_type]
         self._loss = _ScaledLoss(self.tensor, model.config.vocab_size)
+        if bf16 and device.type == "cpu":
+            attend_in_fp32(model)
         self.stage_bounds = self._bounds(model, weights, time_batch, stage_bounds, bf16=bf16)
         module = self._build(model, topology, weights)
         if compiled:

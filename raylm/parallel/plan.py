@@ -6,7 +6,7 @@ description for ``raylm plan``. How ``auto`` is decided stands in :mod:`raylm.pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from raylm.models.loading import load_config, load_tokenizer
 from raylm.objectives import make_objective
 from raylm.parallel.capacity import Capacity, planned_cluster, this_machine
 from raylm.parallel.cut import Cut
+from raylm.parallel.precision import decide, measure, settled, width_of, with_precision
 from raylm.parallel.refusals import check_cuts
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ def apply_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
 
 
 def recorded(config: TrainConfig, layout: Layout) -> TrainConfig:
-    """What a run's ``config.yaml`` holds: the layout in numbers, but for what must follow the cluster."""
+    """What a run's ``config.yaml`` holds: layout and precision in numbers, but for what must follow the cluster."""
     resolved = apply_layout(config, layout)
-    update = {"training": config.training}
+    update = {}
     if config.resources.elastic is not None:
         update["resources"] = config.resources
         update["parallel"] = resolved.parallel.model_copy(update={"data": config.parallel.data})
@@ -95,12 +96,14 @@ class Plan:
 
     Attributes:
         candidates: the layouts that were weighed, the taken one first; at least that one.
+        precision_reason: why training computes in what it does; empty where the plan itself decided.
     """
 
     space: Space
     memory: ModelMemory
     objective: Objective
     candidates: list[Candidate]
+    precision_reason: str = ""
 
     @property
     def config(self) -> TrainConfig:
@@ -164,6 +167,7 @@ class Plan:
         room = f"; a worker may hold {limit / 1e9:,.1f} GB, its libraries included" if limit is not None else ""
         lines = [
             f"layout          {_name(cut)}, {'GPU' if self.layout.use_gpu else 'CPU'}, {self.layout.precision}",
+            *([f"precision       {self.precision_reason}"] if self.precision_reason else []),
             f"parameters      {self.parameters:,} (vocabulary {self.model_config.vocab_size:,})",
             f"batch           {training.batch_size} sequences = {cut.data} replicas x {cut.accumulation} "
             f"micro-batches x {cut.micro_batch_size}; {tokens:,} tokens a step",
@@ -267,6 +271,8 @@ def plan_training(config: TrainConfig, capacity: Capacity) -> Plan:
 def make_plan(config: TrainConfig) -> Plan:
     """The plan for this machine, or for the cluster that ``resources`` describes; starts nothing.
 
+    Where ``training.precision`` is auto, CPUs are taken to be as this one, which is measured.
+
     Raises:
         UserError: what is refused, with the reason.
     """
@@ -274,7 +280,13 @@ def make_plan(config: TrainConfig) -> Plan:
 
     gpus = torch.cuda.device_count()
     memory = float(torch.cuda.get_device_properties(0).total_memory) if gpus else None
-    return plan_training(config, planned_cluster(config.resources, this_machine(gpus, memory)))
+    capacity = planned_cluster(config.resources, this_machine(gpus, memory))
+    width = width_of(check_model(config)[0])
+    precision = settled(config, width, use_gpu=capacity.uses_gpus(config.resources))
+    if precision is None:
+        tokens = config.training.batch_size * config.training.sequence_length
+        precision = decide([measure(width, tokens, max(1, int(config.resources.cpus_per_worker)))])
+    return replace(plan_training(with_precision(config, precision), capacity), precision_reason=precision.reason)
 
 
 def check_model(config: TrainConfig) -> tuple[PretrainedConfig, Objective]:

@@ -134,7 +134,7 @@ class TableDisplay:
         left = 0.0 if self._over else self.left()
         title = f"raylm quickstart: {about(left)} left" if left else "raylm quickstart"
         table = Table(title=title, box=None, title_justify="left", caption_justify="left", padding=(0, 2, 0, 0))
-        table.caption = Text(self._last_line, no_wrap=True, overflow="ellipsis")
+        table.caption = Text.from_ansi(self._last_line, no_wrap=True, overflow="ellipsis")
         for name, width in (("stage", 8), ("what it does", 19), ("progress", BAR_WIDTH), ("time", 10)):
             table.add_column(name, no_wrap=True, min_width=width, header_style="bold underline")
         table.add_column("result", overflow="fold", header_style="bold underline")

@@ -23,12 +23,12 @@ from raylm.config import load_config
 from raylm.doctor.network import holder, port_error
 from raylm.errors import RunFailure, UserError
 from raylm.quickstart.display import Display, choose_display
+from raylm.quickstart.questions import HeldOutAnswers, ask_about_known, ask_held_out
 from raylm.quickstart.running import Command, MemoryWatch, ended_like_ctrl_c
 from raylm.quickstart.screen import last_screen
 from raylm.quickstart.stages import SERVE, STAGES, Stage
 from raylm.recipes import recipes_directory
 
-QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?")
 COMPLETION_PROMPT = "Return the"
 START_SECONDS, STAGE_SECONDS = 180.0, 3600.0
 # Ports tried after the recipe's own.
@@ -121,7 +121,8 @@ def run_quickstart(
             for stage in stages:
                 _run_stage(run, stage)
             url, command = server.enter_context(_server(run, serve))
-        _ask(url)
+        answers = _ask(url, directory / RESULTS)
+        run.results["questions"] = f"{answers.with_passage} of {len(answers.answers)} right"
         seconds = time.monotonic() - began
         print(last_screen(run.results, url, seconds, memory.peak, directory, serving=keep_serving), flush=True)
         if keep_serving:
@@ -226,12 +227,15 @@ def _post(url: str, body: dict[str, Any]):
     return urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=120)
 
 
-def _ask(url: str) -> None:
-    for question in QUESTIONS:
-        with _post(f"{url}/v1/qa", {"question": question}) as response:
-            answer = json.load(response)
-        print(f"   question: {question}\n   answer:   {answer['answer']}")
-        print(f"   sources:  {', '.join(source['title'] or source['id'] for source in answer['sources'])}", flush=True)
+def _ask(url: str, runs: Path) -> HeldOutAnswers:
+    """Show two answers, the figures of the held-out questions, and a streamed text."""
+    pairs = runs / "finetune" / "data"
+    for line in ask_about_known(url, pairs, runs / "data"):
+        print(f"   {line}", flush=True)
+    answers = ask_held_out(url, pairs)
+    (runs / "answers.json").write_text(json.dumps(answers.as_dict(), indent=2), encoding="utf-8")
+    for line in answers.lines():
+        print(f"   {line}", flush=True)
     with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as response:
         model = json.load(response)["data"][0]["id"]
     print(f"   streamed completion: {COMPLETION_PROMPT}", end="", flush=True)
@@ -242,3 +246,4 @@ def _ask(url: str) -> None:
                 choices = json.loads(line[len(b"data: ") :])["choices"]
                 print("".join(choice["text"] for choice in choices), end="", flush=True)
     print(flush=True)
+    return answers

@@ -42,7 +42,7 @@ def _finetuned(report: Mapping[str, Any]) -> str:
 
 
 def _tuned(report: Mapping[str, Any]) -> str:
-    return f"loss {report['best']['validation_loss']:.2f}, best of {len(report['trials'])} trials"
+    return f"loss {report['best']['validation_loss']:.2f}, best of {len(report['trials'])}"
 
 
 def _evaluated(report: Mapping[str, Any]) -> str:
@@ -52,7 +52,7 @@ def _evaluated(report: Mapping[str, Any]) -> str:
 def _compressed(report: Mapping[str, Any]) -> str:
     before, after = report["before"], report["after"]
     faster = after["tokens_per_second"]["1"] / before["tokens_per_second"]["1"]
-    return f"{before['weight_bytes'] / 1e6:.1f} to {after['weight_bytes'] / 1e6:.1f} MB, {faster:.1f}x as fast"
+    return f"{before['weight_bytes'] / 1e6:.1f} to {after['weight_bytes'] / 1e6:.1f} MB, {faster:.1f}x speed"
 
 
 def _served(report: Mapping[str, Any]) -> str:

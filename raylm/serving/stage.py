@@ -21,6 +21,7 @@ from raylm.config.stages import ServeConfig
 from raylm.errors import RunFailure, UserError
 from raylm.models.encoders import encoder_positions, encoder_task
 from raylm.models.loading import first_line, load_config, load_tokenizer, resolve_model
+from raylm.progress import Activity
 from raylm.serving.access import ENVIRONMENT_VARIABLE, load_key_hashes
 
 APPLICATION = "raylm"
@@ -44,7 +45,8 @@ def serve(config: ServeConfig) -> None:
         UserError: the configuration is wrong; nothing was started.
         RunFailure: the server did not come up, or died.
     """
-    run = check(config)
+    with Activity("serve: checking the model and the collection"):
+        run = check(config)
     try:
         # Ray puts a handler of its own on SIGTERM when it starts: ours must come after it.
         with _serve_session(config.serving), _interrupted_by_sigterm(), _application(config, run) as url:
@@ -53,11 +55,11 @@ def serve(config: ServeConfig) -> None:
     except KeyboardInterrupt:
         pass
     if (report := run.report()) is None:
-        print("stopped before it answered anything")
+        print("serve: stopped before it answered anything")
         return
     print(
-        f"stopped; served {report['requests']} texts, {report['generated_tokens']} tokens; "
-        f"report: {run.path}/report.json"
+        f"serve: stopped; {report['requests']:,} requests answered, {report['generated_tokens']:,} tokens generated\n"
+        f"  report     {run.path / 'report.json'}; as a page: raylm report {run.path}"
     )
 
 
@@ -120,8 +122,9 @@ def _application(config: ServeConfig, run: RunDirectory) -> Iterator[str]:
     started = None
     url = f"http://{_url_host(config.serving.host)}:{config.serving.port}"
     try:
-        _start(config)
-        _wait_until_healthy(url)
+        with Activity("serve: starting the server and loading the model"):
+            _start(config)
+            _wait_until_healthy(url)
         started = time.monotonic()
         yield url
     finally:
@@ -142,8 +145,9 @@ def _announce(config: ServeConfig, url: str) -> None:
     from raylm.serving.app import model_name
 
     name = model_name(config)
-    print(f"serving {name} at {url} (Ctrl-C stops it); try:")
-    print(f"  {example_request(config, url, name)}", flush=True)
+    print(f"serving {name} at {url} (Ctrl-C stops it)")
+    print(f"  in a browser   {url}")
+    print(f"  or try         {example_request(config, url, name)}", flush=True)
 
 
 def check(config: ServeConfig) -> RunDirectory:

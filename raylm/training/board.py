@@ -73,6 +73,7 @@ class Board:
         self._beats: dict[int, Beat] = {}
         self._failures: list[Failure] = []
         self._restarts: list[str] = []
+        self._events: list[dict[str, Any]] = []
         self._stop: str | None = None
         self._asked = self._saved = 0
         self._controller: Any = None
@@ -100,6 +101,14 @@ class Board:
         """The metrics of evaluated steps, from the ``first``-th (counted from 0) on."""
         return self._evaluations[first:]
 
+    def note(self, kind: str, step: int, text: str) -> None:
+        """Add an event (:mod:`raylm.training.events`)."""
+        self._events.append({"time": time.time(), "kind": kind, "step": step, "text": text})
+
+    def events(self, first: int) -> list[dict[str, Any]]:
+        """The events from the ``first``-th (counted from 0) on."""
+        return self._events[first:]
+
     def latest(self) -> dict[str, Any]:
         """Everything known so far, with ``restarts``: why the workers were started again, each time."""
         return {**self._latest, "restarts": self._restarts}
@@ -115,6 +124,8 @@ class Board:
             return first.text
         if self._starts > 1:
             self._restarts.append(f"step {first.step}, rank {first.rank}: {first.text}" if first else "a worker died")
+            step = first.step if first else self._latest.get("step", 0)
+            self.note("restart", step, f"workers started again after {self._restarts[-1]}")
         self._failures = []
         return None
 

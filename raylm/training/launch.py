@@ -12,16 +12,21 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.cluster import training_environment, worker_environment
 from raylm.errors import RunFailure, UserError
-from raylm.progress import ProgressBar
+from raylm.progress import Activity, ProgressBar
+from raylm.training.events import append_event
+from raylm.training.metrics import read_metrics
+from raylm.training.mirror import METRICS
 from raylm.training.worker import TrainingJob, Worker
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
     from raylm.training.board import Failure
     from raylm.training.fitting import Fitting
 
@@ -41,6 +46,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     from raylm.parallel.environment import prepare_deepspeed
 
     job: TrainingJob = settings["job"]
+    context, resources = ray.train.get_context(), job.config.resources
+    rank = context.get_world_rank()
+
+    def doing(text: str) -> None:
+        if rank == 0:
+            job.progress.update.remote({"doing": text})
+
+    doing("importing DeepSpeed")
     prepare_deepspeed(job.use_gpu)
     from raylm.training.health import HealthMonitor
     from raylm.training.loop import TrainingLoop
@@ -48,8 +61,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     from raylm.training.preemption import Notices
     from raylm.training.storage import Storage
 
-    context, resources = ray.train.get_context(), job.config.resources
-    rank = context.get_world_rank()
     begun: list[Any] = [None, None]
     if rank == 0:
         generation = new_attempt()
@@ -82,6 +93,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 memory_bytes=lambda: health.answer.memory_bytes,
             )
             mirror.fetch_data()
+            doing("building the model")
             loop = TrainingLoop(job, worker)
             if rank == 0:
                 job.progress.update.remote({"total_steps": loop.total_steps})
@@ -116,8 +128,8 @@ def launch(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from raylm.training.board import Board
-    from raylm.training.fitting import Fitting, TellBoard
-    from raylm.training.preemption import NoticingTorchConfig, SaveBeforeResize, sigterm_noticed, sigterm_received
+    from raylm.training.fitting import TellBoard
+    from raylm.training.preemption import NoticingTorchConfig, SaveBeforeResize
     from raylm.training.storage import Storage
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
@@ -150,6 +162,18 @@ def launch(
             ],
         ),
     )
+    with _noting_the_end(job):
+        return _fit(job, trainer, on_evaluation)
+
+
+def _fit(
+    job: TrainingJob, trainer: TorchTrainer, on_evaluation: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any]:
+    import ray
+
+    from raylm.training.fitting import Fitting
+    from raylm.training.preemption import sigterm_noticed, sigterm_received
+
     with sigterm_noticed(), Fitting(trainer, job.progress) as fitting:
         _show_progress(job, fitting, sigterm_received, on_evaluation)
         # Long enough for the workers' resources to be free again; without a dashboard Ray Train's controller then
@@ -165,6 +189,25 @@ def launch(
     if "failure" in final:
         raise RunFailure(final["failure"])
     return {**final, "restarts": latest["restarts"]}
+
+
+@contextlib.contextmanager
+def _noting_the_end(job: TrainingJob) -> Iterator[None]:
+    """Write an end that is no success into the run's events."""
+    try:
+        yield
+    except (RunFailure, KeyboardInterrupt) as error:
+        failed = isinstance(error, RunFailure)
+        lines = read_metrics(job.directory / METRICS)
+        append_event(
+            job.directory,
+            {
+                "kind": "failure" if failed else "interrupted",
+                "step": lines[-1]["step"] if lines else 0,
+                "text": str(error) if failed else "interrupted; the same command goes on from the last checkpoint",
+            },
+        )
+        raise
 
 
 def _explain(error: Exception | None, first: Failure | None) -> str:
@@ -193,15 +236,16 @@ def _show_progress(
     import ray
 
     latest: dict[str, Any] = {"restarts": []}
-    told, evaluated, deadline = 0, 0, float("inf")
+    noted, evaluated, deadline = 0, 0, float("inf")
 
     def poll() -> None:
-        nonlocal latest, told, evaluated, deadline
+        nonlocal latest, noted, evaluated, deadline
         fitting.wait(POLL_SECONDS)
         latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
-        for reason in latest["restarts"][told:]:
-            print(f"{job.stage}: workers restarted after {reason}", file=sys.stderr, flush=True)
-        told = len(latest["restarts"])
+        for event in ray.get(job.progress.events.remote(noted), timeout=HANDOVER_SECONDS):
+            print(f"{job.stage}: {event['text']}", file=sys.stderr, flush=True)
+            append_event(job.directory, event)
+            noted += 1
         if on_evaluation is not None:
             for metrics in ray.get(job.progress.evaluations.remote(evaluated), timeout=HANDOVER_SECONDS):
                 on_evaluation(metrics)
@@ -213,17 +257,29 @@ def _show_progress(
             if time.monotonic() > deadline:
                 raise RunFailure(f"SIGTERM: the workers did not end within {STOP_SECONDS:.0f} s")
 
-    while fitting.running() and "total_steps" not in latest:
-        poll()
+    with Activity(f"{job.stage}: starting {_workers(job)}") as activity:
+        while fitting.running() and "total_steps" not in latest:
+            poll()
+            if "doing" in latest:
+                activity.change(f"{job.stage}: {latest['doing']}")
     with ProgressBar(job.stage, latest.get("total_steps"), "steps", latest.get("step", 0)) as bar:
         while fitting.running() and "final" not in latest:
             poll()
             if "step" in latest:
-                validation = f" validation {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
-                bar.update(
-                    latest["step"],
-                    f"loss {latest['loss']:.4f}{validation} {latest['tokens_per_second']:,.0f} tokens/s",
-                )
+                bar.update(latest["step"], _note(latest))
+
+
+def _workers(job: TrainingJob) -> str:
+    count = job.config.resources.workers
+    return "workers" if count == "auto" else f"{count} worker{'s' if count != 1 else ''}"
+
+
+def _note(latest: dict[str, Any]) -> str:
+    """The latest figures, or what is done after the last step."""
+    if "finishing" in latest:
+        return latest["finishing"]
+    validation = f", validation loss {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
+    return f"loss {latest['loss']:.4f}{validation}, {latest['tokens_per_second']:,.0f} tokens/s"
 
 
 @contextlib.contextmanager

@@ -187,6 +187,8 @@ class TrainingLoop:
         dist.barrier()
         if found is not None:
             self._load(CheckpointReader(found))
+            if self.worker.rank == 0:
+                self.job.note("resume", self.state["step"], f"goes on from the checkpoint of step {self.state['step']}")
         elif self.config.training.anomalies.policy != "stop":
             # Something to go back to before the first checkpoint is due.
             self._save()
@@ -286,7 +288,7 @@ class TrainingLoop:
         self.state["skipped"] = leave_out(skipped, first, batch + 1)
         self.state["anomalies"] = count
         if self.worker.rank == 0:
-            print(f"raylm: {text}; back to {latest}, batches {first} to {batch} are left out", flush=True)
+            self.job.note("anomaly", step + 1, f"{text}; back to {latest}, batches {first} to {batch} are left out")
         self._record_from_here()
         return None
 
@@ -331,6 +333,8 @@ class TrainingLoop:
 
     def _finish(self) -> dict[str, Any]:
         """Export the final (under early stopping the best) weights, reload them and compare."""
+        if self.worker.rank == 0 and self.job.progress is not None:
+            self.job.progress.update.remote({"finishing": "exporting the model and comparing its outputs"})
         root = self.writer.root
         chosen = root.read(BEST) if self.config.training.early_stopping else None
         source = root / (chosen or root.read(LATEST) or b"").decode().strip()

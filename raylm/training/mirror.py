@@ -17,7 +17,7 @@ from raylm.training.storage import Storage
 
 OWNER = "OWNER"
 # What a driver needs of an earlier start; data is what it prepared from raw sources.
-DRIVER_FILES = ("config.yaml", "report.json")
+DRIVER_FILES = ("config.yaml", "report.json", "precision.json")
 METRICS, BOARD, DATA, SUMMARY = "metrics.jsonl", "tensorboard", "data", "summary.txt"
 
 

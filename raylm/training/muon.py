@@ -1,7 +1,7 @@
 """Muon: momentum whose update of each weight matrix is orthogonalised (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-The Newton-Schulz iteration runs in fp32 on a CPU (bf16 has no hardware there) and in bf16 on a GPU, batched over
-matrices of one shape. Embeddings, the output head, norms and biases go to fused AdamW. Each matrix is worked on by one
+The Newton-Schulz iteration runs in bf16 on a GPU, and where training does; else in fp32. It is batched over matrices of
+one shape. Embeddings, the output head, norms and biases go to fused AdamW. Each matrix is worked on by one
 rank, and the results are gathered. Where ZeRO 1 to 3 leaves a rank parts of matrices, the parts of the updates are
 first brought together to whole ones.
 """
@@ -20,11 +20,15 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Approximate UV^T of each matrix in ``matrices`` (count, rows, columns) by five quintic Newton-Schulz steps."""
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Approximate UV^T of each matrix in ``matrices`` (count, rows, columns) by five quintic Newton-Schulz steps.
+
+    Args:
+        dtype: of the matrix products on a CPU.
+    """
     a, b, c = COEFFICIENTS
     tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else dtype)
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -39,8 +43,9 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups with ``orthogonal: True`` are updated by Muon instead.
 
     Such a group holds matrices, and has ``momentum`` and ``parts``: for each matrix, how many lie side by side in it
-    (the fused query, key and value projection of GPT-2 holds three); each part is orthogonalised by itself. Under ZeRO
-    1 to 3 DeepSpeed puts flat buffers in their place: :meth:`bind` says where the matrices lie in them.
+    (the fused query, key and value projection of GPT-2 holds three); each part is orthogonalised by itself, in
+    ``dtype``. Under ZeRO 1 to 3 DeepSpeed puts flat buffers in their place: :meth:`bind` says where the matrices lie in
+    them.
     """
 
     def bind(self, pieces: list[Piece]) -> None:
@@ -64,14 +69,14 @@ class Muon(torch.optim.AdamW):
         parts = group["parts"]
         if not hasattr(self, "_pieces"):
             updates = [self._momentum(parameter, group) for parameter in group["params"]]
-            found = _directions(updates, [parts[name] for name in group["names"]])
+            found = _directions(updates, [parts[name] for name in group["names"]], group["dtype"])
             for parameter, direction in zip(group["params"], found, strict=True):
                 _apply(parameter, direction, group)
             return
         for flat in group["params"]:
             pieces = self._pieces[id(flat)]
             updates = _whole(self._momentum(flat, group), pieces)
-            found = _directions(updates, [parts[piece.name] for piece in pieces])
+            found = _directions(updates, [parts[piece.name] for piece in pieces], group["dtype"])
             for piece, direction in zip(pieces, found, strict=True):
                 mine = direction.reshape(-1)[piece.start : piece.start + piece.length]
                 _apply(flat[piece.offset : piece.offset + piece.length], mine, group)
@@ -101,7 +106,7 @@ def _whole(update: torch.Tensor, pieces: list[Piece]) -> list[torch.Tensor]:
     return [whole.view(piece.shape) for piece, whole in zip(pieces, wholes, strict=True)]
 
 
-def _directions(updates: list[torch.Tensor], parts: list[int]) -> list[torch.Tensor]:
+def _directions(updates: list[torch.Tensor], parts: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
     """The orthogonalised ``updates`` (matrices of ``parts`` side by side), scaled for their shapes."""
     # The first entries of each list go together: (matrix, part) of one shape.
     by_shape: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
@@ -110,21 +115,21 @@ def _directions(updates: list[torch.Tensor], parts: list[int]) -> list[torch.Ten
     directions = [torch.empty_like(update) for update in updates]
     for (rows, columns), members in by_shape.items():
         stacked = torch.stack([updates[i][:, p * columns : (p + 1) * columns] for i, p in members])
-        result = _orthogonalize_shared(stacked).mul_(max(1.0, rows / columns) ** 0.5)
+        result = _orthogonalize_shared(stacked, dtype).mul_(max(1.0, rows / columns) ** 0.5)
         for (i, p), matrix in zip(members, result.unbind(), strict=True):
             directions[i][:, p * columns : (p + 1) * columns] = matrix
     return directions
 
 
-def _orthogonalize_shared(stacked: torch.Tensor) -> torch.Tensor:
+def _orthogonalize_shared(stacked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Each rank takes a share of the matrices (count, rows, columns); all ranks get all results."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1 or stacked.size(0) < world_size:
-        return orthogonalize(stacked)
+        return orthogonalize(stacked, dtype)
     per_rank = -(-stacked.size(0) // world_size)
     padded = torch.zeros(per_rank * world_size, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
     padded[: stacked.size(0)] = stacked
     rank = dist.get_rank()
-    mine = orthogonalize(padded[rank * per_rank : (rank + 1) * per_rank]).contiguous()
+    mine = orthogonalize(padded[rank * per_rank : (rank + 1) * per_rank], dtype).contiguous()
     dist.all_gather_into_tensor(padded, mine)
     return padded[: stacked.size(0)]

@@ -47,6 +47,7 @@ def make_optimizer(training: TrainingSection, named: dict[str, nn.Parameter], mo
             "names": list(matrices),
             "parts": {name: fused_parts(name, model_type) for name in matrices},
             "orthogonal": True,
+            "dtype": torch.bfloat16 if training.precision == "bf16" else torch.float32,
             "momentum": training.momentum,
             "weight_decay": decay,
             "peak_learning_rate": training.matrix_learning_rate,

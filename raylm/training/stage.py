@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.data.sources import MANIFEST
 from raylm.errors import UserError
+from raylm.progress import Activity
 
 if TYPE_CHECKING:
     from raylm.data.labelled import LabelledInput
@@ -233,6 +235,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
         UserError: configuration or input is wrong; nothing was started.
         RunFailure: the run failed; the same command goes on from its last checkpoint.
     """
+    from raylm.training.events import EVENTS
     from raylm.training.metrics import read_metrics
     from raylm.training.mirror import METRICS, SUMMARY, Mirror
     from raylm.training.storage import Storage
@@ -243,31 +246,42 @@ def run_training(stage: str, config: TrainConfig) -> None:
     mirror.open_run()
     run.check()
     if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
-        print(f"{stage}: {run.path} is done already (step {done['step']}); model in {run.path / 'model'}")
+        print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
         return
-    checked = validate(config)
+    with Activity(f"{stage}: checking the data and the model"):
+        checked = validate(config)
 
     from raylm.models.loading import resolve_model
-    from raylm.parallel.plan import apply_layout, plan_training, recorded
+    from raylm.parallel.plan import apply_layout, check_model, plan_training, recorded
+    from raylm.parallel.precision import with_precision
     from raylm.training.launch import exclusive, launch, new_attempt
+    from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
     from raylm.training.sharing import check_shared
     from raylm.training.worker import TrainingJob
 
     with ray_session():
-        plan = plan_training(config, cluster_capacity())
+        capacity, (model_config, _) = cluster_capacity(), check_model(config)
+        resumed = run.saved() is not None
+        precision = run_precision(run, config, model_config, capacity)
+        planned = with_precision(config, precision)
+        plan = plan_training(planned, capacity)
         layout = plan.layout
-        if plan.warning:
-            print(f"{stage}: {plan.warning}", file=sys.stderr, flush=True)
+        just_measured = bool(precision.times) and not resumed
+        slower = "" if just_measured else slower_in_bf16(planned, model_config, capacity)
+        for warning in filter(None, (plan.warning, slower)):
+            print(f"{stage}: {warning}", file=sys.stderr, flush=True)
+        precision = replace(precision, name=layout.precision)
         check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
-        run.create(recorded(config, layout))
+        run.create(recorded(planned, layout))
+        note_precision(run, precision)
         with exclusive(run.path):
             attempt = new_attempt()
             mirror.own(attempt)
-            mirror.send("config.yaml")
+            mirror.send("config.yaml", FILE)
             data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
             mirror.send_data()
             job = TrainingJob(
-                config=apply_layout(config, layout),
+                config=apply_layout(planned, layout),
                 stage=stage,
                 directory=run.path,
                 storage=config.run.uri,
@@ -279,14 +293,21 @@ def run_training(stage: str, config: TrainConfig) -> None:
             )
             final = launch(job, config.resources.cpus_per_worker, config.resources.max_failures)
     final |= bits_per_byte(config, data_directory, final)
-    run.write_report({**final, "training": config.training.model_dump(mode="json")})
+    run.write_report({**final, "precision": precision.record(), "training": config.training.model_dump(mode="json")})
     (run.path / SUMMARY).write_text(
         summarize(stage, config.run.name, read_metrics(run.path / METRICS), final), encoding="utf-8"
     )
-    mirror.send("report.json", SUMMARY)
-    per_byte = f" ({final['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in final else ""
-    print(
-        f"{stage}: {final['step']} steps, {final['tokens']:,} tokens, validation loss {final['validation_loss']:.4f} "
-        f"nats{per_byte}; reloaded model's logits differ by {final['logits_difference']:.1e}\n"
-        f"  model in {run.path / 'model'}, metrics in {run.path / METRICS}, summary in {run.path / SUMMARY}"
+    mirror.send("report.json", SUMMARY, EVENTS)
+    print(describe(stage, run, final))
+
+
+def describe(stage: str, run: RunDirectory, final: dict[str, Any]) -> str:
+    """What came of the run, where it lies and what to type next, for people."""
+    per_byte = f", {final['bits_per_byte']:.4f} bits per byte of text" if "bits_per_byte" in final else ""
+    return (
+        f"{stage}: {final['step']:,} steps, {final['tokens']:,} tokens\n"
+        f"  result     validation loss {final['validation_loss']:.4f} nats a target{per_byte} (lower is better)\n"
+        f"  check      the saved model was loaded again; its logits differ by {final['logits_difference']:.1e}\n"
+        f"  model      {run.path / 'model'}\n"
+        f"  next       curves on one page: raylm report {run.path}"
     )

@@ -1,4 +1,4 @@
-"""One page about a finished run, ``<run>/summary.txt``: from its metrics and what the driver saw.
+"""A training run in words, from its metrics and what the driver saw: ``<run>/summary.txt`` and part of its report page.
 
 Everything comes from metrics.jsonl and the final report, so that it covers all starts of a run that was interrupted;
 work that a restart repeated is counted once.
@@ -17,29 +17,46 @@ def summarize(stage: str, name: str, lines: list[dict[str, Any]], final: dict[st
         lines: of metrics.jsonl, at least one.
         final: the run's final metrics, with ``restarts``.
     """
-    seconds = interval_seconds(lines)
-    total = max(1e-9, sum(seconds))
-    rows = [
-        ("length", f"{final['step']:,} steps, {final['tokens']:,} tokens, {lines[-1]['samples']:,} samples"),
-        (
-            "speed",
-            f"{final['tokens'] / total:,.0f} tokens/s, MFU {statistics.median(line['mfu'] for line in lines):.1%} "
-            f"(median), {_clock(total)} of training",
-        ),
-        ("waits", f"data {_share(lines, 'data_wait_seconds', total)}, checkpoints "
-                  f"{_share(lines, 'checkpoint_seconds', total)} of the time"),
-        ("loss", f"{lines[0]['loss']:.4f} at step {lines[0]['step']}, {lines[-1]['loss']:.4f} at the end"),
-        ("validation", _validation(lines)),
-        ("gradient", f"norm {statistics.median(line['gradient_norm'] for line in lines):.3g} (median), "
-                     f"{max(line['gradient_norm'] for line in lines):.3g} (largest)"),
-        ("memory", _memory(lines)),
-        *([("idle", _idle(lines))] if "stage_idle" in lines[-1] else []),
-        ("restarts", "; ".join(final["restarts"]) or "none"),
-        ("left out", ", ".join(f"batches {a} to {b - 1}" for a, b in final["skipped"]) or "no batch"),
-        ("end", "stopped early" if final["stopped_early"] else "all steps made"),
-        ("export", f"step {final['exported_step']}; reloaded logits differ by {final['logits_difference']:.1e}"),
-    ]  # fmt: skip
-    return f"{stage} {name}\n\n" + "".join(f"{title:<12}{text}\n" for title, text in rows)
+    found = facts(lines, final)
+    found["memory"] = "; ".join(f"rank {rank} {peak / 1e9:.2f} GB" for rank, peak in enumerate(peak_memory(lines)))
+    width = max(map(len, found)) + 2
+    return f"{stage} {name}\n\n" + "".join(f"{title:<{width}}{text}\n" for title, text in found.items() if text)
+
+
+def facts(lines: list[dict[str, Any]], final: dict[str, Any] | None) -> dict[str, str]:
+    """What a run did, title -> words with units.
+
+    Args:
+        lines: of metrics.jsonl, at least one.
+        final: None of a run that has not come to its end; what only the end tells is then left out.
+    """
+    total = max(1e-9, sum(interval_seconds(lines)))
+    last = lines[-1]
+    found = {
+        "length": f"{last['step']:,} steps, {last['tokens']:,} tokens, {last['samples']:,} samples",
+        "speed": f"{last['tokens'] / total:,.0f} tokens/s, {clock(total)} of training",
+        "waiting": f"{_share(lines, 'data_wait_seconds', total)} of the time for data, "
+        f"{_share(lines, 'checkpoint_seconds', total)} for checkpoints",
+        "training loss": f"{lines[0]['loss']:.4f} nats at step {lines[0]['step']}, {last['loss']:.4f} at the end",
+    }
+    if (peak := utilisation(lines)) is not None:
+        found["MFU"] = f"{peak:.1%} (median): the share of the hardware's matrix-product peak that training used"
+    if (validation := validation_losses(lines)) is not None:
+        at_end, best, step = validation
+        found["validation loss"] = f"{at_end:.4f} nats at the end, {best:.4f} at best (step {step})"
+    norms = [line["gradient_norm"] for line in lines]
+    found["gradient norm"] = f"{statistics.median(norms):.3g} (median), {max(norms):.3g} (largest), before clipping"
+    if idle := stage_idle(lines):
+        found["idle stages"] = ", ".join(f"stage {i} {share:.0%}" for i, share in enumerate(idle)) + " of a step's time"
+    if final is not None:
+        found["restarts"] = "; ".join(final["restarts"]) or "none"
+        found["left out"] = ", ".join(f"batches {a} to {b - 1}" for a, b in final["skipped"]) or "no batch"
+        found["end"] = "stopped early" if final["stopped_early"] else "all steps made"
+        found["export"] = (
+            f"the model of step {final['exported_step']:,}, loaded again: logits differ from the trained model's by "
+            f"at most {final['logits_difference']:.1e}"
+        )
+    return found
 
 
 def interval_seconds(lines: list[dict[str, Any]]) -> list[float]:
@@ -51,31 +68,39 @@ def interval_seconds(lines: list[dict[str, Any]]) -> list[float]:
     ]
 
 
-def _share(lines: list[dict[str, Any]], key: str, total: float) -> str:
-    return f"{sum(line[key] for line in lines) / total:.1%}"
+def utilisation(lines: list[dict[str, Any]]) -> float | None:
+    """Median model FLOPs utilisation, 0 to 1; None where it was not logged."""
+    found = [line["mfu"] for line in lines if line.get("mfu")]
+    return statistics.median(found) if found else None
 
 
-def _clock(seconds: float) -> str:
+def validation_losses(lines: list[dict[str, Any]]) -> tuple[float, float, int] | None:
+    """Validation loss at the end, the best one and its step; None where nothing was evaluated yet."""
+    found = [line for line in lines if "validation_loss" in line]
+    if not found:
+        return None
+    best = min(found, key=lambda line: line["validation_loss"])
+    return found[-1]["validation_loss"], best["validation_loss"], best["step"]
+
+
+def peak_memory(lines: list[dict[str, Any]]) -> list[int]:
+    """The largest logged bytes of each rank, of the number of ranks that the run had at the end."""
+    ranks = len(lines[-1].get("memory_bytes") or [])
+    logged = [line["memory_bytes"] for line in lines if ranks and len(line.get("memory_bytes") or []) == ranks]
+    return [max(found[rank] for found in logged) for rank in range(ranks)]
+
+
+def stage_idle(lines: list[dict[str, Any]]) -> list[float]:
+    """Share of the steps' time in which each stage of the last layout waited for others (median)."""
+    stages = len(lines[-1].get("stage_idle") or [])
+    logged = [line["stage_idle"] for line in lines if stages and len(line.get("stage_idle") or []) == stages]
+    return [statistics.median(found[i] for found in logged) for i in range(stages)]
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03``."""
     return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d}:{int(seconds) % 60:02d}"
 
 
-def _validation(lines: list[dict[str, Any]]) -> str:
-    found = [line for line in lines if "validation_loss" in line]
-    best = min(found, key=lambda line: line["validation_loss"])
-    return f"{found[-1]['validation_loss']:.4f} at the end, {best['validation_loss']:.4f} at best (step {best['step']})"
-
-
-def _idle(lines: list[dict[str, Any]]) -> str:
-    """Share of the steps' time in which each stage of the last layout waited for others (median)."""
-    stages = len(lines[-1]["stage_idle"])
-    logged = [line["stage_idle"] for line in lines if len(line.get("stage_idle", [])) == stages]
-    return ", ".join(f"stage {i} {statistics.median(found[i] for found in logged):.0%}" for i in range(stages))
-
-
-def _memory(lines: list[dict[str, Any]]) -> str:
-    """The largest logged figure of each rank, of the size that the run had at the end."""
-    ranks = len(lines[-1].get("memory_bytes") or [])
-    logged = [line["memory_bytes"] for line in lines if len(line.get("memory_bytes") or []) == ranks]
-    if not ranks:
-        return "not logged"
-    return ", ".join(f"rank {rank} {max(found[rank] for found in logged) / 1e9:.2f} GB" for rank in range(ranks))
+def _share(lines: list[dict[str, Any]], key: str, total: float) -> str:
+    return f"{sum(line.get(key, 0.0) for line in lines) / total:.1%}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.config.stages import TrainConfig
+from raylm.training.events import append_event
 
 if TYPE_CHECKING:
     from raylm.training.preemption import Notice
@@ -43,6 +44,13 @@ class TrainingJob:
     use_gpu: bool
     attempt: str
     progress: Any = None
+
+    def note(self, kind: str, step: int, text: str) -> None:
+        """Have an event of the run written down (:mod:`raylm.training.events`); called on rank 0."""
+        if self.progress is not None:
+            self.progress.note.remote(kind, step, text)
+        else:
+            append_event(self.directory, {"kind": kind, "step": step, "text": text})
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from raylm.cluster import cluster_capacity, ray_session
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import TuneConfig
 from raylm.errors import RunFailure
+from raylm.progress import Activity
+from raylm.tuning.progress import SearchProgress
 from raylm.tuning.search import (
     HEAD_NODE_SHARE,
     concurrency,
@@ -34,23 +37,30 @@ def tune(config: TuneConfig) -> None:
     run = RunDirectory("tune", config)
     run.check()
     if (done := run.report()) is not None:
-        print(f"tune: {run.path} is done already; best model in {run.path / 'model'}")
-        print(table(done["trials"], list(config.tuning.space)))
+        print(f"tune: {run.path} is done already\n{describe(run, done, list(config.tuning.space))}")
         return
-    checked = validate(config)
-    candidates = draw_candidates(config.tuning.space, config.tuning.trials, config.run.seed)
-    for candidate in candidates:
-        trial_config(config, candidate)
+    with Activity("tune: checking the data and the model"):
+        checked = validate(config)
+        candidates = draw_candidates(config.tuning.space, config.tuning.trials, config.run.seed)
+        for candidate in candidates:
+            trial_config(config, candidate)
 
     from raylm.models.loading import resolve_model
+    from raylm.parallel.plan import check_model
+    from raylm.parallel.precision import with_precision
     from raylm.training.launch import exclusive, new_attempt
+    from raylm.training.precision import note_precision, run_precision
     from raylm.training.worker import TrainingJob
 
     # Without the dashboard, stopped trials leak their placement groups.
     with ray_session(dashboard=True):
         capacity = cluster_capacity()
-        configs, at_a_time, use_gpu = _resolve(config, candidates, capacity)
-        run.create()
+        # One for all trials, which the search is to tell apart.
+        precision = run_precision(run, config, check_model(config)[0], capacity)
+        planned = with_precision(config, precision)
+        configs, at_a_time, use_gpu = _resolve(planned, candidates, capacity)
+        run.create(planned)
+        note_precision(run, precision)
         with exclusive(run.path):
             data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
             base = TrainingJob(
@@ -64,7 +74,7 @@ def tune(config: TuneConfig) -> None:
                 use_gpu=use_gpu,
                 attempt=new_attempt(),
             )
-            rows = _search(config, base, configs, candidates, at_a_time)
+            rows = _search(planned, base, configs, candidates, at_a_time)
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
         raise RunFailure(f"no trial finished; see {run.path / 'trials'}")
@@ -74,10 +84,9 @@ def tune(config: TuneConfig) -> None:
     shutil.copytree(trial_directory(run.path, best["trial"]) / "model", partial)
     shutil.rmtree(run.path / "model", ignore_errors=True)
     partial.rename(run.path / "model")
-    run.write_report({"best": best, "trials": rows, "concurrent_trials": at_a_time})
-    print(table(rows, list(config.tuning.space)))
-    print(f"tune: best is trial {best['trial']}, validation loss {best['validation_loss']:.4f}")
-    print(f"  model in {run.path / 'model'}, trials in {run.path / 'trials'}")
+    report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
+    run.write_report(report)
+    print(f"tune: {len(rows)} trials, {len(finished)} finished\n{describe(run, report, list(config.tuning.space))}")
 
 
 def _resolve(config: TuneConfig, candidates: list[dict[str, Any]], capacity: Capacity):
@@ -101,6 +110,8 @@ def _resolve(config: TuneConfig, candidates: list[dict[str, Any]], capacity: Cap
 
 
 def _search(config: TuneConfig, base, configs, candidates, at_a_time: int) -> list[dict[str, Any]]:
+    # The setting of Tune's newer output prints its tables whatever ``verbose`` says; the older one keeps silent.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -137,7 +148,8 @@ def _search(config: TuneConfig, base, configs, candidates, at_a_time: int) -> li
                 failure_config=tune.FailureConfig(max_failures=resources.max_failures),
             ),
         )
-    results = tuner.fit()
+    with SearchProgress([trial_directory(base.directory, index) for index in range(len(candidates))]):
+        results = tuner.fit()
     rows = []
     for result in results:
         metrics, index = result.metrics or {}, result.config["candidate"]
@@ -154,13 +166,33 @@ def _search(config: TuneConfig, base, configs, candidates, at_a_time: int) -> li
     return sorted(rows, key=lambda row: row["trial"])
 
 
+def describe(run: RunDirectory, report: dict[str, Any], keys: list[str]) -> str:
+    """The trials, the best of them and where the results lie, for people."""
+    best = report["best"]
+    return (
+        f"{table(report['trials'], keys)}\n"
+        f"  best       trial {best['trial']}, validation loss {best['validation_loss']:.4f} nats a target\n"
+        f"  model      {run.path / 'model'}, a copy of the best trial's\n"
+        f"  trials     {run.path / 'trials'}; one page of all: raylm report {run.path}"
+    )
+
+
 def table(rows: list[dict[str, Any]], keys: list[str]) -> str:
-    """The trials as lines of text, best first."""
+    """The trials as lines of text, best first; a stopped one's loss is the last that it reached."""
     columns = ["trial", *keys, "step", "validation_loss", "status"]
-    ordered = sorted(rows, key=lambda row: (row["validation_loss"] is None, row["validation_loss"]))
-    cells = [columns, *[[_cell(row.get(column)) for column in columns] for row in ordered]]
+    heads = ["trial", *keys, "steps", "validation loss", "status"]
+    cells = [heads, *[[_cell(row.get(column)) for column in columns] for row in best_first(rows)]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(
+        "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+def best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trials by validation loss: finished ones, then stopped ones, then those without a loss."""
+    return sorted(
+        rows, key=lambda row: (row["status"] != "finished", row["validation_loss"] is None, row["validation_loss"])
+    )
 
 
 def _cell(value: Any) -> str:

@@ -65,7 +65,7 @@ def ours(directory: Path, number: int) -> float:
         "model": {"family": "gpt2", "config": {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS}},
         "training": {
             "steps": STEPS + 5, "batch_size": BATCH_SIZE, "sequence_length": LENGTH, "log_every_steps": 5,
-            "evaluation_batches": 1,
+            "evaluation_batches": 1, "precision": "fp32",
         },
         "parallel": {"zero_stage": 0},
         "checkpoint": {"every_seconds": None},

@@ -81,7 +81,9 @@ def main() -> None:
         directory = Path(folder)
         write_recipes(
             directory, "whole", 128,
-            training={"steps": steps, "batch_size": 8, "sequence_length": 128, "log_every_steps": 1},
+            training={
+                "steps": steps, "batch_size": 8, "sequence_length": 128, "log_every_steps": 1, "precision": "fp32",
+            },
             checkpoint={"every_steps": 5, "every_seconds": None},
             resources={"workers": 2, "max_failures": 1000},
         )  # fmt: skip

@@ -47,7 +47,7 @@ def configuration(layout: str, directory: str):
         "data": {"train": f"{directory}/text.txt"},
         "tokenizer": {"type": "bpe", "vocab_size": VOCABULARY},
         "model": {"family": family, "config": CONFIGS[family]},
-        "training": {"steps": STEPS, "batch_size": BATCH, "sequence_length": TIME},
+        "training": {"steps": STEPS, "precision": "fp32", "batch_size": BATCH, "sequence_length": TIME},
         "parallel": {
             "data": data, "tensor": tensor, "pipeline": pipeline, "zero_stage": int(zero.removeprefix("zero")),
             "micro_batch_size": 4, "activation_checkpointing": "checkpointing" in rest,

@@ -20,9 +20,9 @@ from pathlib import Path
 from raylm.config.data import DataSection
 from raylm.data.corpus import Corpus
 from raylm.data.documents import Document, DocumentFile
+from raylm.data.passages import passage_spans
 from raylm.serving.retrieval.prepared import open_prepared
 from raylm.serving.retrieval.store import StoredCollection
-from raylm.serving.retrieval.text import passage_spans
 
 
 def public_functions(documents: list[Document]) -> list[tuple[str, Document]]:

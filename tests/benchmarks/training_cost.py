@@ -40,6 +40,7 @@ def recipe(directory: Path, name: str, checkpoint_seconds: float | None) -> Path
         },
         "training": {
             "steps": STEPS, "batch_size": 4, "sequence_length": 128, "log_every_steps": EVERY, "evaluation_batches": 1,
+            "precision": "fp32",
         },
         "parallel": {"zero_stage": 1, "micro_batch_size": 2},
         "checkpoint": {"every_seconds": checkpoint_seconds},

@@ -81,10 +81,12 @@ def test_from_encoder_to_labels(
     monkeypatch.setattr(compression, "ROUNDS", 1)
     path.write_text(yaml.safe_dump(measured | {"run": {"name": "small", "storage": str(tmp_path)}}))
     compression.compress(load_config("compress", path))
-    assert "macro f1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "macro-F1, %" in shown and "same label" in shown and "osine" not in shown
     small = json.loads((tmp_path / "small" / "report.json").read_text())
     assert small["before"]["accuracy"] == pytest.approx(report["accuracy"])
     assert small["after"]["accuracy"] > 95
+    assert 0.95 <= small["labels_agreement"] <= 1 and "outputs_cosine" not in small
     assert small["after"]["weight_bytes"] < 0.5 * small["before"]["weight_bytes"]
     assert all(small[side]["latency_milliseconds"][batch] > 0 for side in ("before", "after") for batch in ("1", "8"))
     assert (tmp_path / "small" / "model" / "openvino" / "openvino_model.xml").is_file()

@@ -31,7 +31,7 @@ def test_compresses_and_reports(tiny_model: Path, tmp_path: Path, capsys: pytest
     path = tmp_path / "compress.yaml"
     path.write_text(yaml.safe_dump(values))
     compress(load_config("compress", path))
-    assert "tokens/s, batch 8" in capsys.readouterr().out
+    assert "speed, 8 requests at once, tokens/s" in capsys.readouterr().out
     report = json.loads((tmp_path / "small" / "report.json").read_text())
     before, after = report["before"], report["after"]
     assert after["weight_bytes"] < 0.5 * before["weight_bytes"]

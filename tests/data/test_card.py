@@ -14,7 +14,7 @@ from raylm.config.data import DataSection, TokenizerSection
 from raylm.data.documents import read_documents
 from raylm.data.prepare import prepare_directory
 from raylm.data.shards import TokenShards, read_manifest
-from raylm.evaluation.report import write_html
+from raylm.reports.report import write_report
 
 from .conftest import write_jsonl
 
@@ -107,5 +107,5 @@ def test_raylm_report_writes_the_card_again(card: Path) -> None:
     before = (card / "report.html").read_text(encoding="utf-8")
     (card / "report.html").unlink()
     (card / "config.yaml").write_text("stage: prepare\n")
-    assert write_html(card) == card / "report.html"
+    assert write_report([card]) == card / "report.html"
     assert (card / "report.html").read_text(encoding="utf-8") == before

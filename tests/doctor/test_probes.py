@@ -12,7 +12,7 @@ from raylm.doctor.devices import judge_cpu, judge_gpus, read_cpuinfo
 from raylm.doctor.finding import GB
 from raylm.doctor.imports import Import
 from raylm.doctor.network import PORTS, holder, judge_hostname, judge_port, port_error
-from raylm.doctor.packages import judge, requirements, torch_build
+from raylm.doctor.packages import judge, judge_raylm, requirements, torch_build
 from raylm.doctor.ray_start import connection_error, judge_ray
 from raylm.doctor.system import (
     Limits,
@@ -75,6 +75,13 @@ def test_packages_that_are_missing_old_or_broken() -> None:
 def test_torch_build_is_read_from_its_file(text: str, build: str, tmp_path: Path) -> None:
     (tmp_path / "version.py").write_text(text)
     assert torch_build(tmp_path) == build
+
+
+def test_raylm_that_is_newer_than_its_installation() -> None:
+    place = Path("/home/me/raylm")
+    assert judge_raylm("0.2.0", "0.2.0", place).found == "0.2.0, in /home/me/raylm"
+    assert judge_raylm("0.2.0", None, place).state == "ok"
+    assert judge_raylm("0.2.0", "0.1.0", place).state == "warning"
 
 
 def test_cpu() -> None:

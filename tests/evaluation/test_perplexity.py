@@ -22,9 +22,9 @@ from raylm.evaluation.perplexity import (
     score_stream,
     window_batches,
 )
-from raylm.evaluation.report import write_html
 from raylm.evaluation.stage import BatchScorer, evaluate, score_batches
 from raylm.models.loading import load_model, load_tokenizer
+from raylm.reports.report import write_report
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "中文 and emoji 🙂", "dogs and foxes " * 12]
 
@@ -82,7 +82,7 @@ def test_same_figure_at_any_number_of_workers(ray_instance, tiny_model: Path, tm
         reports.append(json.loads((tmp_path / f"workers{workers}" / "report.json").read_text()))
     assert [r["workers"] for r in reports] == [1, 3]
     assert reports[0]["cross_entropy"] == reports[1]["cross_entropy"]
-    assert "bits_per_byte" in write_html(tmp_path / "workers3").read_text()
+    assert "bits per byte" in write_report([tmp_path / "workers3"]).read_text()
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_prepare_and_pretrain_as_jobs(tmp_path: Path) -> None:
         assert (tmp_path / "data" / "manifest.json").is_file()
         pretrain = [f"{recipes}/pretrain.yaml", *overrides, f"data.train={tmp_path}/data", "training.steps=3",
                     "training.warmup_steps=0", "training.sequence_length=32", "training.evaluate_every_steps=3",
-                    "training.optimizer=adamw"]  # fmt: skip
+                    "training.optimizer=adamw", "training.precision=fp32"]  # fmt: skip
         submit(address, environment, "pretrain", *pretrain)
         assert (tmp_path / "pretrain" / "model" / "model.safetensors").is_file()
         submit(address, environment, "pretrain", *pretrain, "run.name=cut", "parallel.tensor=2", "parallel.pipeline=2",

@@ -63,7 +63,8 @@ def make_engine(case: dict[str, Any]):
     }  # fmt: skip
 
     def optimizer(named):
-        return make_optimizer(section, named, model_type)
+        precision = {"precision": "bf16" if common["bf16"] else "fp32"}
+        return make_optimizer(section.model_copy(update=precision), named, model_type)
 
     if case["tensor"] * case["pipeline"] == 1:
         return DataParallelEngine(ObjectiveModule(model, objective), optimizer, **common), accumulation

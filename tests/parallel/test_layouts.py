@@ -69,14 +69,23 @@ def test_dropout_resumes_and_every_rank_sees_what_is_not_finite(tmp_path: Path) 
 @pytest.mark.slow
 def test_bf16_follows_fp32_and_its_checkpoints_move(tmp_path: Path) -> None:
     place = {"zero": 1, "optimizer": "adamw", "bf16": True}
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
     cases = [
-        case("llama-tied", "pp2", **place, steps=[0, 7], save=str(tmp_path / "checkpoint")),
-        case("llama-tied", "tp2", **place, steps=[7, STEPS], load=str(tmp_path / "checkpoint")),
+        case("llama-tied", "pp2", **place, steps=[0, 4], save=first),
+        case("llama-tied", "tp2", **place, steps=[4, 7], load=first, save=second),
+        case("llama-tied", "dp2", **place | {"zero": 3}, steps=[7, STEPS], load=second),
+        case("gpt2", "dp2", **place | {"zero": 2}),
+        case("gpt2", "one", **place, compile=True),
+        # The fp32 weights of a checkpoint are the master weights: fp32 goes on from them, too.
+        case("llama-tied", "one", 0, "adamw", steps=[7, STEPS], load=second),
     ]
-    found = run_cases(cases, tmp_path)
+    *parts, accumulated, compiled, in_fp32 = [found["loss"] for found in run_cases(cases, tmp_path)]
     expected = plain_loop("llama-tied", "adamw")["loss"]
     # bf16 keeps eight bits of a number.
-    assert largest_difference([loss for part in found for loss in part["loss"]], expected) < 2e-3
+    assert largest_difference([loss for part in parts for loss in part], expected) < 2e-3
+    assert largest_difference(in_fp32, expected[7:]) < 2e-3
+    for losses in (accumulated, compiled):
+        assert largest_difference(losses, plain_loop("gpt2", "adamw")["loss"]) < 2e-3
 
 
 @pytest.mark.slow

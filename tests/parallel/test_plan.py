@@ -64,7 +64,7 @@ def test_auto_takes_what_the_batch_divides_over(config: PretrainConfig) -> None:
     assert resolved.parallel.activation_checkpointing is False
     # What is written down can be started again, on a cluster of another kind too.
     written = recorded(config, layout)
-    assert (written.parallel, written.training) == (resolved.parallel, config.training)
+    assert (written.parallel, written.training) == (resolved.parallel, resolved.training)
     assert type(config).model_validate(written.model_dump()) == written
 
 

@@ -20,12 +20,15 @@ from raylm.quickstart.pipeline import run_quickstart
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
-    "pretrain": ["training.steps=20", "training.warmup_steps=2", "training.evaluate_every_steps=10",
+    "prepare": ["data.validation_fraction=0.005"],
+    "pretrain": ["training.steps=6", "training.warmup_steps=2", "training.evaluate_every_steps=6",
                  "resources.workers=1"],
-    "finetune": ["training.epochs=null", "training.steps=8", "training.warmup_steps=2",
-                 "training.evaluate_every_steps=4", "resources.workers=1"],
-    "tune": ["training.steps=4", "training.evaluate_every_steps=2", "tuning.trials=2"],
-    "compress": [],
+    "finetune": ["training.epochs=null", "training.steps=4", "training.warmup_steps=2",
+                 "training.evaluate_every_steps=4", "training.evaluation_batches=1", "resources.workers=1"],
+    "tune": ["training.steps=2", "training.evaluate_every_steps=2", "training.evaluation_batches=1",
+             "tuning.trials=1"],
+    "evaluate": ["resources.workers=1"],
+    "compress": ["compression.prompts=2", "compression.new_tokens=8"],
 }  # fmt: skip
 
 
@@ -137,10 +140,10 @@ def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_quickstart_on_a_terminal_and_again_in_plain_lines(tmp_path: Path) -> None:
+def test_the_whole_quickstart_on_a_terminal(tmp_path: Path) -> None:
     port = free_port()
     settings = {**TINY, "serve": [f"serving.port={port}"]}
-    status, shown = in_terminal(settings, tmp_path, seconds=500)
+    status, shown = in_terminal(settings, tmp_path, seconds=560)
     assert status == 0, shown[-3000:]
     for text in (
         "bits per byte",

@@ -24,3 +24,8 @@ def test_citations(size: int, answer: str, cited: str) -> None:
 def test_nothing_to_cite() -> None:
     citer = Citer([])
     assert citer.push("The lion sleeps. Yes.") + citer.finish() == "The lion sleeps. Yes."
+
+
+def test_a_sentence_of_stop_words_rests_on_no_passage() -> None:
+    citer = Citer(["What it is\nIt is what it is."])
+    assert citer.push("It is what it is. ") + citer.finish() == "It is what it is. "

@@ -11,10 +11,11 @@ import pyarrow.parquet as parquet
 import pytest
 
 from raylm.data.documents import Document, DocumentFile
+from raylm.data.passages import LONGEST_WEIGHT, passage_spans
 from raylm.errors import UserError
 from raylm.serving.retrieval.prepared import collection_files, open_prepared
 from raylm.serving.retrieval.store import StoredCollection
-from raylm.serving.retrieval.text import LONGEST_WEIGHT, content_words, passage_spans, tokenize
+from raylm.serving.retrieval.text import content_words, tokenize
 
 
 @pytest.fixture
@@ -69,7 +70,43 @@ def test_tokenize() -> None:
     assert tokenize("__init__ 3.14") == ["__init__", "3.14", "3", "14"]
     assert tokenize("queries passes cats") == ["query", "passe", "cat"]
     assert content_words(tokenize("What does the len do, and len?")) == ["len"]
+    assert content_words(tokenize("What is it?")) == content_words(tokenize("这是什么?")) == []
     assert "北京" in content_words(tokenize("什么是北京?"))
+
+
+def test_stop_words_find_nothing(prepared: Callable) -> None:
+    documents = [
+        Document("sndhdr.what(filename)\n\nGuess the type of a sound file.", "sndhdr.what"),
+        Document("copy.copy(x)\n\nShallow copy operation on arbitrary Python objects.", "copy.copy"),
+        Document("module copy\n\nGeneric (shallow and deep) copying operations.", "copy"),
+        Document("topic while\n\nThe statement is used for repeated execution.", "while"),
+        Document("这 是 什么 的 说明", "什么"),
+        Document("what it is, and what it does", "other", aliases="what.is.it"),
+    ]
+    collection = prepared(documents)
+    found = collection.search("What does copy do?", 5)
+    # What is named comes first, and nothing is found by "what" alone: not by title, alias or text.
+    assert [match.passage.title for match in found] == ["copy", "copy.copy"]
+    assert found[0].relevance == 1.0
+    assert collection.search("What is it?", 5) == collection.search("这是的?", 5) == []
+    # A stop word that is the whole title is still found.
+    (match,) = collection.search("What does while do?", 5)
+    assert (match.passage.title, match.relevance) == ("while", 1.0)
+
+
+def test_what_is_named_comes_first_and_from_its_beginning(prepared: Callable) -> None:
+    mentions = "\n\n".join(["asyncio.timeout and asyncio.timeout again " * 20] * 3)
+    documents = [
+        Document(f"class asyncio.Timeout\n\nAsynchronous context manager.\n\n{mentions}", "asyncio.Timeout"),
+        Document(f"asyncio.timeout(delay)\n\nTimeout context manager.\n\n{mentions}", "asyncio.timeout"),
+        Document(f"{mentions}", "A guide to asyncio.timeout"),
+    ]
+    collection = prepared(documents)
+    for name in ("asyncio.timeout", "asyncio.Timeout"):
+        (first, *_) = collection.search(f"What does {name} do?", 3)
+        assert (first.passage.title, first.passage.start) == (name, 0)
+    (first, *_) = collection.search("What is a guide to asyncio.timeout?", 3)
+    assert first.passage.title == "asyncio.timeout"
 
 
 @pytest.mark.parametrize(

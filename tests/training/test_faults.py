@@ -19,6 +19,7 @@ from raylm.config import load_config
 from raylm.config.training import AnomaliesSection
 from raylm.errors import RunFailure
 from raylm.training.anomalies import batch_of_step, find_anomaly, leave_out
+from raylm.training.events import read_events
 from raylm.training.metrics import read_metrics
 from raylm.training.stage import pretrain
 
@@ -65,6 +66,9 @@ def test_collective_time_out_and_ended_worker(make_run: Callable) -> None:
     assert len(run.losses()) == 200
     report = json.loads((run.metrics.parent / "report.json").read_text())
     assert len(report["restarts"]) == 2
+    events = read_events(run.metrics.parent)
+    assert [event["kind"] for event in events].count("restart") == 2
+    assert {event["kind"] for event in events} == {"restart", "resume"}
 
 
 @pytest.mark.slow

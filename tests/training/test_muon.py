@@ -11,11 +11,14 @@ from raylm.training.optimizers import make_optimizer
 
 def test_singular_values_come_near_one() -> None:
     torch.manual_seed(0)
-    for shape in ((3, 16, 64), (3, 64, 16), (2, 16, 40)):
-        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
-        # The quintic with these coefficients ends between about 0.7 and 1.2, not at one exactly.
-        assert values.min() > 0.3, shape
-        assert values.max() < 1.3, shape
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((3, 16, 64), (3, 64, 16), (2, 16, 40)):
+            found = orthogonalize(torch.randn(shape), dtype)
+            assert found.dtype == torch.float32
+            values = torch.linalg.svdvals(found)
+            # The quintic with these coefficients ends between about 0.7 and 1.2, not at one exactly.
+            assert values.min() > 0.3, (shape, dtype)
+            assert values.max() < 1.3, (shape, dtype)
 
 
 def test_update_keeps_the_singular_directions() -> None:

@@ -1,5 +1,7 @@
 """An index of passages: BM25 (Robertson and Zaragoza 2009) over text and title, and vectors of an encoder, in one rank.
 
+A document that the question names comes before all others, and stop words find nothing.
+
 In: words and vectors of passages. Out: a directory of arrays that many processes map into memory, and ranked passages.
 An index is never changed, only replaced.
 """
@@ -13,13 +15,15 @@ from pathlib import Path
 import bm25s
 import numpy as np
 
-from raylm.serving.retrieval.text import content_words, tokenize
+from raylm.serving.retrieval.text import content_words, keys_in, keys_of, tokenize
 
 # How much a match in the title counts against one in the text.
 TITLE_WEIGHT = 2.0
+# How much a stop word counts in the text of a passage that has a content word of the question; in titles, nothing.
+STOP_WORD_WEIGHT = 1 / 3
 # Share of the vectors in the rank, beside that of the words.
 DENSE_WEIGHT = 0.5
-# Word of every title: bm25s cannot index texts that have none at all. No question has it.
+# Word of every title and name: bm25s cannot index texts that have none at all. No question has it.
 _EVERYWHERE = "\0"
 
 
@@ -43,6 +47,7 @@ class Index:
 
     Args:
         text, title: BM25 of the passages' texts and titles.
+        names: the keys of the documents' names, as words of their passages; None in an index of an earlier raylm.
         passages: int64 [passages]; their numbers.
         documents: int64 [passages]; the numbers of their documents.
         vectors: fp32 [passages, width], each of length 1; None without an encoder.
@@ -52,34 +57,41 @@ class Index:
         self,
         text: bm25s.BM25,
         title: bm25s.BM25,
+        names: bm25s.BM25 | None,
         passages: np.ndarray,
         documents: np.ndarray,
         vectors: np.ndarray | None,
     ) -> None:
-        self._text, self._title, self._passages, self._documents = text, title, passages, documents
+        self._text, self._title, self._names = text, title, names
+        self._passages, self._documents = passages, documents
         self.vectors = vectors
 
     @classmethod
-    def build(cls, rows: Iterable[tuple[int, int, str, str]], vectors: np.ndarray | None) -> Index:
+    def build(cls, rows: Iterable[tuple[int, int, str, str, str]], vectors: np.ndarray | None) -> Index:
         """Index passages.
 
         Args:
-            rows: (passage number, document number, title, text) of each; at least one.
+            rows: (passage number, document number, title, aliases, text) of each, documents in order; at least one.
             vectors: as in the class.
         """
-        passages, documents, texts, titles = [], [], [], []
-        for passage, document, title, text in rows:
+        passages, documents, texts, titles, names = [], [], [], [], []
+        for passage, document, title, aliases, text in rows:
+            is_first = not documents or document != documents[-1]
+            keys = {key for name in (title, *aliases.split()) for key in keys_of(name, is_first=is_first)}
             passages.append(passage)
             documents.append(document)
             texts.append(tokenize(text) or [_EVERYWHERE])
-            titles.append([*tokenize(title), _EVERYWHERE])
-        return cls(_bm25(texts), _bm25(titles), np.array(passages), np.array(documents), vectors)
+            titles.append([*tokenize(f"{title} {aliases}"), _EVERYWHERE])
+            names.append([*sorted(keys), _EVERYWHERE])
+        return cls(_bm25(texts), _bm25(titles), _bm25(names), np.array(passages), np.array(documents), vectors)
 
     def save(self, directory: Path) -> None:
         """Write everything into a new ``directory``."""
         directory.mkdir()
         self._text.save(directory / "text", show_progress=False)
         self._title.save(directory / "title", show_progress=False)
+        if self._names is not None:
+            self._names.save(directory / "names", show_progress=False)
         np.save(directory / "passages.npy", self._passages)
         np.save(directory / "documents.npy", self._documents)
         if self.vectors is not None:
@@ -89,9 +101,11 @@ class Index:
     def load(cls, directory: Path) -> Index:
         """Map a saved index into memory."""
         vectors = directory / "vectors.npy"
+        has_names = (directory / "names").is_dir()
         return cls(
             bm25s.BM25.load(directory / "text", mmap=True, show_progress=False),
             bm25s.BM25.load(directory / "title", mmap=True, show_progress=False),
+            bm25s.BM25.load(directory / "names", mmap=True, show_progress=False) if has_names else None,
             np.load(directory / "passages.npy"),
             np.load(directory / "documents.npy"),
             np.load(vectors, mmap_mode="r") if vectors.exists() else None,
@@ -113,8 +127,11 @@ class Index:
                 and only passages that share one with the question are found.
             dense_weight: share of the vectors.
         """
-        words = tokenize(question)
-        scores = _scores(self._text, words) + TITLE_WEIGHT * _scores(self._title, words)
+        words = content_words(tokenize(question))
+        scores = self._text_scores(question) + TITLE_WEIGHT * _scores(self._title, words)
+        named = self._named(question)
+        # Before all others, among each other by their words.
+        scores = scores + (scores.max() + 1) * named
         cosines = None
         least = 0.0
         if vector is not None and self.vectors is not None:
@@ -128,13 +145,30 @@ class Index:
                 break
             places.setdefault(int(self._documents[place]), int(place))
         found = np.array(list(places.values()), dtype=np.int64)
-        relevance = self._coverage(content_words(words), found)
+        # A title that consists of stop words is found by its name alone.
+        relevance = self._coverage(words, found) if words else (named[found] > 0).astype(np.float64)
         if cosines is not None:
             relevance = (relevance + np.clip(cosines[found], 0, 1)) / 2
         return [
             Hit(int(self._passages[place]), float(scores[place]), float(value))
             for place, value in zip(found, relevance, strict=True)
         ]
+
+    def _text_scores(self, question: str) -> np.ndarray:
+        """BM25 of the texts; stop words tell passages with a content word apart, and find none themselves."""
+        words = tokenize(question)
+        content = content_words(words)
+        scores = _scores(self._text, content)
+        rest = [word for word in words if word not in set(content)]
+        return scores + STOP_WORD_WEIGHT * (scores > 0) * _scores(self._text, rest)
+
+    def _named(self, question: str) -> np.ndarray:
+        """How many of the names in ``question`` each passage's document has, float64 [passages]."""
+        counts = np.zeros(len(self))
+        if self._names is not None:
+            for key in keys_in(question):
+                counts[_holders(self._names, key)] += 1
+        return counts
 
     def _coverage(self, words: list[str], places: np.ndarray) -> np.ndarray:
         """Share of the question's words, by their information, that each of ``places`` has in its text or title."""

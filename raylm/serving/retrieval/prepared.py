@@ -14,7 +14,7 @@ from raylm.serving.retrieval.store import CollectionExists, StoredCollection, St
 COLUMNS = ("id", "title", "text")
 OPTIONAL_COLUMNS = ("aliases",)
 # Of the way from documents to an index: another one makes all indexes anew.
-FORMAT = "1"
+FORMAT = "2"
 
 
 def collection_files(directory: str | Path, key: str = "serving.collection") -> list[Path]:

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from raylm.config.run_directory import write_atomically
+from raylm.data.passages import passage_spans
 from raylm.serving.retrieval.index import Hit, Index
-from raylm.serving.retrieval.text import passage_spans
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # Every change reads all passages once: a collection beyond this wants a search engine of its own.
@@ -242,7 +242,7 @@ class StoredCollection:
                 # No two indexes share a name, not even those of a deleted collection and one called the same.
                 name = f"index-{version}-{uuid.uuid4().hex[:8]}"
                 rows = database.execute(
-                    "SELECT passages.number, document, title || ' ' || aliases, text, start, stop, vector "
+                    "SELECT passages.number, document, title, aliases, text, start, stop, vector "
                     "FROM passages JOIN documents ON documents.number = document ORDER BY passages.number"
                 ).fetchall()
             if not rows:
@@ -251,7 +251,7 @@ class StoredCollection:
             embedded = all(row[-1] is not None for row in rows)
             vectors = np.stack([np.frombuffer(row[-1], "<f4") for row in rows]) if embedded else None
             making = self.path / f".{name}"
-            Index.build(((row[0], row[1], row[2], row[3][row[4] : row[5]]) for row in rows), vectors).save(making)
+            Index.build(((*row[:4], row[4][row[5] : row[6]]) for row in rows), vectors).save(making)
             making.rename(self.path / name)
             write_atomically(self.path / "CURRENT", name)
             # Who has just read the last name may be opening it.

@@ -1,4 +1,4 @@
-"""From texts to what is indexed: words for BM25, and passages as offsets into their document.
+"""From texts to what is indexed: words for BM25.
 
 Dotted names count as a whole and by their parts, so that ``json.dumps`` finds the document of that title before all
 others that mention it. Text without spaces between words (Chinese, kana) counts by characters and pairs of them.
@@ -11,20 +11,10 @@ from collections.abc import Iterator
 
 from bm25s.stopwords import STOPWORDS_CHINESE, STOPWORDS_EN_PLUS
 
-# Passages end at the first paragraph end after this weight: about a hundred words.
-PASSAGE_WEIGHT = 600
-# A paragraph over this weight is cut between sentences, a sentence over it between words: an encoder reads no more.
-LONGEST_WEIGHT = 1500
-# What a character of a script without spaces weighs: it is about a token, of which an English word has 4 to 5 letters.
-UNSPACED_WEIGHT = 3
+from raylm.data.passages import UNSPACED
 
 _DOTTED = re.compile(r"\w+(?:\.\w+)*")
-# Scripts without spaces between words: Chinese characters and Japanese kana.
-_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _RUNS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|[^\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-_PARAGRAPH = re.compile(r"(?:(?!\n\s*\n).)+", re.DOTALL)
-# A sentence with what ends it, or a line.
-_SENTENCE = re.compile(r"(?:(?![.!?]\s|[。！？；]|\n).)*(?:[.!?。！？；\n]|.$)?\s*", re.DOTALL)
 
 
 def stem(word: str) -> str:
@@ -49,7 +39,7 @@ def tokenize(text: str) -> list[str]:
         if len(parts) > 1:
             words.append(name)
         for part in parts:
-            if _UNSPACED.search(part):
+            if UNSPACED.search(part):
                 words += _unspaced(part)
                 continue
             words.append(stem(part))
@@ -58,30 +48,37 @@ def tokenize(text: str) -> list[str]:
 
 
 def content_words(words: list[str]) -> list[str]:
-    """Those of ``words`` that say what a question is about, each once; all of them where none is left."""
-    return list(dict.fromkeys(word for word in words if not _is_stop_word(word)) or dict.fromkeys(words))
+    """Those of ``words`` that say what a question is about, each once; stop words, which say nothing, are none."""
+    # Of a stop word of two characters (什么) neither one counts for itself.
+    halves = {half for word in words if word in _STOP_PAIRS for half in word}
+    return list(dict.fromkeys(word for word in words if word not in halves and not _is_stop_word(word)))
 
 
-def passage_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Cut ``text`` into passages of some :data:`PASSAGE_WEIGHT`, between paragraphs where there are any.
+def keys_of(name: str, *, is_first: bool) -> set[str]:
+    """What a passage of the document called ``name`` is looked up by; the document's first one by the whole name too.
 
-    Yields:
-        Offsets (start, end) in characters, in order; between them is only white space.
+    See :func:`keys_in`; a question that asks about nothing but the name is answered from the document's beginning.
     """
-    start, end, weight = 0, 0, 0
-    for unit_start, unit_end in _units(text):
-        added = _weigh(text[unit_start:unit_end])
-        if weight and weight + added > LONGEST_WEIGHT:
-            yield start, end
-            weight = 0
-        start = start if weight else unit_start
-        end = unit_end
-        weight += added
-        if weight >= PASSAGE_WEIGHT:
-            yield start, end
-            weight = 0
-    if weight:
-        yield start, end
+    if not name:
+        return set()
+    dotted = {name, f"~{name.lower()}"} if "." in name and " " not in name else set()
+    return dotted | {_whole(name)} if is_first else dotted
+
+
+def keys_in(question: str) -> set[str]:
+    """Keys of the documents that ``question`` names.
+
+    It names the document whose title is all that it asks about ("What does copy do?"), and every dotted name in it, in
+    its own case before others: ``inspect.signature`` is not ``inspect.Signature``. A stop word may be a title, too.
+    """
+    keys = {key for name in _DOTTED.findall(question) if "." in name for key in (name, f"~{name.lower()}")}
+    words = tokenize(question)
+    return keys | ({_whole(question)} if content_words(words) else {_whole(word) for word in words})
+
+
+def _whole(text: str) -> str:
+    words = tokenize(text)
+    return "=" + " ".join(content_words(words) or dict.fromkeys(words))
 
 
 def _unspaced(part: str) -> Iterator[str]:
@@ -90,55 +87,17 @@ def _unspaced(part: str) -> Iterator[str]:
     On CMRC 2018 this finds more than the words of a segmenter do (README, "Measured").
     """
     for run in _RUNS.findall(part):
-        if _UNSPACED.match(run):
+        if UNSPACED.match(run):
             yield from run
             yield from (run[place : place + 2] for place in range(len(run) - 1))
         else:
             yield stem(run)
 
 
-def _units(text: str) -> Iterator[tuple[int, int]]:
-    """Paragraphs, or parts of those that are too long."""
-    for paragraph in _PARAGRAPH.finditer(text):
-        start, end = _stripped(text, *paragraph.span())
-        if _weigh(text[start:end]) <= LONGEST_WEIGHT:
-            if start < end:
-                yield start, end
-            continue
-        for sentence in _SENTENCE.finditer(text, start, end):
-            begin, stop = _stripped(text, *sentence.span())
-            while begin < stop:
-                cut = _fitting(text, begin, stop)
-                piece_start, piece_end = _stripped(text, begin, cut)
-                if piece_start < piece_end:
-                    yield piece_start, piece_end
-                begin = cut
-
-
-def _fitting(text: str, start: int, end: int) -> int:
-    """Where to cut ``text`` after ``start`` so that the piece is not too heavy, between words where there are any."""
-    if _weigh(text[start:end]) <= LONGEST_WEIGHT:
-        return end
-    weight, cut = 0, start
-    while weight < LONGEST_WEIGHT and cut < end:
-        weight += UNSPACED_WEIGHT if _UNSPACED.match(text[cut]) else 1
-        cut += 1
-    space = max(text.rfind(" ", start, cut), text.rfind("\n", start, cut))
-    return space + 1 if space > start else cut
-
-
-def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
-    piece = text[start:end]
-    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
-
-
-def _weigh(text: str) -> int:
-    return len(text) + (UNSPACED_WEIGHT - 1) * len(_UNSPACED.findall(text))
-
-
 def _is_stop_word(word: str) -> bool:
     # A pair of characters with one that is a stop word by itself crosses the end of a word.
-    return word in _STOP_WORDS or (bool(_UNSPACED.match(word)) and any(each in _STOP_WORDS for each in word))
+    return word in _STOP_WORDS or (bool(UNSPACED.match(word)) and any(each in _STOP_WORDS for each in word))
 
 
 _STOP_WORDS = frozenset(map(stem, STOPWORDS_EN_PLUS)) | frozenset(STOPWORDS_CHINESE)
+_STOP_PAIRS = frozenset(word for word in STOPWORDS_CHINESE if len(word) == 2 and UNSPACED.match(word))
