@@ -88,7 +88,9 @@ def _at_a_time(batch: str) -> str:
 
 def notes(report: dict[str, Any]) -> list[str]:
     """What no column says: how alike the two models answer, one sentence each."""
-    if (agreed := report.get("greedy_agreement")) is not None:
+    if (agreed := report.get("greedy_agreement")) is not None and agreed["identical_outputs"] == 1:
+        return ["Greedy output: both models continue every prompt with the same text."]
+    if agreed is not None:
         return [
             f"Greedy output: both models continue {agreed['identical_outputs']:.0%} of the prompts with the same text; "
             f"{agreed['tokens_before_first_difference']:.0%} of the tokens come before the first difference.",
