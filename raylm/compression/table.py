@@ -42,16 +42,7 @@ class Row:
             return "the same"
         if 0.9 < ratio < 1.1:
             return f"{100 * (ratio - 1):+.1f}%"
-        return (
-            f"{ratio:.2g}x" if ratio >= 1 else f"{1 / ratio:.2g}x {'smaller' if self.better == 'smaller' else 'less'}"
-        )
-
-    @property
-    def improved(self) -> bool | None:
-        """Whether the change is one for the better; None where there is none to speak of."""
-        if self.before and abs(self.after / self.before - 1) < SAME:
-            return None
-        return (self.after < self.before) == (self.better == "smaller")
+        return f"{ratio:.2g}x larger" if ratio >= 1 else f"{1 / ratio:.2g}x smaller"
 
 
 def rows(report: dict[str, Any]) -> list[Row]:
