@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,25 +42,48 @@ EXPORTERS = {
 }
 
 
+EXPORT_LIBRARIES = ("nncf", "optimum", "transformers")
+
+
 def export_int8(model_directory: str, output: Path, task: str = "causal") -> None:
     """Write an OpenVINO export of the model in ``model_directory`` with 8-bit weights into ``output``.
 
     Args:
         task: what the model is for; a key of :data:`EXPORTERS`.
     """
-    logging.getLogger("nncf").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        from optimum import intel
+        with _only_errors():
+            from optimum import intel
+            from transformers.utils import logging as transformers_logging
 
-        settings = intel.OVWeightQuantizationConfig(bits=8)
-        model = getattr(intel, EXPORTERS[task]).from_pretrained(
-            model_directory, export=True, compile=False, quantization_config=settings
-        )
-        model.save_pretrained(output)
-        if task == "causal":
-            _export_tokenizer(model_directory, output)
+            transformers_logging.disable_progress_bar()
+            exporter = getattr(intel, EXPORTERS[task])
+        # Once more: a library that is imported sets its own level.
+        with _only_errors():
+            settings = intel.OVWeightQuantizationConfig(bits=8)
+            model = exporter.from_pretrained(model_directory, export=True, compile=False, quantization_config=settings)
+            model.save_pretrained(output)
+            if task == "causal":
+                _export_tokenizer(model_directory, output)
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Let the libraries of the export report errors alone.
+
+    Tracing a model reads every attribute and calls it by old argument names, each of which transformers warns of.
+    optimum looks for a directory in the hub's cache where the hub is switched off, and warns that it is not there.
+    """
+    before = {name: logging.getLogger(name).level for name in EXPORT_LIBRARIES}
+    for name in before:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _export_tokenizer(model_directory: str, output: Path) -> None:

@@ -42,16 +42,7 @@ class Row:
             return "the same"
         if 0.9 < ratio < 1.1:
             return f"{100 * (ratio - 1):+.1f}%"
-        return (
-            f"{ratio:.2g}x" if ratio >= 1 else f"{1 / ratio:.2g}x {'smaller' if self.better == 'smaller' else 'less'}"
-        )
-
-    @property
-    def improved(self) -> bool | None:
-        """Whether the change is one for the better; None where there is none to speak of."""
-        if self.before and abs(self.after / self.before - 1) < SAME:
-            return None
-        return (self.after < self.before) == (self.better == "smaller")
+        return f"{ratio:.2g}x larger" if ratio >= 1 else f"{1 / ratio:.2g}x smaller"
 
 
 def rows(report: dict[str, Any]) -> list[Row]:
@@ -88,7 +79,9 @@ def _at_a_time(batch: str) -> str:
 
 def notes(report: dict[str, Any]) -> list[str]:
     """What no column says: how alike the two models answer, one sentence each."""
-    if (agreed := report.get("greedy_agreement")) is not None:
+    if (agreed := report.get("greedy_agreement")) is not None and agreed["identical_outputs"] == 1:
+        return ["Greedy output: both models continue every prompt with the same text."]
+    if agreed is not None:
         return [
             f"Greedy output: both models continue {agreed['identical_outputs']:.0%} of the prompts with the same text; "
             f"{agreed['tokens_before_first_difference']:.0%} of the tokens come before the first difference.",

@@ -113,7 +113,7 @@ def prepare(config: PrepareConfig) -> None:
     run.check()
     report = run.report()
     if report is not None:
-        print(f"prepare: {run.path} is done already ({report['tokens']['train']:,} training tokens)")
+        print(f"prepare: {run.path} is done already\n{describe(run.path, report)}")
         return
     with Activity("prepare: looking at the sources"):
         checked = Input(config.data, config.tokenizer, read=False)
@@ -296,6 +296,7 @@ def describe(directory: Path, report: dict[str, Any]) -> str:
     )
     if report["compressed"]:
         figures = ", ".join(f"{name} {entry['bits_per_byte']:.3f}" for name, entry in report["compressed"].items())
-        lines.append(f"  baselines   bits per byte of the validation text: {figures}")
-    lines.append(f"  files       {directory}, data card in {directory / 'report.html'}")
+        lines.append(f"  to beat     {figures} bits per byte of the validation text, by compression alone")
+    lines.append(f"  files       {directory}; to train on them: data.train={directory}")
+    lines.append(f"  data card   {directory / 'report.html'}, for a browser")
     return f"prepare: done in {report['seconds']['total']:.1f} s\n" + "\n".join(lines)

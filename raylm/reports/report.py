@@ -68,7 +68,8 @@ def single_page(run: Run) -> str:
     text = yaml.safe_dump(shown_configuration(run.config), sort_keys=False, allow_unicode=True, width=100)
     note = "<p class=dim>Without what is not set and what the run did not use; all of it stands in config.yaml.</p>"
     parts.append(f"<h2>Configuration</h2>{note}<pre>{html.escape(text)}</pre>")
-    return page(f"{run.stage}: {run.label}", [*parts, _script()], STYLE)
+    title = run.label if run.label == run.stage else f"{run.stage}: {run.label}"
+    return page(title, [*parts, _script()], STYLE)
 
 
 def comparison_page(runs: list[Run]) -> str:

@@ -24,7 +24,7 @@ class SearchProgress:
 
     def __init__(self, directories: list[Path]) -> None:
         self._directories = directories
-        self._bar = ProgressBar("tune", None, f"steps of {len(directories)} trials")
+        self._bar = ProgressBar(f"tune, {len(directories)} trials", None, "steps")
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="raylm-search-progress", daemon=True)
 
