@@ -20,16 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config import load_config
+from raylm.data.stdlib import question_about
 from raylm.doctor.network import holder, port_error
 from raylm.errors import RunFailure, UserError
 from raylm.quickstart.display import Display, choose_display
-from raylm.quickstart.questions import HeldOutAnswers, ask_about_known, ask_held_out
+from raylm.quickstart.questions import (
+    ANSWER_TOKENS,
+    HeldOutAnswers,
+    ask_held_out,
+    ask_question,
+    described,
+    shown_names,
+)
 from raylm.quickstart.running import Command, MemoryWatch, ended_like_ctrl_c
 from raylm.quickstart.screen import last_screen
 from raylm.quickstart.stages import SERVE, STAGES, Stage
 from raylm.recipes import recipes_directory
 
-COMPLETION_PROMPT = "Return the"
 START_SECONDS, STAGE_SECONDS = 180.0, 3600.0
 # Ports tried after the recipe's own.
 OTHER_PORTS = 20
@@ -228,22 +235,20 @@ def _post(url: str, body: dict[str, Any]):
 
 
 def _ask(url: str, runs: Path) -> HeldOutAnswers:
-    """Show two answers, the figures of the held-out questions, and a streamed text."""
+    """Show answers, the last one as it streams, and the figures of the held-out questions."""
     pairs = runs / "finetune" / "data"
-    for line in ask_about_known(url, pairs, runs / "data"):
-        print(f"   {line}", flush=True)
+    *whole, streamed = shown_names(pairs, runs / "data")
+    for name in whole:
+        print("\n".join(f"   {line}" for line in described(name, ask_question(url, question_about(name)))), flush=True)
+    print(f"   question: {question_about(streamed)}\n   streamed: ", end="", flush=True)
+    request = {"question": question_about(streamed), "max_tokens": ANSWER_TOKENS, "stream": True}
+    with _post(f"{url}/v1/qa", request) as response:
+        for line in response:
+            if line.startswith(b"data: ") and b"[DONE]" not in line:
+                print(json.loads(line[len(b"data: ") :]).get("answer", ""), end="", flush=True)
+    print(flush=True)
     answers = ask_held_out(url, pairs)
     (runs / "answers.json").write_text(json.dumps(answers.as_dict(), indent=2), encoding="utf-8")
     for line in answers.lines():
         print(f"   {line}", flush=True)
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as response:
-        model = json.load(response)["data"][0]["id"]
-    print(f"   streamed completion: {COMPLETION_PROMPT}", end="", flush=True)
-    request = {"model": model, "prompt": COMPLETION_PROMPT, "max_tokens": 40, "stream": True}
-    with _post(f"{url}/v1/completions", request) as response:
-        for line in response:
-            if line.startswith(b"data: ") and b"[DONE]" not in line:
-                choices = json.loads(line[len(b"data: ") :])["choices"]
-                print("".join(choice["text"] for choice in choices), end="", flush=True)
-    print(flush=True)
     return answers

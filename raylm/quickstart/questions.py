@@ -142,7 +142,7 @@ def held_out_pairs(data_directory: Path, count: int) -> list[Document]:
     return pairs[:count]
 
 
-def shown_names(data_directory: Path, collection: Path, count: int = 2) -> list[str]:
+def shown_names(data_directory: Path, collection: Path, count: int = 3) -> list[str]:
     """Names for the questions that the quickstart shows: well-known ones, as far as they are held out.
 
     Args:
@@ -160,22 +160,13 @@ def shown_names(data_directory: Path, collection: Path, count: int = 2) -> list[
     return list(dict.fromkeys([*known, *rest, *titles]))[:count]
 
 
-def ask_about_known(url: str, data_directory: Path, collection: Path) -> Iterator[str]:
-    """Lines with the questions that the quickstart shows, their answers and sources.
-
-    Args:
-        url: of the server.
-        data_directory: the prepared pairs that the model was fine-tuned on.
-        collection: the prepared documents.
-
-    Raises:
-        RunFailure: the server does not answer.
-    """
-    for name in shown_names(data_directory, collection):
-        reply = ask_question(url, question_about(name))
-        yield f"question: {question_about(name)}"
-        yield f"answer:   {reply['answer']}"
-        yield f"sources:  {', '.join(source['title'] or source['id'] for source in reply['sources'])}"
+def described(name: str, reply: dict[str, Any]) -> list[str]:
+    """Lines with the question about ``name``, and the answer and sources of the ``reply`` of ``/v1/qa``."""
+    return [
+        f"question: {question_about(name)}",
+        f"answer:   {reply['answer']}",
+        f"sources:  {', '.join(source['title'] or source['id'] for source in reply['sources'])}",
+    ]
 
 
 def ask_held_out(url: str, data_directory: Path, count: int = 100) -> HeldOutAnswers:

@@ -59,9 +59,9 @@ def test_shown_names_are_held_out_however_few_are_well_known(data: Path, tmp_pat
         writer.write(Document("text", title=in_training, aliases="textwrap.shorten"))
         writer.write(Document("other text", title=held_out, aliases="os.path.join"))
     # What people call it, then any other held-out name.
-    first, second = shown_names(data, collection)
+    first, *others = shown_names(data, collection)
     assert first == "os.path.join"
-    assert second in {one.title for one in held_out_pairs(data, 40)}
+    assert others and set(others) <= {one.title for one in held_out_pairs(data, 40)}
 
 
 @pytest.mark.parametrize(
