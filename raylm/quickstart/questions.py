@@ -24,7 +24,7 @@ from raylm.errors import RunFailure
 
 # What the quickstart shows, those of them that this Python's documentation has and that are held out.
 WELL_KNOWN = (
-    "os.path.join", "textwrap.shorten", "ast.literal_eval", "textwrap.wrap", "logging.info", "asyncio.to_thread",
+    "os.path.join", "textwrap.shorten", "textwrap.wrap", "logging.info", "asyncio.to_thread", "ast.literal_eval",
     "getpass.getuser", "inspect.currentframe", "pathlib.Path.exists", "contextlib.redirect_stderr", "copy",
 )  # fmt: skip
 # Word F1 from which an answer counts as right.
