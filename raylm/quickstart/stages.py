@@ -61,13 +61,13 @@ def _served(report: Mapping[str, Any]) -> str:
 
 # Seconds: two virtual CPUs (Xeon with AMX).
 STAGES = (
-    Stage("prepare", "docs to tokens", 20, _prepared),
-    Stage("pretrain", "train a small Llama", 200, _pretrained),
-    Stage("finetune", "teach it to answer", 150, _finetuned),
-    Stage("tune", "try learning rates", 110, _tuned),
-    Stage("evaluate", "held-out text", 25, _evaluated),
+    Stage("prepare", "docs to tokens", 15, _prepared),
+    Stage("pretrain", "train a small Llama", 110, _pretrained),
+    Stage("finetune", "teach it to answer", 285, _finetuned),
+    Stage("tune", "try learning rates", 70, _tuned),
+    Stage("evaluate", "held-out text", 20, _evaluated),
     Stage("compress", "weights to 8 bits", 55, _compressed),
-    Stage(SERVE, "start the server", 30, _served),
+    Stage(SERVE, "start the server", 25, _served),
 )
 
 # Weight of the usual times against what this machine has shown, in seconds.
