@@ -140,10 +140,11 @@ def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_whole_quickstart_on_a_terminal(tmp_path: Path) -> None:
     port = free_port()
     settings = {**TINY, "serve": [f"serving.port={port}"]}
-    status, shown = in_terminal(settings, tmp_path, seconds=560)
+    status, shown = in_terminal(settings, tmp_path, seconds=1100)
     assert status == 0, shown[-3000:]
     for text in (
         "bits per byte",
