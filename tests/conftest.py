@@ -19,6 +19,8 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Ray notes within a second or two that a process has ended.
+GIVING_BACK_SECONDS = 30
 # Begun first, so that no process is left alone with them at the end.
 LONGEST = ("test_faults", "test_storage", "test_recipes", "test_search")
 
@@ -61,6 +63,39 @@ def ray_instance():
     ray.init(address="local", num_cpus=4, include_dashboard=True, log_to_driver=False, dashboard_port=0)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpus_are_given_back() -> Iterator[None]:
+    """A file of tests leaves no CPU of the session's Ray taken: the next one would wait for it until its time limit."""
+    before = free_cpus()
+    yield
+    if (ray := sys.modules.get("ray")) is None or not ray.is_initialized():
+        return
+    expected = ray.cluster_resources()["CPU"] if before is None else before
+    deadline = time.monotonic() + GIVING_BACK_SECONDS
+    while free_cpus() < expected:
+        if time.monotonic() > deadline:
+            pytest.fail(f"these still hold CPUs of Ray: {holders_of_cpus()}")
+        time.sleep(0.1)
+
+
+def free_cpus() -> float | None:
+    """CPUs that nothing holds in the Ray that this process is in, or None where it is in none."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    return ray.available_resources().get("CPU", 0.0)
+
+
+def holders_of_cpus() -> str:
+    """The living actors and the placement groups, in words."""
+    from ray.util import state
+
+    actors = state.list_actors(filters=[("state", "!=", "DEAD")], detail=True)
+    groups = state.list_placement_groups(filters=[("state", "!=", "REMOVED")], detail=True)
+    found = [f"{a.class_name} ({a.state}, {a.required_resources})" for a in actors]
+    return "; ".join(found + [f"placement group {g.name or g.placement_group_id} ({g.state})" for g in groups])
 
 
 @pytest.fixture(scope="module")
