@@ -25,12 +25,12 @@ from raylm.doctor.network import holder, port_error
 from raylm.errors import RunFailure, UserError
 from raylm.quickstart.display import Display, choose_display
 from raylm.quickstart.questions import (
-    ANSWER_TOKENS,
     HeldOutAnswers,
     ask_held_out,
     ask_question,
     described,
     shown_names,
+    streamed_answer,
 )
 from raylm.quickstart.running import Command, MemoryWatch, ended_like_ctrl_c
 from raylm.quickstart.screen import last_screen
@@ -229,11 +229,6 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _post(url: str, body: dict[str, Any]):
-    data = json.dumps(body).encode()
-    return urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=120)
-
-
 def _ask(url: str, runs: Path) -> HeldOutAnswers:
     """Show answers, the last one as it streams, and the figures of the held-out questions."""
     pairs = runs / "finetune" / "data"
@@ -241,11 +236,8 @@ def _ask(url: str, runs: Path) -> HeldOutAnswers:
     for name in whole:
         print("\n".join(f"   {line}" for line in described(name, ask_question(url, question_about(name)))), flush=True)
     print(f"   question: {question_about(streamed)}\n   streamed: ", end="", flush=True)
-    request = {"question": question_about(streamed), "max_tokens": ANSWER_TOKENS, "stream": True}
-    with _post(f"{url}/v1/qa", request) as response:
-        for line in response:
-            if line.startswith(b"data: ") and b"[DONE]" not in line:
-                print(json.loads(line[len(b"data: ") :]).get("answer", ""), end="", flush=True)
+    for piece in streamed_answer(url, question_about(streamed)):
+        print(piece, end="", flush=True)
     print(flush=True)
     answers = ask_held_out(url, pairs)
     (runs / "answers.json").write_text(json.dumps(answers.as_dict(), indent=2), encoding="utf-8")

@@ -13,7 +13,9 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +205,29 @@ def _ask(url: str, pair: Document) -> Answer:
     return Answer(pair.title, pair.answer, found["answer"], alone, rule, source)
 
 
+def streamed_answer(url: str, question: str) -> Iterator[str]:
+    """The pieces of the answer of ``/v1/qa``, as they come.
+
+    Raises:
+        RunFailure: there is none, or it breaks off.
+    """
+    with _posted(f"{url}/v1/qa", {"question": question, "max_tokens": ANSWER_TOKENS, "stream": True}) as response:
+        for line in response:
+            if line.startswith(b"data: ") and b"[DONE]" not in line:
+                yield json.loads(line[len(b"data: ") :]).get("answer", "")
+
+
 def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    with _posted(url, body) as response:
+        return json.load(response)
+
+
+@contextmanager
+def _posted(url: str, body: dict[str, Any]) -> Iterator[HTTPResponse]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
-            return json.load(response)
+            yield response
     except OSError as error:
         raise RunFailure(f"{url} does not answer: {error}") from None
 
