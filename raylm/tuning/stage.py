@@ -75,6 +75,15 @@ def tune(config: TuneConfig) -> None:
                 attempt=new_attempt(),
             )
             rows = _search(planned, base, configs, candidates, at_a_time)
+    best = _export_best(run, rows)
+    report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
+    run.write_report(report)
+    finished = sum(row["status"] == "finished" for row in rows)
+    print(f"tune: {len(rows)} trials, {finished} finished\n{describe(run, report, list(config.tuning.space))}")
+
+
+def _export_best(run: RunDirectory, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the finished trial with the lowest loss, whose model becomes ``<run>/model``."""
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
         raise RunFailure(f"no trial finished; see {run.path / 'trials'}")
@@ -84,9 +93,7 @@ def tune(config: TuneConfig) -> None:
     shutil.copytree(trial_directory(run.path, best["trial"]) / "model", partial)
     shutil.rmtree(run.path / "model", ignore_errors=True)
     partial.rename(run.path / "model")
-    report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
-    run.write_report(report)
-    print(f"tune: {len(rows)} trials, {len(finished)} finished\n{describe(run, report, list(config.tuning.space))}")
+    return best
 
 
 def _resolve(config: TuneConfig, candidates: list[dict[str, Any]], capacity: Capacity):
