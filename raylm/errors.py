@@ -15,3 +15,8 @@ class UserError(Exception):
 
 class RunFailure(Exception):
     """A run failed after it had started; the text names the first failing rank's own error and its log."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for one-line messages; its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -27,13 +27,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         resident_bytes (after load, above the process before it), peak_bytes, latency_milliseconds by batch (medians).
     """
     from raylm.models.encoders import open_encoder
+    from raylm.tasks import find_task
 
     if job["engine"] == "transformers":
         import torch
 
         torch.set_num_threads(job["threads"])
+    head = find_task(job["task"]).head
     before = resident_bytes()
-    encoder = open_encoder(job["model"], job["task"], job["threads"], engine=job["engine"])
+    encoder = open_encoder(job["model"], head, job["threads"], engine=job["engine"])
     resident = resident_bytes() - before
     random = np.random.default_rng(0)
     latencies = {}

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from raylm.data.loading import load_tokenizer
 from raylm.errors import UserError
-from raylm.models.loading import load_tokenizer
+from raylm.models.heads import CAUSAL, Head
 from raylm.models.openvino import EXPORT_DETOKENIZER, EXPORT_MODEL, EXPORT_TOKENIZER, find_export
 
 
@@ -33,24 +34,16 @@ def check_installed() -> None:
         raise UserError(f"compression.method: int8 needs {', '.join(missing)}: pip install 'raylm[cpu]'")
 
 
-# What a model is for -> the exporter's class.
-EXPORTERS = {
-    "causal": "OVModelForCausalLM",
-    "extractive_qa": "OVModelForQuestionAnswering",
-    "classification": "OVModelForSequenceClassification",
-    "embedding": "OVModelForFeatureExtraction",
-}
-
-
 EXPORT_LIBRARIES = ("nncf", "optimum", "transformers")
 
 
-def export_int8(model_directory: str, output: Path, task: str = "causal") -> None:
+def export_int8(model_directory: str, output: Path, head: Head = CAUSAL) -> None:
     """Write an OpenVINO export of the model in ``model_directory`` with 8-bit weights into ``output``.
 
     Args:
-        task: what the model is for; a key of :data:`EXPORTERS`.
+        head: the model's; one that has an exporter.
     """
+    assert head.exporter is not None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -59,13 +52,13 @@ def export_int8(model_directory: str, output: Path, task: str = "causal") -> Non
             from transformers.utils import logging as transformers_logging
 
             transformers_logging.disable_progress_bar()
-            exporter = getattr(intel, EXPORTERS[task])
+            exporter = getattr(intel, head.exporter)
         # Once more: a library that is imported sets its own level.
         with _only_errors():
             settings = intel.OVWeightQuantizationConfig(bits=8)
             model = exporter.from_pretrained(model_directory, export=True, compile=False, quantization_config=settings)
             model.save_pretrained(output)
-            if task == "causal":
+            if head == CAUSAL:
                 _export_tokenizer(model_directory, output)
 
 

@@ -26,10 +26,11 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
+from raylm.models.heads import CAUSAL, Head
 from raylm.progress import Activity, ProgressBar
 
 if TYPE_CHECKING:
-    from raylm.models.encoders import EncoderTask
+    from raylm.tasks.base import Evaluation, Task
 
 ROUNDS = 3
 MEASURE_SECONDS = 900.0
@@ -45,8 +46,9 @@ def compress(config: CompressConfig) -> None:
         RunFailure: the export's logits do not agree with the original's, or measuring failed.
     """
     from raylm.compression.openvino import check_installed
-    from raylm.models.encoders import encoder_task
-    from raylm.models.loading import load_config, resolve_model
+    from raylm.data.loading import resolve_model
+    from raylm.models.loading import load_config
+    from raylm.tasks import task_of
 
     run = RunDirectory("compress", config)
     run.check()
@@ -59,8 +61,9 @@ def compress(config: CompressConfig) -> None:
     source = resolve_model(config.model.path)
     if not Path(source).is_dir():
         raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
-    if (task := encoder_task(load_config(source))) is not None:
-        report = _compress_encoder(task, source, config, run)
+    task = task_of(load_config(source))
+    if task.evaluation is not None:
+        report = _compress_encoder(task, task.evaluation, source, config, run)
     else:
         report = _compress_generator(source, config, run)
     run.write_report(report)
@@ -79,9 +82,10 @@ def _next(run: RunDirectory) -> str:
 
 def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) -> dict[str, Any]:
     """The report of a model that generates text."""
+    from raylm.data.loading import load_tokenizer
     from raylm.evaluation.stage import open_text, window_of
     from raylm.models.families import check_positions
-    from raylm.models.loading import load_model, load_tokenizer
+    from raylm.models.loading import load_model
 
     with Activity("compress: loading the model and the text"):
         tokenizer = load_tokenizer(source)
@@ -96,7 +100,7 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
         prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
     run.create()
 
-    partial = _copy_with_export(source, run, "causal")
+    partial = _copy_with_export(source, run, CAUSAL)
     threads = os.cpu_count() or 1
     with Activity("compress: comparing the outputs of both models") as activity:
         scorer = _compare_logits(model, partial, prompts)
@@ -129,31 +133,33 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
     }
 
 
-def _compress_encoder(task: EncoderTask, source: str, config: CompressConfig, run: RunDirectory) -> dict[str, Any]:
+def _compress_encoder(
+    task: Task, evaluation: Evaluation, source: str, config: CompressConfig, run: RunDirectory
+) -> dict[str, Any]:
     """The report of a model that reads and does not generate."""
     from raylm.compression import encoders
 
     with Activity("compress: reading the data"):
-        material = encoders.open_material(task, config, source)
+        examples = evaluation.open(config, source)
     run.create()
-    partial = _copy_with_export(source, run, task)
+    partial = _copy_with_export(source, run, task.head)
     threads = os.cpu_count() or 1
     with Activity("compress: comparing the outputs of both models"):
-        compared = encoders.compare(material, source, partial, threads)
+        compared = encoders.compare(task, examples, source, partial, threads)
     paths = {"transformers": source, "openvino": str(partial)}
     rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in paths}
     with _measuring(paths) as bar:
         for _ in range(ROUNDS):
             for engine, path in paths.items():
-                job = encoders.latency_job(engine, path, material, threads)
+                job = encoders.latency_job(engine, path, task, examples, threads)
                 rounds[engine].append(_measure_once(job, "raylm.compression.measure_encoder"))
                 bar.update(bar.done + 1)
     _replace_model(partial, run)
     return {
         "model": config.model.path,
-        "task": task,
+        "task": task.name,
         "threads": threads,
-        "sequence_length": material.length,
+        "sequence_length": examples.length,
         **compared["closeness"],
         "before": {
             "engine": "transformers fp32",
@@ -175,7 +181,7 @@ def _measuring(models: dict[str, str]) -> ProgressBar:
     return ProgressBar("compress: measuring speed and memory", ROUNDS * len(models), "measurements")
 
 
-def _copy_with_export(source: str, run: RunDirectory, task: str) -> Path:
+def _copy_with_export(source: str, run: RunDirectory, head: Head) -> Path:
     """The original directory with the export in its ``openvino/``, not yet under its own name."""
     partial = run.path / ".model.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -183,7 +189,7 @@ def _copy_with_export(source: str, run: RunDirectory, task: str) -> Path:
     with Activity("compress: converting the model to 8-bit weights (OpenVINO)"):
         from raylm.compression.openvino import export_int8
 
-        export_int8(source, partial / "openvino", task)
+        export_int8(source, partial / "openvino", head)
     return partial
 
 

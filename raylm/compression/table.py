@@ -10,7 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raylm.tasks.base import Measure
+
 Better = Literal["smaller", "larger"]
+BITS_PER_BYTE = Measure("bits_per_byte", "loss, bits per byte", "smaller", 4)
 # Quality that changes by less than this share reads as "the same": a hundredth of it is noise of the measurement.
 SAME = 0.001
 
@@ -61,16 +64,17 @@ def rows(report: dict[str, Any]) -> list[Row]:
     for batch in before.get("latency_milliseconds", ()):
         name = f"time for {batch} x {report['sequence_length']} tokens, ms"
         add(name, "smaller", 1, lambda side, b=batch: side["latency_milliseconds"][b])
-    for key, name, better, decimals in (
-        ("bits_per_byte", "loss, bits per byte", "smaller", 4),
-        ("exact_match", "exact match, %", "larger", 2),
-        ("f1", "F1, %", "larger", 2),
-        ("accuracy", "accuracy, %", "larger", 2),
-        ("macro_f1", "macro-F1, %", "larger", 2),
-    ):
-        if key in before:
-            add(name, better, decimals, lambda side, k=key: side[k])
+    for measure in (BITS_PER_BYTE, *_task_measures()):
+        if measure.key in before:
+            add(measure.name, measure.better, measure.decimals, lambda side, key=measure.key: side[key])
     return found
+
+
+def _task_measures() -> list[Measure]:
+    """What the tasks whose models are scored on examples count."""
+    from raylm.tasks import all_tasks
+
+    return [measure for task in all_tasks() if task.evaluation is not None for measure in task.evaluation.measures]
 
 
 def _at_a_time(batch: str) -> str:
@@ -89,14 +93,18 @@ def notes(report: dict[str, Any]) -> list[str]:
         ]
     if (agreed := report.get("labels_agreement")) is not None:
         return [f"Both models give {agreed:.1%} of the texts the same label."]
-    if report.get("task") == "classification" or "outputs_cosine" not in report:
-        # Of few labels a cosine is 1 or -1 for each text, and says no more than whether the label is the same.
+    if "outputs_cosine" not in report or "accuracy" in report["before"]:
+        # Older reports have a cosine of a classifier's logits: of few labels 1 or -1 for each text, which says nothing.
         return []
-    what = "scores" if report.get("task") == "extractive_qa" else "vectors"
     return [
-        f"Cosine between the {what} of both models (1 is the same): {report['outputs_cosine']:.4f} on average, "
-        f"{report['outputs_cosine_least']:.4f} for the text where they differ most."
+        f"Cosine between the {_compared(report)} of both models (1 is the same): {report['outputs_cosine']:.4f} on "
+        f"average, {report['outputs_cosine_least']:.4f} for the text where they differ most."
     ]
+
+
+def _compared(report: dict[str, Any]) -> str:
+    """What the outputs are; older reports do not say it."""
+    return report.get("compared") or ("scores" if "exact_match" in report["before"] else "vectors")
 
 
 def table(report: dict[str, Any]) -> str:

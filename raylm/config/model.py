@@ -7,12 +7,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from raylm.config.base import Section
+from raylm.config.tasks import TRAINED_TASKS
 
-# Family -> the objectives that it can be trained on from nothing; the first is its default.
-FAMILY_OBJECTIVES = {"gpt2": ("causal",), "llama": ("causal",), "bert": ("masked",), "t5": ("span",)}
-FAMILIES = tuple(FAMILY_OBJECTIVES)
-# Encoders that exist -> what they can be fine-tuned for, beside what their family is trained on from nothing.
-ENCODER_OBJECTIVES = ("extractive_qa", "classification")
+# Family -> the tasks that it can be trained on from nothing; the first is its default.
+FAMILY_TASKS = {"gpt2": ("causal",), "llama": ("causal",), "bert": ("masked",), "t5": ("span",)}
+FAMILIES = tuple(FAMILY_TASKS)
+# Model types of encoders that exist.
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "camembert", "mpnet", "deberta-v2")
 
 
@@ -42,7 +42,7 @@ class ModelSection(Section):
 class ObjectiveSection(Section):
     """``objective``: what the model learns to do, and so its loss."""
 
-    type: Literal["auto", "causal", "masked", "span", "extractive_qa", "classification"] = "auto"
+    type: Literal["auto", *TRAINED_TASKS] = "auto"  # type: ignore[valid-type]
     """causal: predict each next token. masked: predict tokens that were hidden (BERT). span: write the text
     that was removed (T5). extractive_qa: point at the answer in a context (encoders; SQuAD files). classification: the
     class of a text (encoders; rows with a text and a label). auto: the family's own."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import model_validator
 
 from raylm.config.base import Section
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.evaluation import CompressionSection, EvaluationSection
-from raylm.config.model import FAMILY_OBJECTIVES, ModelSection, ObjectiveSection
+from raylm.config.model import FAMILY_TASKS, ModelSection, ObjectiveSection
 from raylm.config.run import LocalRunSection, ResourcesSection, RunSection
 from raylm.config.serving import ServingSection
+from raylm.config.tasks import TASKS
 from raylm.config.training import CheckpointSection, ParallelSection, TrainingSection
 from raylm.config.tuning import TuningSection
-
-# As many as T5 has.
-DEFAULT_SENTINELS = 100
 
 
 class PrepareConfig(Section):
@@ -43,7 +43,7 @@ class TrainConfig(Section):
     def _objective(self) -> TrainConfig:
         family, objective = self.model.family, self.objective
         if family is not None:
-            allowed = FAMILY_OBJECTIVES[family]
+            allowed = FAMILY_TASKS[family]
             if objective.type == "auto":
                 objective.type = allowed[0]
             if objective.type not in allowed:
@@ -51,21 +51,27 @@ class TrainConfig(Section):
                     f"objective.type: found '{objective.type}', allowed for the family {family}: {', '.join(allowed)}"
                 )
         if self.tokenizer is not None and self.tokenizer.path is None:
-            if objective.type == "masked" and self.tokenizer.mask_token is False:
-                raise ValueError("tokenizer.mask_token: found false, allowed with objective.type masked: true")
-            if objective.type == "span" and self.tokenizer.sentinels == 0:
-                raise ValueError("tokenizer.sentinels: found 0, allowed with objective.type span: 1 or more")
+            for key, needed in self._tokenizer_needs.items():
+                # Both false and 0, of what has to be there.
+                if (found := getattr(self.tokenizer, key)) is not None and not found:
+                    raise ValueError(
+                        f"tokenizer.{key}: found {str(found).lower()}, allowed with objective.type {objective.type}: "
+                        f"{'true' if needed is True else '1 or more'}"
+                    )
         return self
+
+    @property
+    def _tokenizer_needs(self) -> dict[str, Any]:
+        needs = TASKS.get(self.objective.type)
+        return needs.tokenizer if needs else {}
 
     @property
     def new_tokenizer(self) -> TokenizerSection:
         """How raw sources are tokenized for a new model: as the file says, with the tokens that its objective needs."""
         values = {} if self.tokenizer is None else self.tokenizer.model_dump()
         if values.get("path") is None:
-            if self.objective.type == "masked" and values.get("mask_token") is None:
-                values["mask_token"] = True
-            if self.objective.type == "span" and values.get("sentinels") is None:
-                values["sentinels"] = DEFAULT_SENTINELS
+            missing = {key: needed for key, needed in self._tokenizer_needs.items() if values.get(key) is None}
+            values |= missing
         return TokenizerSection(**values)
 
     @model_validator(mode="after")

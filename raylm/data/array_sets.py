@@ -16,6 +16,7 @@ import numpy as np
 
 from raylm.config.run_directory import write_atomically
 from raylm.data.documents import Split
+from raylm.data.permutation import permute
 from raylm.data.shards import FORMAT_VERSION, file_hash, read_manifest
 from raylm.data.sources import MANIFEST
 from raylm.errors import UserError
@@ -82,3 +83,33 @@ def verify_set(directory: Path, kind: str, objective: str) -> dict[str, Any]:
 def map_arrays(directory: Path, split: Split, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
     """The arrays of a split, memory-mapped."""
     return tuple(np.load(directory / f"{split}-{name}.npy", mmap_mode="r") for name in names)
+
+
+class ArraySamples:
+    """Samples out of a directory of arrays; see :class:`raylm.data.samples.Samples`.
+
+    Args:
+        directory: what :func:`write_set` wrote.
+        split: train (shuffled) or validation (in order).
+        seed: decides the order.
+        names: of the arrays; the last one has a row for each sample.
+
+    Attributes:
+        count: samples in one epoch.
+        pad_id: of the tokenizer.
+        length: most tokens of a sample.
+    """
+
+    def __init__(self, directory: Path | str, split: Split, seed: int, names: tuple[str, ...]) -> None:
+        manifest = read_manifest(Path(directory))
+        self.arrays = map_arrays(Path(directory), split, names)
+        self.count = len(self.arrays[-1])
+        self.pad_id, self.length = manifest["pad_id"], manifest["sequence_length"]
+        self._seed, self._shuffle = seed, split == "train"
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """The rows of the samples with these global numbers, int64 [n]."""
+        epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), self.count)
+        if self._shuffle:
+            places = permute(places, epochs, self.count, self._seed)
+        return np.asarray(self.arrays[-1][places])

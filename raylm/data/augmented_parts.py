@@ -102,14 +102,7 @@ async def _augment_part(
                     tasks = maker.start(document) if copies and _is_original(document) else []
                     wanted.append((document, copies, tasks))
                 for document, copies, tasks in wanted:
-                    if copies:
-                        output.write(document)
-                    for number in range(1, copies):
-                        mark = f"oversample:{document.id}:{number}"
-                        output.write(replace(document, augmentation=mark))
-                        maker.made["oversample"] += 1
-                    if not copies:
-                        maker.dropped["undersample"] += 1
+                    _write_copies(document, copies, maker, output)
                     for variant in await maker.finish(document, tasks):
                         output.write(variant)
                     done += 1
@@ -131,6 +124,17 @@ async def _augment_part(
     }
     write_atomically(folder / f"{name}.json", json.dumps(record, ensure_ascii=False))
     return record
+
+
+def _write_copies(document: Document, copies: int, maker: VariantMaker, output: DocumentFile) -> None:
+    """Write an original and what balancing adds of it, or leave it out."""
+    if not copies:
+        maker.dropped["undersample"] += 1
+        return
+    output.write(document)
+    for number in range(1, copies):
+        output.write(replace(document, augmentation=f"oversample:{document.id}:{number}"))
+        maker.made["oversample"] += 1
 
 
 async def _give_up(tasks: Iterable[Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from raylm.config.data import DataSection
 from raylm.data.blocks import SMALLEST_BLOCK, Segment
 from raylm.data.rows import Rows
-from raylm.errors import UserError
+from raylm.errors import UserError, first_line
 
 ROWS_A_SEGMENT = 10_000
 ROWS_A_BATCH = 256
@@ -70,5 +70,5 @@ def _load(source: str, data: DataSection, key: str) -> Any:
         path = str(directory) if directory.is_dir() else name
         return datasets.load_dataset(path, configuration or None, split=split, streaming=data.hub_streaming)
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{key}: {source} cannot be loaded by datasets: {reason}") from None

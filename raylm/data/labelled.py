@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.config.data import DataSection
-from raylm.data.array_sets import SPLITS, map_arrays, write_set
+from raylm.data.array_sets import SPLITS, ArraySamples, write_set
 from raylm.data.blocks import Block
 from raylm.data.documents import Split, hash_share
-from raylm.data.permutation import permute
 from raylm.data.readers import read_block
 from raylm.data.samples import PAD_MULTIPLE
-from raylm.data.shards import read_manifest
 from raylm.data.sources import open_sources
 from raylm.data.streams import InputErrors
 from raylm.errors import UserError
@@ -73,7 +71,7 @@ def evaluation_labelled(data: DataSection, split: Split = "validation") -> list[
 
 
 def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[LabelledText]:
-    errors = InputErrors(data.errors)
+    errors = InputErrors.of(data)
     fields = data.fields.model_copy(update={"label": data.fields.label or "label"})
     labelled = data.model_copy(update={"fields": fields})
     for source in open_sources(data, names, key):
@@ -174,31 +172,17 @@ def pad_ids(rows: Sequence[np.ndarray], pad_id: int, most: int | None = None) ->
     return batch
 
 
-class LabelledSamples:
-    """Texts with the number of their class; see :class:`raylm.data.samples.Samples`.
-
-    Args:
-        directory: what :meth:`LabelledInput.write` wrote.
-        split: train (shuffled) or validation (in order).
-        seed: decides the order.
-    """
+class LabelledSamples(ArraySamples):
+    """Texts with the number of their class, out of what :meth:`LabelledInput.write` wrote."""
 
     def __init__(self, directory: Path | str, split: Split, seed: int) -> None:
-        directory = Path(directory)
-        manifest = read_manifest(directory)
-        self._tokens, self._rows = map_arrays(directory, split, ARRAYS)
-        self._seed, self._shuffle = seed, split == "train"
-        self._pad_id, self._length = manifest["pad_id"], manifest["sequence_length"]
-        self.count = len(self._rows)
+        super().__init__(directory, split, seed, ARRAYS)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """What :func:`pad_ids` returns, and ``targets`` int64 [n, 1]."""
-        epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), self.count)
-        if self._shuffle:
-            places = permute(places, epochs, self.count, self._seed)
-        rows = np.asarray(self._rows[places])
-        ids = [np.asarray(self._tokens[start : start + length], dtype=np.int64) for start, length, _ in rows.tolist()]
-        return {**pad_ids(ids, self._pad_id, self._length), "targets": rows[:, 2:]}
+        tokens, rows = self.arrays[0], self.rows(indices)
+        ids = [np.asarray(tokens[start : start + length], dtype=np.int64) for start, length, _ in rows.tolist()]
+        return {**pad_ids(ids, self.pad_id, self.length), "targets": rows[:, 2:]}
 
 
 def _named(labels: Sequence[str]) -> str:

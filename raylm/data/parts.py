@@ -178,14 +178,8 @@ def make_parts(
             writer.write(document, split, count.kind, cleaned.hashes)
     writer.finish()
     count.sha256 = digest.hexdigest()
-    record = {
-        "block": block.number,
-        "read": read,
-        "count": asdict(count),
-        "parts": writer.parts,
-        "cleaning": account.to_json(),
-        "errors": {"counts": errors.counts, "samples": errors.samples},
-        "lengths": lengths.tolist(),
-    }
+    record = {"block": block.number, "read": read, "count": asdict(count), "parts": writer.parts}
+    record |= {"cleaning": account.to_json(), "errors": {"counts": errors.counts, "samples": errors.samples}}
+    record |= {"lengths": lengths.tolist()}
     write_atomically(work / "blocks" / f"{block.number:06d}.json", json.dumps(record, ensure_ascii=False))
     return record

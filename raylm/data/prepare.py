@@ -12,11 +12,11 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster import ray_session
+from raylm.cluster.session import ray_session
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.run_directory import RunDirectory, write_atomically
 from raylm.config.stages import PrepareConfig
@@ -33,6 +33,9 @@ from raylm.progress import Activity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from raylm.data.pipeline import Pipeline
+    from raylm.data.tokenization import Layout
 
 PARTS = ("documents", "tokenizer", "train", "validation", "work")
 
@@ -156,89 +159,127 @@ def prepare_directory(
     write_card(directory, report)
 
 
+class _Laps:
+    """Seconds of the parts of the work, in order."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def end(self, name: str) -> None:
+        """Note the time since the last part's end."""
+        self.seconds[name] = round(time.monotonic() - self._began - sum(self.seconds.values()), 3)
+
+    def with_total(self) -> dict[str, float]:
+        """The parts and their sum."""
+        return {**self.seconds, "total": round(time.monotonic() - self._began, 3)}
+
+
 def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, Any]:
     """Write the whole set, the manifest last; returns the report."""
     from raylm.data.pipeline import Pipeline
-    from raylm.data.tokenization import Layout
-    from raylm.data.tokenizers import reuse_tokenizer, tokenizer_hash
-    from raylm.data.vocabulary import describe_vocabulary
+    from raylm.data.tokenizers import tokenizer_hash
 
-    began = time.monotonic()
-    seconds: dict[str, float] = {}
-
-    def lap(name: str) -> None:
-        seconds[name] = round(time.monotonic() - began - sum(seconds.values()), 3)
-
+    laps = _Laps()
     pipeline = Pipeline(directory, checked.data, checked.tokenizer, checked.corpus, cpus)
     with ray_session():
-        lap("ray_start")
-        pipeline.open_work(PARTS)
-        survey = pipeline.make_parts()
-        if survey.kind == "pairs" and checked.tokenizer.path is not None:
-            check_template(reuse_tokenizer(checked.tokenizer.path))
-        lap("parts")
-        pipeline.find_duplicates()
-        lap("duplicates")
-        augmented = pipeline.augment()
-        if augmented:
-            lap("augmentation")
-        with Activity("training the tokenizer" if checked.tokenizer.path is None else "copying the tokenizer"):
-            tokenizer = pipeline.make_tokenizer()
-        lap("tokenizer")
-        vocab_size = len(tokenizer)
-        layout = Layout(
-            kind=survey.kind,
-            dtype=token_dtype(vocab_size).str,
-            eos_id=tokenizer.eos_token_id,
-            unknown_id=tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None,
-            labels=checked.data.fields.label is not None,
-        )
-        results = pipeline.make_files(asdict(layout))
-        lap("tokens")
-    entries = [entry for result in results for entry in result["entries"]]
+        laps.end("ray_start")
+        made = _tokenize(pipeline, checked, laps)
+    entries = [entry for result in made.results for entry in result["entries"]]
     with Activity("measuring what the set holds, for its data card"):
         baselines = compressed_sizes(document.text for document in read_documents(directory, "validation"))
-        lap("baselines")
+        laps.end("baselines")
         splits = {split: _split_entry(entries, split) for split in ("train", "validation")}
         card = describe_set(directory, splits)
-        lap("card")
-    pad_id = tokenizer.pad_token_id
+        laps.end("card")
+    layout = made.layout
     manifest = {
         "version": FORMAT_VERSION,
-        "kind": survey.kind,
+        "kind": layout.kind,
         "tokenizer_hash": tokenizer_hash(directory / "tokenizer"),
-        "vocab_size": vocab_size,
+        "vocab_size": made.vocab_size,
         "eos_id": layout.eos_id,
-        "pad_id": layout.eos_id if pad_id is None else pad_id,
+        "pad_id": layout.eos_id if made.pad_id is None else made.pad_id,
         "dtype": "uint16" if layout.dtype.endswith("2") else "uint32",
         "splits": splits,
-        "corpus": {"sources": survey.sources},
+        "corpus": {"sources": made.sources},
         "configuration": {
             "data": checked.data.model_dump(mode="json"),
             "tokenizer": checked.tokenizer.model_dump(mode="json"),
         },
     }
-    tokens, size = (sum(split[name] for split in splits.values()) for name in ("tokens", "bytes"))
     report = {
-        "stage": "prepare",
-        "kind": survey.kind,
-        "documents": {name: split["documents"] for name, split in splits.items()},
-        "tokens": {name: split["tokens"] for name, split in splits.items()},
-        "bytes": {name: split["bytes"] for name, split in splits.items()},
-        "bytes_per_token": round(size / tokens, 4),
-        "vocab_size": vocab_size,
-        "unknown_tokens": sum(entry["unknown_tokens"] for entry in entries),
-        "vocabulary": describe_vocabulary(directory / "tokenizer", _measured(directory), layout.unknown_id),
+        **_counts(directory, made, splits, sum(entry["unknown_tokens"] for entry in entries)),
         "compressed": baselines,
-        "sources": survey.sources,
+        "sources": made.sources,
         **card,
-        **augmented,
-        **pipeline.account(sum(result["duplicates"] for result in results)),
-        "seconds": {**seconds, "total": round(time.monotonic() - began, 3)},
+        **made.augmented,
+        **pipeline.account(sum(result["duplicates"] for result in made.results)),
+        "seconds": laps.with_total(),
     }
     pipeline.close_work()
     write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return report
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What tokenizing gives."""
+
+    layout: Layout
+    vocab_size: int
+    pad_id: int | None
+    sources: list[dict[str, Any]]
+    augmented: dict[str, Any]
+    results: list[dict[str, Any]]
+
+
+def _tokenize(pipeline: Pipeline, checked: Input, laps: _Laps) -> _Made:
+    """From the sources to files of tokens."""
+    from raylm.data.tokenization import Layout
+    from raylm.data.tokenizers import reuse_tokenizer
+
+    pipeline.open_work(PARTS)
+    survey = pipeline.make_parts()
+    if survey.kind == "pairs" and checked.tokenizer.path is not None:
+        check_template(reuse_tokenizer(checked.tokenizer.path))
+    laps.end("parts")
+    pipeline.find_duplicates()
+    laps.end("duplicates")
+    augmented = pipeline.augment()
+    if augmented:
+        laps.end("augmentation")
+    with Activity("training the tokenizer" if checked.tokenizer.path is None else "copying the tokenizer"):
+        tokenizer = pipeline.make_tokenizer()
+    laps.end("tokenizer")
+    layout = Layout(
+        kind=survey.kind,
+        dtype=token_dtype(len(tokenizer)).str,
+        eos_id=tokenizer.eos_token_id,
+        unknown_id=tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None,
+        labels=checked.data.fields.label is not None,
+    )
+    results = pipeline.make_files(asdict(layout))
+    laps.end("tokens")
+    return _Made(layout, len(tokenizer), tokenizer.pad_token_id, survey.sources, augmented, results)
+
+
+def _counts(directory: Path, made: _Made, splits: dict[str, Any], unknown_tokens: int) -> dict[str, Any]:
+    """What the report says of the set's size and of its tokenizer."""
+    from raylm.data.vocabulary import describe_vocabulary
+
+    tokens, size = (sum(split[name] for split in splits.values()) for name in ("tokens", "bytes"))
+    return {
+        "stage": "prepare",
+        "kind": made.layout.kind,
+        "documents": {name: split["documents"] for name, split in splits.items()},
+        "tokens": {name: split["tokens"] for name, split in splits.items()},
+        "bytes": {name: split["bytes"] for name, split in splits.items()},
+        "bytes_per_token": round(size / tokens, 4),
+        "vocab_size": made.vocab_size,
+        "unknown_tokens": unknown_tokens,
+        "vocabulary": describe_vocabulary(directory / "tokenizer", _measured(directory), made.layout.unknown_id),
+    }
 
 
 def _measured(directory: Path) -> Iterator[str]:

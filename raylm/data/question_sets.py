@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.config.data import DataSection
-from raylm.data.array_sets import SPLITS, map_arrays, write_set
+from raylm.data.array_sets import SPLITS, ArraySamples, write_set
 from raylm.data.documents import Split
-from raylm.data.permutation import permute
 from raylm.data.questions import Question, read_questions
-from raylm.data.shards import read_manifest
 from raylm.data.windows import Window, Windows, pad
 from raylm.errors import UserError
 
@@ -31,11 +29,16 @@ KIND = "questions"
 class QuestionInput:
     """All questions of the ``data`` section, read and checked; make one before anything is written.
 
+    Args:
+        data: the section.
+        overlap: tokens that two windows of a long context share.
+
     Raises:
         UserError: bad input, or a side without a question.
     """
 
-    def __init__(self, data: DataSection) -> None:
+    def __init__(self, data: DataSection, overlap: int) -> None:
+        self._overlap = overlap
         self.questions: dict[Split, list[Question]] = {"train": [], "validation": []}
         for side, question in read_questions(data):
             self.questions[side].append(question)
@@ -46,18 +49,16 @@ class QuestionInput:
                     "data.validation_fraction (contexts are held out whole), or a data.validation source"
                 )
 
-    def write(
-        self, directory: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, overlap: int
-    ) -> dict[str, Any]:
+    def write(self, directory: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> dict[str, Any]:
         """Write the directory; returns the manifest."""
-        cutter = Windows(tokenizer, sequence_length, overlap)
+        cutter = Windows(tokenizer, sequence_length, self._overlap)
         return write_set(
             directory,
             KIND,
             tokenizer,
             lambda split: _cut(split, self.questions[split], cutter),
             sequence_length=sequence_length,
-            overlap=overlap,
+            overlap=self._overlap,
         )
 
 
@@ -88,31 +89,17 @@ def _cut(split: Split, questions: list[Question], cutter: Windows) -> tuple[dict
     return arrays, counts
 
 
-class QuestionSamples:
-    """Windows of questions; see :class:`raylm.data.samples.Samples`.
-
-    Args:
-        directory: what :meth:`QuestionInput.write` wrote.
-        split: train (shuffled) or validation (in order).
-        seed: decides the order.
-    """
+class QuestionSamples(ArraySamples):
+    """Windows of questions, out of what :meth:`QuestionInput.write` wrote."""
 
     def __init__(self, directory: Path | str, split: Split, seed: int) -> None:
-        directory = Path(directory)
-        manifest = read_manifest(directory)
-        self._tokens, self._types, self._windows = map_arrays(directory, split, ARRAYS)
-        self._seed, self._shuffle = seed, split == "train"
-        self._pad_id, self._length = manifest["pad_id"], manifest["sequence_length"]
-        self.count = len(self._windows)
+        super().__init__(directory, split, seed, ARRAYS)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """What :func:`raylm.data.windows.pad` returns, and ``targets`` int64 [n, 2]: the first and last token."""
-        epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), self.count)
-        if self._shuffle:
-            places = permute(places, epochs, self.count, self._seed)
-        rows = np.asarray(self._windows[places])
+        rows = self.rows(indices)
         windows = []
         for start, length, first, last, null in rows[:, :5].tolist():
-            ids, types = (np.asarray(a[start : start + length], dtype=np.int64) for a in (self._tokens, self._types))
+            ids, types = (np.asarray(a[start : start + length], dtype=np.int64) for a in self.arrays[:2])
             windows.append(Window(ids, types, first, last, np.zeros((0, 2), dtype=np.int64), null))
-        return {**pad(windows, self._pad_id, self._length), "targets": rows[:, 5:]}
+        return {**pad(windows, self.pad_id, self.length), "targets": rows[:, 5:]}

@@ -15,8 +15,8 @@ from raylm.config.data import DataSection
 from raylm.data.documents import Split, hash_share
 from raylm.data.sources import open_sources
 from raylm.data.squad import read_articles
-from raylm.data.streams import InputErrors, damaged, first_line
-from raylm.errors import UserError
+from raylm.data.streams import InputErrors, damaged
+from raylm.errors import UserError, first_line
 
 
 @dataclass(frozen=True)

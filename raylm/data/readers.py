@@ -28,14 +28,13 @@ from raylm.data.streams import (
     Lines,
     damaged,
     file_system,
-    first_line,
     is_remote,
     line_number,
     open_bytes,
     open_remote,
     plain_suffix,
 )
-from raylm.errors import UserError
+from raylm.errors import UserError, first_line
 
 PARQUET_ROWS = 1024
 

@@ -17,16 +17,8 @@ import pyarrow.parquet as pq
 from raylm.config.data import STDLIB_DOCS, STDLIB_PAIRS, DataSection, SourceSection
 from raylm.data.blocks import BY_LINES, SMALLEST_BLOCK, Segment
 from raylm.data.documents import document_files
-from raylm.data.streams import (
-    COMPRESSED,
-    file_system,
-    first_line,
-    is_compressed,
-    is_remote,
-    open_remote,
-    plain_suffix,
-)
-from raylm.errors import UserError
+from raylm.data.streams import COMPRESSED, file_system, is_compressed, is_remote, open_remote, plain_suffix
+from raylm.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
 SUFFIXES = {

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from raylm.config.data import DataSection
-from raylm.errors import UserError
+from raylm.errors import UserError, first_line
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -51,11 +51,6 @@ def file_system(path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError, OSError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one short line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def plain_suffix(path: str) -> str:

@@ -6,12 +6,15 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raylm.errors import RunFailure, UserError
 from raylm.progress import ProgressBar
+
+if TYPE_CHECKING:
+    import ray.data
 
 Job = dict[str, Any]
 
@@ -48,20 +51,7 @@ def run_jobs(
 
     if not jobs:
         return []
-    # Our bar stands in for Ray Data's own; what it has to say about its execution goes to its log file only.
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.CRITICAL)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = [{"number": number, "job": json.dumps(job)} for number, job in enumerate(jobs)]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _run_job,
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=cpus and min(cpus, len(rows))),
-        fn_kwargs={"function": function, "arguments": arguments},
-    )
+    dataset = _dataset(function, jobs, cpus, arguments)
     weights = weights or [1] * len(jobs)
     results: dict[int, dict[str, Any]] = {}
     done = 0
@@ -77,6 +67,28 @@ def run_jobs(
         except ray.exceptions.RayError as error:
             raise RunFailure(f"{title} failed: {_first_cause(error)}") from error
     return [results[number] for number in range(len(jobs))]
+
+
+def _dataset(
+    function: Callable[..., dict[str, Any]], jobs: list[dict[str, Any]], cpus: int | None, arguments: dict[str, Any]
+) -> ray.data.Dataset:
+    """The results as rows, once they are asked for."""
+    import ray.data
+
+    # Our bar stands in for Ray Data's own; what it has to say about its execution goes to its log file only.
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = [{"number": number, "job": json.dumps(job)} for number, job in enumerate(jobs)]
+    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _run_job,
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=cpus and min(cpus, len(rows))),
+        fn_kwargs={"function": function, "arguments": arguments},
+    )
 
 
 def _run_job(

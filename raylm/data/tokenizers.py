@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from raylm.config.data import MASK_TOKEN, SPECIAL_TOKENS, TokenizerSection
 from raylm.data.chat import CHAT_TEMPLATE, PLAIN_TEMPLATE
 from raylm.data.encoding import load_backend
+from raylm.data.loading import load_tokenizer
 from raylm.data.vocabularies import UNKNOWN, train_jieba_words, train_unigram, train_wordpiece, train_words
 from raylm.errors import UserError
-from raylm.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

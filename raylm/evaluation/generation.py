@@ -20,8 +20,9 @@ def generate_text(
     """
     import torch
 
+    from raylm.data.loading import load_tokenizer
     from raylm.errors import UserError
-    from raylm.models.loading import load_model, load_tokenizer
+    from raylm.models.loading import load_model
 
     tokenizer, model = load_tokenizer(path), load_model(path).eval()
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids

@@ -3,18 +3,24 @@ questions to exact match and F1; a classifier and labelled texts to accuracy and
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from raylm.cluster import cluster_resources, ray_session, worker_environment
+import numpy as np
+
+from raylm.cluster.capacity import cluster_resources
+from raylm.cluster.environment import worker_environment
+from raylm.cluster.session import ray_session
 from raylm.config.data import DataSection
 from raylm.config.evaluation import EvaluationSection
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import EvaluateConfig
-from raylm.errors import RunFailure, UserError
+from raylm.errors import RunFailure, UserError, first_line
 from raylm.evaluation.perplexity import (
     TextStream,
     TransformersScorer,
@@ -24,9 +30,10 @@ from raylm.evaluation.perplexity import (
     make_stream,
     window_batches,
 )
-from raylm.models.encoders import encoder_task
-from raylm.models.loading import first_line
 from raylm.progress import Activity, ProgressBar
+
+if TYPE_CHECKING:
+    from raylm.tasks.base import Arrays, ScoredSet, Task
 
 LONGEST_DEFAULT_WINDOW = 1024
 
@@ -76,6 +83,21 @@ class BatchScorer:
         return self._score(*batch_arrays(self._tokens, windows))
 
 
+class ExampleScorer:
+    """What one Ray worker holds: a model that reads; one batch of examples a call."""
+
+    def load(self, model_path: str, task: str) -> None:
+        """Load the model; not in the constructor, whose exceptions Ray does not hand on as they are."""
+        from raylm.models.encoders import TransformersEncoder
+        from raylm.tasks import find_task
+
+        self._model = TransformersEncoder(model_path, find_task(task).head)
+
+    def score(self, batch: Arrays) -> np.ndarray:
+        """What the model gives, [n, ...]."""
+        return self._model.outputs(batch)
+
+
 def evaluate(config: EvaluateConfig) -> None:
     """Run the stage.
 
@@ -95,33 +117,39 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
     """The report of a model that has none yet; makes the run directory once everything is checked."""
+    from raylm.data.loading import load_tokenizer, resolve_model
     from raylm.models.families import check_head
-    from raylm.models.loading import load_config, load_tokenizer, resolve_model
+    from raylm.models.heads import CAUSAL
+    from raylm.models.loading import load_config
+    from raylm.tasks import task_of
 
-    with Activity("evaluate: reading the model's configuration and the text"):
+    with Activity("evaluate: reading the model's configuration and the data"):
         source = resolve_model(config.model.path)
         model_config = load_config(source)
-        encoder = encoder_task(model_config) in ("extractive_qa", "classification")
-        if not encoder:
-            check_head(model_config, "causal", config.model.path)
+        task = task_of(model_config)
+        if scored := task.evaluation is not None and task.evaluation.results:
+            examples = task.evaluation.open(config, source)
+        else:
+            check_head(model_config, CAUSAL, config.model.path)
             tokenizer = load_tokenizer(source)
             window = window_of(config.evaluation, model_config)
             stream = open_text(config.data, config.evaluation.split, tokenizer)
-    if encoder:
-        return _measure_encoder(encoder_task(model_config), source, config, run)
     with ray_session():
         run.create()
-        return {"model": config.model.path, **evaluate_stream(source, stream, window, config)}
+        if scored:
+            figures = evaluate_examples(source, task, examples, config, run.path)
+        else:
+            figures = evaluate_stream(source, stream, window, config)
+    return {"model": config.model.path, **figures}
 
 
 def describe(report: dict[str, Any]) -> str:
     """The figures of a report as lines of text, for people."""
-    from raylm.evaluation import classification, reading
+    from raylm.tasks import all_tasks
 
-    if "exact_match" in report:
-        return reading.describe(report)
-    if "macro_f1" in report:
-        return classification.describe(report)
+    for task in all_tasks():
+        if (known := task.evaluation) is not None and known.describe and known.measures[0].key in report:
+            return known.describe(report)
     return (
         f"evaluate: {report['model']} on {report['documents']:,} documents, {report['bytes']:,} bytes of text\n"
         f"  perplexity {report['perplexity']:.2f}; cross-entropy {report['cross_entropy']:.4f} nats a token; "
@@ -134,21 +162,6 @@ def describe(report: dict[str, Any]) -> str:
 def workers_text(count: int) -> str:
     """``1 worker``, ``2 workers``."""
     return f"{count:,} worker{'s' if count != 1 else ''}"
-
-
-def _measure_encoder(task: str, source: str, config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
-    """The report of a reader or a classifier."""
-    from raylm.evaluation.classification import evaluate_classifier, open_texts
-    from raylm.evaluation.reading import evaluate_reader, open_questions
-
-    with Activity("evaluate: reading the data"):
-        if task == "extractive_qa":
-            questions, measure = open_questions(config, source), evaluate_reader
-        else:
-            questions, measure = open_texts(config, source), evaluate_classifier
-    with ray_session():
-        run.create()
-        return {"model": config.model.path, **measure(source, questions, config, run.path)}
 
 
 def evaluate_stream(
@@ -172,6 +185,27 @@ def evaluate_stream(
         "workers": workers,
         "seconds": seconds,
         "tokens_per_second": (len(stream.tokens) - 1) / seconds,
+    }
+
+
+def evaluate_examples(
+    source: str, task: Task, examples: ScoredSet, config: EvaluateConfig, directory: Path
+) -> dict[str, Any]:
+    """Score ``examples`` on Ray workers; writes what the model says to each into ``directory``."""
+    assert task.evaluation is not None
+    began = time.perf_counter()
+    scorers = start_scorers(ExampleScorer, (source, task.name), len(examples.batches), config)
+    found = score_batches(scorers, examples.batches)
+    seconds = time.perf_counter() - began
+    outputs = [found[number] for number in range(len(examples.batches))]
+    with (directory / task.evaluation.results).open("w", encoding="utf-8") as stream:
+        for row in examples.rows(outputs):
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return {
+        **examples.figures(outputs),
+        "workers": len(scorers),
+        "seconds": seconds,
+        f"{task.evaluation.unit}_per_second": examples.count / seconds,
     }
 
 
@@ -213,8 +247,8 @@ def start_scorers(scorer: type, arguments: tuple[Any, ...], batches: int, config
     return scorers
 
 
-def score_batches(scorers: list[Any], batches: list) -> dict[int, Any]:
-    """Nats (of a reader, scores) of each of ``batches`` by its number; a scorer that is done with one gets the next.
+def score_batches(scorers: list[Any], batches: Sequence[Any]) -> dict[int, Any]:
+    """What a scorer says of each of ``batches``, by its number; a scorer that is done with one gets the next.
 
     Raises:
         RunFailure: a worker failed or was lost.

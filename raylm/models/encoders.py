@@ -6,30 +6,20 @@ a classifier the logits of its labels, of any other encoder the last hidden stat
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from raylm.config.model import ENCODERS
-from raylm.errors import UserError
-from raylm.models.loading import first_line, load_config, load_model, resolve_model
+from raylm.data.loading import resolve_model
+from raylm.errors import UserError, first_line
+from raylm.models.heads import NONE, Head
+from raylm.models.loading import load_config, load_model
 from raylm.models.openvino import EXPORT_MODEL, check_export, find_export
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-EncoderTask = Literal["extractive_qa", "classification", "embedding"]
-
-_HEADS: dict[str, EncoderTask] = {
-    "ForQuestionAnswering": "extractive_qa",
-    "ForSequenceClassification": "classification",
-}
-WHAT: dict[EncoderTask, str] = {
-    "extractive_qa": "reader",
-    "classification": "classifier",
-    "embedding": "encoder",
-}
 
 
 class Encoder(Protocol):
@@ -52,29 +42,6 @@ class Encoder(Protocol):
         """
 
 
-def encoder_task(config: PretrainedConfig) -> EncoderTask | None:
-    """What an encoder of this configuration is trained for; None of any other model."""
-    for name in config.architectures or ():
-        for ending, task in _HEADS.items():
-            if name.endswith(ending):
-                return task
-    return "embedding" if config.model_type in ENCODERS else None
-
-
-def check_task(path: str, task: EncoderTask, key: str = "model.path") -> PretrainedConfig:
-    """The configuration of an encoder that is trained for ``task``.
-
-    Raises:
-        UserError: there is no model, or it is another: transformers would put a random head on it.
-    """
-    config = load_config(path, key)
-    if encoder_task(config) != task:
-        found = ", ".join(config.architectures or ()) or config.model_type
-        made = "" if task == "embedding" else f" (finetune with objective.type={task} makes one)"
-        raise UserError(f"{key}: found {path}, a {found}, allowed: a {WHAT[task]}{made}")
-    return config
-
-
 def encoder_positions(config: Any) -> int | None:
     """Most tokens of a text, or None where the model has no limit; RoBERTa counts from behind the padding token."""
     positions = getattr(config, "max_position_embeddings", None)
@@ -88,24 +55,43 @@ def label_names(config: PretrainedConfig) -> list[str]:
     return [config.id2label[number] for number in range(config.num_labels)]
 
 
+def sentence_pooling(directory: Path) -> Literal["first", "mean"]:
+    """What the directory of a sentence encoder says; the mean where it says nothing."""
+    return "first" if _settings(directory / "1_Pooling" / "config.json").get("pooling_mode_cls_token") else "mean"
+
+
+def sentence_length(directory: Path, positions: int | None) -> int:
+    """Most tokens of a text: what a sentence encoder was trained for, and no more than its ``positions``."""
+    trained = _settings(directory / "sentence_bert_config.json").get("max_seq_length") or 512
+    return min(int(trained), positions or 512)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values if isinstance(values, dict) else {}
+
+
 class TransformersEncoder:
     """An encoder in fp32 in this process.
 
     Args:
-        path: what :func:`raylm.models.loading.resolve_model` takes.
-        task: what it is trained for.
+        path: what :func:`raylm.data.loading.resolve_model` takes.
+        head: what it has on top.
         device: where it runs.
+
+    Raises:
+        UserError: there is no model, it is damaged, or it is one of another kind.
     """
 
     name = "transformers"
 
-    def __init__(self, path: str, task: EncoderTask, key: str = "model.path", device: str = "cpu") -> None:
-        config = check_task(path, task, key)
-        self._model = _load_body(path, key) if task == "embedding" else load_model(path, key=key, head=task)
-        self._model = self._model.eval().to(device)
-        self._task = task
+    def __init__(self, path: str, head: Head, key: str = "model.path", device: str = "cpu") -> None:
+        _check_trained(path, head, key)
+        model = _load_body(path, key) if head == NONE else load_model(path, key=key, head=head)
+        self._model = model.eval().to(device)
+        self._outputs = head.outputs
         self._names = ["input_ids", "attention_mask"]
-        if getattr(config, "type_vocab_size", 0) > 1:
+        if getattr(model.config, "type_vocab_size", 0) > 1:
             self._names.append("token_type_ids")
 
     def outputs(self, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -115,11 +101,9 @@ class TransformersEncoder:
         with torch.inference_mode():
             device = self._model.device
             output = self._model(**{name: torch.from_numpy(batch[name]).to(device) for name in self._names})
-            if self._task == "extractive_qa":
-                found = torch.stack([output.start_logits, output.end_logits], dim=-1)
-            else:
-                found = output.logits if self._task == "classification" else output.last_hidden_state
-            return found.float().cpu().numpy()
+            found = [output[name] for name in self._outputs]
+            joined = torch.stack(found, dim=-1) if len(found) > 1 else found[0]
+            return joined.float().cpu().numpy()
 
 
 class OpenVinoEncoder:
@@ -127,7 +111,7 @@ class OpenVinoEncoder:
 
     Args:
         directory: model directory with ``openvino/`` inside.
-        task: what it is trained for.
+        head: what it has on top.
         threads: threads to compute with.
 
     Raises:
@@ -136,7 +120,7 @@ class OpenVinoEncoder:
 
     name = "openvino"
 
-    def __init__(self, directory: str | Path, task: EncoderTask, threads: int, key: str = "model.path") -> None:
+    def __init__(self, directory: str | Path, head: Head, threads: int, key: str = "model.path") -> None:
         export = check_export(directory, key)
         import openvino
 
@@ -145,13 +129,9 @@ class OpenVinoEncoder:
         compiled = openvino.Core().compile_model(export / EXPORT_MODEL, "CPU", properties)
         self._inputs = {name for port in compiled.inputs for name in port.get_names()}
         given = {name for port in compiled.outputs for name in port.get_names()}
-        self._outputs = {
-            "extractive_qa": ["start_logits", "end_logits"],
-            "classification": ["logits"],
-            "embedding": ["last_hidden_state"],
-        }[task]
+        self._outputs = head.outputs
         if missing := [name for name in self._outputs if name not in given]:
-            raise UserError(f"{key}: {export} gives no {', '.join(missing)}: it is not the export of a {WHAT[task]}")
+            raise UserError(f"{key}: {export} gives no {', '.join(missing)}: it is not the export of a {head.what}")
         self._request = compiled.create_infer_request()
 
     def outputs(self, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -162,7 +142,7 @@ class OpenVinoEncoder:
 
 
 def open_encoder(
-    path: str, task: EncoderTask, threads: int, *, engine: str = "auto", key: str = "model.path", device: str = "cpu"
+    path: str, head: Head, threads: int, *, engine: str = "auto", key: str = "model.path", device: str = "cpu"
 ) -> Encoder:
     """An encoder on the engine of that name; ``auto`` takes the OpenVINO export where there is one, on a CPU.
 
@@ -171,11 +151,22 @@ def open_encoder(
     """
     source = resolve_model(path, key)
     if engine == "openvino" or (engine == "auto" and device == "cpu" and find_export(source) is not None):
-        return OpenVinoEncoder(source, task, threads, key)
+        return OpenVinoEncoder(source, head, threads, key)
     import torch
 
     torch.set_num_threads(threads)
-    return TransformersEncoder(path, task, key, device)
+    return TransformersEncoder(path, head, key, device)
+
+
+def _check_trained(path: str, head: Head, key: str) -> None:
+    """Refuse a model without the head: transformers would put a random one on it."""
+    config = load_config(path, key)
+    if head.class_ending is not None and not head.is_named_in(config):
+        found = ", ".join(config.architectures or ()) or config.model_type
+        raise UserError(
+            f"{key}: found {path}, a {found}, allowed: a {head.what} (finetune with objective.type={head.name} makes "
+            "one)"
+        )
 
 
 def _load_body(path: str, key: str) -> Any:

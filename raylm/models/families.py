@@ -8,11 +8,11 @@ by default, as is usual in pretraining.
 from __future__ import annotations
 
 import difflib
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylm.errors import UserError
+from raylm.models.heads import CAUSAL, Head, Network
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +29,9 @@ class Family:
         width_key: configuration key of the width of the residual stream.
         defaults: configuration values that differ from the Hugging Face ones.
         fused_matrices: suffix of a weight's name -> number of matrices side by side in its last dimension.
-        heads: the heads that it is built with (:data:`HEADS`).
+        network: what kind of network it is, and so which heads it takes (:mod:`raylm.models.heads`).
         head_width_key: configuration key of the width of an attention head, where width / heads is not assumed.
+        plain_head: whether the logits are the last hidden states times the output embedding, and nothing else.
     """
 
     model_type: str
@@ -39,18 +40,10 @@ class Family:
     width_key: str
     defaults: dict[str, Any]
     fused_matrices: dict[str, int]
-    heads: tuple[str, ...] = ("causal",)
+    network: Network = "decoder"
     head_width_key: str | None = None
+    plain_head: bool = False
 
-
-# What stands on top of the network -> the transformers class that puts it there.
-HEADS = {
-    "causal": "AutoModelForCausalLM",
-    "masked": "AutoModelForMaskedLM",
-    "sequence_to_sequence": "AutoModelForSeq2SeqLM",
-    "extractive_qa": "AutoModelForQuestionAnswering",
-    "classification": "AutoModelForSequenceClassification",
-}
 
 FAMILIES = {
     "gpt2": Family(
@@ -66,6 +59,7 @@ FAMILIES = {
             "activation_function": "gelu_pytorch_tanh",
         },
         fused_matrices={"attn.c_attn.weight": 3},
+        plain_head=True,
     ),
     "llama": Family(
         model_type="llama",
@@ -75,6 +69,7 @@ FAMILIES = {
         defaults={"attention_dropout": 0.0},
         fused_matrices={},
         head_width_key="head_dim",
+        plain_head=True,
     ),
     "bert": Family(
         model_type="bert",
@@ -83,7 +78,7 @@ FAMILIES = {
         width_key="hidden_size",
         defaults={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         fused_matrices={},
-        heads=("masked", "extractive_qa", "classification"),
+        network="encoder",
     ),
     "t5": Family(
         model_type="t5",
@@ -92,7 +87,7 @@ FAMILIES = {
         width_key="d_model",
         defaults={"dropout_rate": 0.0},
         fused_matrices={},
-        heads=("sequence_to_sequence",),
+        network="encoder_decoder",
         head_width_key="d_kv",
     ),
 }
@@ -168,40 +163,36 @@ def check_positions(config: PretrainedConfig, sequence_length: int, key: str = "
         raise UserError(f"{key}: found {sequence_length}, allowed: at most the model's {positions} positions")
 
 
-def auto_class(head: str) -> Any:
-    """The transformers class that builds and loads models with this ``head``."""
-    return getattr(importlib.import_module("transformers"), HEADS[head])
-
-
-def check_head(config: PretrainedConfig, head: str, path: str, key: str = "model.path") -> None:
-    """Refuse a model of a known family that has no such ``head``: transformers would put a random one on it.
+def check_head(config: PretrainedConfig, head: Head, path: str, key: str = "model.path") -> None:
+    """Refuse a model of a known family that takes no such ``head``: transformers would put a random one on it.
 
     Raises:
         UserError: names ``key``, ``path`` and the model's type.
     """
     family = FAMILIES.get(config.model_type)
-    if family is not None and head not in family.heads:
+    if family is not None and head.network != family.network:
+        allowed = sorted(name for name, known in FAMILIES.items() if known.network == head.network)
         raise UserError(
-            f"{key}: found {path}, a {config.model_type} model with a {' or '.join(family.heads)} head, allowed: a "
-            f"model with a {head} head"
+            f"{key}: found {path}, a {config.model_type} model, allowed: a {head.what}, whose family is "
+            f"{' or '.join(allowed)} or another {head.network.replace('_', '-')}"
         )
 
 
-def build_model(config: PretrainedConfig, seed: int, head: str = "causal") -> PreTrainedModel:
+def build_model(config: PretrainedConfig, seed: int, head: Head = CAUSAL) -> PreTrainedModel:
     """A new model in fp32 with weights drawn from ``seed``; the same on every process."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class(head).from_config(config, dtype=torch.float32)
+        return head.load_class().from_config(config, dtype=torch.float32)
 
 
-def build_empty(config: PretrainedConfig, head: str = "causal") -> PreTrainedModel:
+def build_empty(config: PretrainedConfig, head: Head = CAUSAL) -> PreTrainedModel:
     """A model of this configuration without memory for its weights (torch's meta device)."""
     import torch
 
     with torch.device("meta"):
-        return auto_class(head).from_config(config)
+        return head.load_class().from_config(config)
 
 
 def has_dropout(config: PretrainedConfig) -> bool:
@@ -213,7 +204,7 @@ def has_dropout(config: PretrainedConfig) -> bool:
     )
 
 
-def parameter_count(config: PretrainedConfig, head: str = "causal") -> int:
+def parameter_count(config: PretrainedConfig, head: Head = CAUSAL) -> int:
     """Parameters of a model of this configuration, tied weights once; allocates none of them."""
     return sum(parameter.numel() for parameter in build_empty(config, head).parameters())
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylm.errors import UserError
-from raylm.models.loading import first_line
+from raylm.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from openvino_genai import ContinuousBatchingPipeline

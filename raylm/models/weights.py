@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raylm.errors import UserError
-from raylm.models.families import auto_class
-from raylm.models.loading import first_line, load_model
+from raylm.errors import UserError, first_line
+from raylm.models.heads import CAUSAL, Head
+from raylm.models.loading import load_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -91,10 +91,10 @@ class _Recorder(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-def make_outline(config: PretrainedConfig, head: str = "causal") -> Outline:
+def make_outline(config: PretrainedConfig, head: Head = CAUSAL) -> Outline:
     """The outline of a model of this configuration, to be trained in fp32."""
     with torch.device("meta"):
-        model = auto_class(head).from_config(config, dtype=torch.float32)
+        model = head.load_class().from_config(config, dtype=torch.float32)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -224,7 +224,7 @@ def _as_user_error(source: str) -> Iterator[None]:
         raise UserError(f"model.path: {source} cannot be loaded: {first_line(error)}") from None
 
 
-def saved_weights(source: str, outline: Outline, head: str, seed: int) -> Weights:
+def saved_weights(source: str, outline: Outline, head: Head, seed: int) -> Weights:
     """The weights of ``source``, a directory or a hub name.
 
     Where its tensors have names that only transformers can translate, the model is loaded whole by it.

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import nn
 
 from raylm.models.weights import Weights
-from raylm.objectives.base import IGNORED, Batch, ObjectiveModule
 from raylm.parallel.attention import attend_in_fp32
 from raylm.parallel.compilation import compile_blocks
 from raylm.parallel.cut import BUCKET_ELEMENTS
 from raylm.parallel.filling import fill, share_out_by_deepspeed
 from raylm.parallel.fragments import Fragment, partition_fragments, pieces, replicated_fragments
 from raylm.parallel.slicing import Slicing
+from raylm.tasks.objective import IGNORED, Batch, ObjectiveModule
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PretrainedConfig
 
-from raylm.models.families import auto_class
-from raylm.objectives.base import Batch, Objective, ObjectiveModule
 from raylm.parallel.cut import BUCKET_ELEMENTS, Cut
 from raylm.parallel.families import PLANS
 from raylm.parallel.footprint import KINDS, Footprint, Passage, chain, measure, whole
 from raylm.parallel.stages import StageLayer, Steps, balanced_stages, step_weights
 from raylm.parallel.tensor import TensorGroup, vocabulary_cross_entropy
+from raylm.tasks.objective import Batch, Objective, ObjectiveModule
 
 FP32 = 4
 # ZeRO 3, in elements: stage3_max_live_parameters of DeepSpeed; and its reduce_bucket_size.
@@ -31,7 +30,6 @@ GATHERED_LIMIT, BUCKET_LIMIT = 1_000_000_000, 500_000_000
 # What an allocator holds beyond what comes and goes, as a share of it; tests/benchmarks/plan_memory.py measures it.
 ALLOCATOR_SHARE = 0.05
 # Those that the families' steps end with.
-PLANNED_HEADS = ("causal", "masked", "sequence_to_sequence")
 MOMENTS = {"adamw": 2, "muon": 2, "sgd": 1}
 
 
@@ -119,7 +117,7 @@ class ModelMemory:
     def stages(self, cut: Cut) -> list[StageMemory]:
         """What the ranks of each pipeline stage hold."""
         checkpointing, count = cut.activation_checkpointing, cut.micro_batch_size
-        if self._config.model_type not in PLANS or self._objective.head not in PLANNED_HEADS:
+        if self._config.model_type not in PLANS or not self._objective.predicts_tokens:
             if checkpointing not in self._whole:
                 self._whole[checkpointing] = self._measure_whole(checkpointing)
             stages = [self._whole[checkpointing]]
@@ -142,7 +140,7 @@ class ModelMemory:
     def _build(self, checkpointing: bool) -> tuple[Any, Batch]:
         """The model and a batch of one sequence; within a ``FakeTensorMode``."""
         dtype = torch.bfloat16 if self._bf16 else torch.float32
-        model = auto_class(self._objective.head).from_config(self._config, dtype=dtype).train()
+        model = self._objective.head.load_class().from_config(self._config, dtype=dtype).train()
         if checkpointing and model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model, self._objective.example(self._length)

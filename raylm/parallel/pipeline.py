@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 
 from raylm.models.families import has_dropout
 from raylm.models.weights import Weights
-from raylm.objectives.base import IGNORED, Batch, Objective
 from raylm.parallel.attention import attend_in_fp32
 from raylm.parallel.compilation import compile_blocks
 from raylm.parallel.engine import StepResult, deepspeed_config, scale_learning_rates
@@ -38,6 +37,7 @@ from raylm.parallel.stages import StageLayer, Step, balanced_stages, step_weight
 from raylm.parallel.stopwatch import Stopwatch
 from raylm.parallel.tensor import DropoutStreams, TensorGroup, vocabulary_cross_entropy
 from raylm.parallel.timing import step_seconds
+from raylm.tasks.objective import IGNORED, Batch, Objective
 
 # What a stage does that is not waiting for another one.
 WORK = (schedule.ForwardPass, schedule.BackwardPass, schedule.OptimizerStep, schedule.LoadMicroBatch)
@@ -165,28 +165,31 @@ class PipelineTensorEngine:
             if isinstance(layer, StageLayer):
                 self.parameters |= dict(layer.model_parameters())
         self.optimizer = make_optimizer(self.parameters)
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self.optimizer,
-            model_parameters=list(self.parameters.values()),
-            dist_init_required=False,
-            config={
-                **deepspeed_config(
-                    zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16, device=device, overlap=False
-                ),
-                "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
-                **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
-            },
+        self._working, self._spent = Stopwatch(device), Stopwatch(device)
+        config = deepspeed_config(
+            zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16, device=device, overlap=False
         )
+        if bf16:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        self.engine = self._initialize(module, config)
         self._norm = torch.zeros((), device=device)
         if zero_stage == 0:
             self.optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._shape: tuple | None = None
-        self._working, self._spent = Stopwatch(device), Stopwatch(device)
-        self.engine._INSTRUCTION_MAP = {
-            kind: self._timed(method) if kind in WORK else method
-            for kind, method in self.engine._INSTRUCTION_MAP.items()
+
+    def _initialize(self, module: nn.Module, config: dict[str, Any]) -> Any:
+        """DeepSpeed's pipeline engine, whose instructions are timed."""
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self.optimizer,
+            model_parameters=list(self.parameters.values()),
+            dist_init_required=False,
+            config={**config, "pipeline": {"pipe_partitioned": False, "grad_partitioned": False}},
+        )
+        engine._INSTRUCTION_MAP = {
+            kind: self._timed(method) if kind in WORK else method for kind, method in engine._INSTRUCTION_MAP.items()
         }
+        return engine
 
     def _bounds(
         self,

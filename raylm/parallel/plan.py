@@ -9,26 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from raylm.cluster.capacity import Capacity, planned_cluster, this_machine
 from raylm.config.data import BYTE_ALPHABET
 from raylm.config.stages import TrainConfig
+from raylm.data.loading import load_tokenizer
 from raylm.data.sources import open_sources
 from raylm.errors import UserError
 from raylm.models.families import build_config, check_positions, parameter_count
-from raylm.models.loading import load_config, load_tokenizer
-from raylm.objectives import make_objective
-from raylm.parallel.capacity import Capacity, planned_cluster, this_machine
+from raylm.models.loading import load_config
 from raylm.parallel.cut import Cut
 from raylm.parallel.precision import decide, measure, settled, width_of, with_precision
 from raylm.parallel.refusals import check_cuts
+from raylm.tasks import make_objective
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from raylm.objectives.base import Objective
     from raylm.parallel.memory import ModelMemory, StageMemory
     from raylm.parallel.search import Candidate, Space
+    from raylm.tasks.objective import Objective
 
 # How many of the other layouts ``raylm plan`` shows.
 SHOWN = 4
@@ -210,8 +211,11 @@ def _name(cut: Cut) -> str:
     return f"{cut.data} data x {cut.tensor} tensor x {cut.pipeline} pipeline, ZeRO {cut.zero_stage}{recomputed}"
 
 
-def plan_training(config: TrainConfig, capacity: Capacity) -> Plan:
+def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel | None = None) -> Plan:
     """The plan of a run on a cluster of ``capacity``; starts nothing.
+
+    Args:
+        model: what :func:`check_model` gave for ``config``, where that is known.
 
     Raises:
         UserError: what is refused, with the reason.
@@ -219,7 +223,7 @@ def plan_training(config: TrainConfig, capacity: Capacity) -> Plan:
     from raylm.parallel.memory import ModelMemory
     from raylm.parallel.search import Space, candidates
 
-    model_config, objective = check_model(config)
+    model_config, objective = model or check_model(config)
     resources, training, parallel = config.resources, config.training, config.parallel
     use_gpu, places = capacity.uses_gpus(resources), capacity.places(resources)
     cut = parallel.cut
@@ -243,7 +247,7 @@ def plan_training(config: TrainConfig, capacity: Capacity) -> Plan:
     space = Space(
         config=config,
         model_config=model_config,
-        objective=objective.name,
+        objective=objective,
         places=least if isinstance(resources.workers, int) else places,
         per_node=capacity.places_per_node(resources),
         limit=capacity.memory_per_worker(resources),
@@ -281,22 +285,33 @@ def make_plan(config: TrainConfig) -> Plan:
     gpus = torch.cuda.device_count()
     memory = float(torch.cuda.get_device_properties(0).total_memory) if gpus else None
     capacity = planned_cluster(config.resources, this_machine(gpus, memory))
-    width = width_of(check_model(config)[0])
+    model = check_model(config)
+    width = width_of(model.config)
     precision = settled(config, width, use_gpu=capacity.uses_gpus(config.resources))
     if precision is None:
         tokens = config.training.batch_size * config.training.sequence_length
         precision = decide([measure(width, tokens, max(1, int(config.resources.cpus_per_worker)))])
-    return replace(plan_training(with_precision(config, precision), capacity), precision_reason=precision.reason)
+    return replace(plan_training(with_precision(config, precision), capacity, model), precision_reason=precision.reason)
 
 
-def check_model(config: TrainConfig) -> tuple[PretrainedConfig, Objective]:
-    """The configuration of the model that is trained, and its objective.
+class TrainedModel(NamedTuple):
+    """The configuration of the model that is trained, and its objective."""
+
+    config: PretrainedConfig
+    objective: Objective
+
+
+def check_model(config: TrainConfig, loaded: PretrainedConfig | None = None) -> TrainedModel:
+    """What is trained.
+
+    Args:
+        loaded: the configuration at ``model.path``, where that is known.
 
     Raises:
         UserError: the model is not what the file says of it, or cannot be cut so.
     """
     if config.model.path is not None:
-        model_config = load_config(config.model.path)
+        model_config = loaded or load_config(config.model.path)
     else:
         tokenizer = _planned_tokenizer(config)
         model_config = build_config(
@@ -304,8 +319,8 @@ def check_model(config: TrainConfig) -> tuple[PretrainedConfig, Objective]:
         )
     check_positions(model_config, config.training.sequence_length)
     objective = make_objective(config.objective, model_config.model_type)
-    check_cuts(model_config, config.parallel, objective.name)
-    return model_config, objective
+    check_cuts(model_config, config.parallel, objective)
+    return TrainedModel(model_config, objective)
 
 
 class _PlannedTokenizer:

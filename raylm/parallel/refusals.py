@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 from raylm.config.training import ParallelSection
 from raylm.errors import UserError
 
-# What the engine of cut models computes the loss of.
-PLANNED_OBJECTIVES = ("causal", "masked", "span")
-
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from raylm.tasks.objective import Objective
 
-def check_cuts(config: PretrainedConfig, parallel: ParallelSection, objective: str) -> None:
+
+def check_cuts(config: PretrainedConfig, parallel: ParallelSection, objective: Objective) -> None:
     """Refuse a model that cannot be cut as ``parallel`` says; ``auto`` takes only what can be.
 
     Args:
-        objective: its name.
+        objective: what it is trained on.
 
     Raises:
         UserError: names the key, what was found and what is allowed.
@@ -34,8 +33,8 @@ def check_cuts(config: PretrainedConfig, parallel: ParallelSection, objective: s
             f"{found}, allowed for {config.model_type}: 1; tensor and pipeline parallelism are for "
             f"{', '.join(sorted(PLANS))}"
         )
-    if objective not in PLANNED_OBJECTIVES:
-        raise UserError(f"{found}, allowed with objective.type {objective}: 1")
+    if not objective.predicts_tokens:
+        raise UserError(f"{found}, allowed with objective.type {objective.name}: 1")
     plan = PLANS[config.model_type]
     for name in plan.shared_out:
         value = plan.shared_out[name](config)

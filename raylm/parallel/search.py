@@ -20,15 +20,15 @@ from functools import cached_property
 from math import gcd
 from typing import TYPE_CHECKING
 
+from raylm.cluster.capacity import PROCESS_BYTES
 from raylm.config.stages import TrainConfig
-from raylm.parallel.capacity import PROCESS_BYTES
 from raylm.parallel.cut import Cut
-from raylm.parallel.refusals import PLANNED_OBJECTIVES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from raylm.parallel.memory import ModelMemory, StageMemory
+    from raylm.tasks.objective import Objective
 
 # Tokens of one micro-batch beyond which a bigger one gains nothing but takes memory.
 MICRO_BATCH_TOKENS = 16384
@@ -95,7 +95,7 @@ class Space:
     Attributes:
         config: the training file.
         model_config: of the model.
-        objective: its name.
+        objective: what the model is trained on.
         places: workers that the cluster holds (or the file wants).
         per_node: workers of a node.
         limit: bytes that a worker may hold; None if not known.
@@ -106,7 +106,7 @@ class Space:
 
     config: TrainConfig
     model_config: PretrainedConfig
-    objective: str
+    objective: Objective
     places: int
     per_node: int
     limit: float | None
@@ -125,7 +125,7 @@ class Space:
 
         plain = self.config.training.optimizer != "muon" and self.config.resources.elastic is None
         plain = plain and self.config.objective.document_boundaries == "ignore"
-        return plain and self.model_config.model_type in PLANS and self.objective in PLANNED_OBJECTIVES
+        return plain and self.model_config.model_type in PLANS and self.objective.predicts_tokens
 
     def tensors(self) -> list[int]:
         """Numbers of tensor-parallel ranks."""

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from raylm.objectives.base import IGNORED
 from raylm.parallel.slicing import Slicing, cut_evenly
+from raylm.tasks.objective import IGNORED
 
 
 class DropoutStreams:

@@ -17,10 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from raylm.models.weights import Weights
-from raylm.objectives.base import Batch
 from raylm.parallel.filling import fill
 from raylm.parallel.stages import FamilyPlan, StageLayer
 from raylm.parallel.tensor import TensorGroup, vocabulary_cross_entropy
+from raylm.tasks.objective import Batch
 
 WARM_UP, REPEATS = 1, 3
 

@@ -21,10 +21,10 @@ from ray.serve.context import _get_global_client
 from raylm.config.loading import validate
 from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
+from raylm.data.loading import load_tokenizer, resolve_model
 from raylm.errors import UserError
-from raylm.evaluation.reading import fitted
-from raylm.models.encoders import encoder_positions, encoder_task, label_names
-from raylm.models.loading import load_config, load_tokenizer, resolve_model
+from raylm.models.encoders import sentence_pooling
+from raylm.models.loading import load_config
 from raylm.serving import request_log
 from raylm.serving.access import ENVIRONMENT_VARIABLE, load_key_hashes
 from raylm.serving.encoders import EncoderService
@@ -33,10 +33,10 @@ from raylm.serving.engines.on_demand import EnginePool
 from raylm.serving.engines.opening import choose_engine, context_length
 from raylm.serving.gate import Gate, Limits
 from raylm.serving.metrics import ServerMetrics
-from raylm.serving.retrieval.encoder import encoder_length, encoder_pooling
 from raylm.serving.retrieval.opening import open_library
 from raylm.serving.routes import create_app
 from raylm.serving.service import Models, ModelService
+from raylm.tasks import task_of
 
 # Requests beyond the model's own limits that a replica takes, to refuse them itself and to answer /health.
 SPARE_REQUESTS = 64
@@ -117,9 +117,9 @@ def open_service(
     serving = config.serving.model_copy(update={"engine": model.engine})
     source = resolve_model(model.path)
     model_config = load_config(source)
-    task = encoder_task(model_config)
-    start = functools.partial(start_engine, source, serving, threads=threads, encoder=task)
-    engine = pool.engine(name, choose_engine(source, serving, generates=task is None), start) if pool else start()
+    task = task_of(model_config)
+    start = functools.partial(start_engine, source, serving, threads=threads, task=task.name)
+    engine = pool.engine(name, choose_engine(source, serving, generates=task.generates), start) if pool else start()
     common: dict[str, Any] = {
         "name": name,
         "engine": engine,
@@ -130,22 +130,17 @@ def open_service(
         "request_seconds": serving.request_seconds,
         "pooling": choose_pooling(model.pooling, source),
         "metrics": metrics,
+        "service": task.service,
     }
-    if task is None:
+    if task.generates:
         return ModelService(**common, context_length=context_length(source))
-    positions = encoder_positions(model_config)
-    return EncoderService(
-        **common,
-        task=task,
-        context_length=encoder_length(Path(source), positions) if task == "embedding" else positions,
-        labels=label_names(model_config) if task == "classification" else (),
-        reading=fitted(serving.reading, positions),
-    )
+    assert task.service.settings is not None
+    return EncoderService(**common, **task.service.settings(source, model_config, serving))
 
 
 def choose_pooling(pooling: str, source: str) -> str:
     """``pooling``, where auto is what the directory of a sentence encoder says, else the mean."""
-    return encoder_pooling(Path(source)) if pooling == "auto" else pooling
+    return sentence_pooling(Path(source)) if pooling == "auto" else pooling
 
 
 def build_application(config: ServeConfig) -> Application:

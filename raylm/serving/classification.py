@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from raylm.evaluation.classification import softmax
 from raylm.serving.bodies import RequestBody
 from raylm.serving.encoders import EncoderService
 from raylm.serving.requests import MOST_INPUTS
+from raylm.tasks.classification.texts import softmax
 
 
 class ClassifyRequest(RequestBody):

@@ -13,12 +13,12 @@ import numpy as np
 
 from raylm.config.reading import ReadingSection
 from raylm.data.windows import Window, Windows
-from raylm.evaluation.spans import Answer, best_answer
 from raylm.serving import request_log
 from raylm.serving.engines.base import EngineFailure, EngineTimeout
 from raylm.serving.errors import RequestError
 from raylm.serving.metrics import TextTiming
 from raylm.serving.service import ModelService
+from raylm.tasks.extractive_qa.spans import Answer, best_answer
 
 # Windows of one question: with the default ones some 30,000 tokens of context.
 MOST_WINDOWS = 128

@@ -11,12 +11,12 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from raylm.evaluation.spans import Answer
 from raylm.serving.collections import describe_matches, refusals
 from raylm.serving.encoders import EncoderService
 from raylm.serving.requests import QuestionRequest
 from raylm.serving.retrieval.library import Library
 from raylm.serving.retrieval.store import Match
+from raylm.tasks.extractive_qa.spans import Answer
 
 # Of a passage without any relevance, so that its logarithm is a number.
 LEAST_PRIOR = 1e-6

@@ -53,6 +53,20 @@ def create_app(
     """
     app = FastAPI(title="raylm", version=raylm.__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     install_error_handlers(app)
+    _add_state_routes(app, models, metrics)
+    _add_model_routes(app, models)
+
+    @app.post("/v1/qa", responses=STREAMS)
+    async def question_answering(request: QuestionRequest) -> Response:
+        """Answer a question from the passages of a collection, with its sources, or from a given context."""
+        return await answer_question(models, library, request, request.passages or passages, least_relevance)
+
+    app.include_router(collection_routes(library))
+    return app
+
+
+def _add_state_routes(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
+    """The page, and what tells how the server does."""
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -76,6 +90,10 @@ def create_app(
         """This replica's figures, as Prometheus reads them."""
         metrics.publish(models.services)
         return Response(metrics.page(), media_type=CONTENT_TYPE)
+
+
+def _add_model_routes(app: FastAPI, models: Models) -> None:
+    """What asks one model."""
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -102,18 +120,10 @@ def create_app(
         """One vector for each text, of length 1."""
         return await embed(models.find(request.model, "generation", "embedding"), request)
 
-    @app.post("/v1/qa", responses=STREAMS)
-    async def question_answering(request: QuestionRequest) -> Response:
-        """Answer a question from the passages of a collection, with its sources, or from a given context."""
-        return await answer_question(models, library, request, request.passages or passages, least_relevance)
-
     @app.post("/v1/classify")
     async def classification(request: ClassifyRequest) -> dict[str, Any]:
         """The likeliest label of each text, and the probabilities of the labels."""
         return await classify(models.find(request.model, "classification"), request)
-
-    app.include_router(collection_routes(library))
-    return app
 
 
 def _model_object(service: ModelService) -> dict[str, Any]:

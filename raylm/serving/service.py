@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -22,19 +22,14 @@ from raylm.serving.errors import RequestError
 from raylm.serving.metrics import ServerMetrics, TextTiming
 from raylm.serving.requests import GenerationRequest
 from raylm.serving.text import IncrementalDecoder, StopStrings
+from raylm.tasks import all_tasks
+from raylm.tasks.base import GENERATION, Service
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from raylm.serving.engines.on_demand import OnDemandEngine
 
-Task = Literal["generation", "extractive_qa", "classification", "embedding"]
-TASKS: dict[Task, str] = {
-    "generation": "a text generator",
-    "extractive_qa": "a reader",
-    "classification": "a classifier",
-    "embedding": "an encoder",
-}
 # Seeds are taken modulo this: engines want them in 63 bits, clients may send any integer.
 SEEDS = 2**63
 
@@ -83,7 +78,7 @@ class ModelService:
         request_seconds: a text that takes longer is ended.
         pooling: how hidden states become an embedding.
         metrics: counts the texts.
-        task: what the model does.
+        service: what the model is offered for.
     """
 
     name: str
@@ -96,8 +91,13 @@ class ModelService:
     request_seconds: float = 600.0
     pooling: Pooling = "mean"
     metrics: ServerMetrics | None = None
-    task: Task = "generation"
+    service: Service = GENERATION
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def task(self) -> str:
+        """What the model does, by its name in ``/v1/models``."""
+        return self.service.name
 
     def load(self) -> EngineStats:
         """What the engine has in work, and its counters."""
@@ -342,19 +342,20 @@ class Models:
         self.services = list(services)
         self._by_name = {service.name: service for service in services}
 
-    def find(self, name: str | None, *tasks: Task) -> ModelService:
+    def find(self, name: str | None, *tasks: str) -> ModelService:
         """The model called ``name``, or the first one; where ``tasks`` are given, one that does any of them.
 
         Raises:
             RequestError: status 404, or 400 where the named model does something else.
         """
-        allowed = tasks or tuple(TASKS)
         if name is None:
-            for task in allowed:
+            for task in tasks:
                 if (found := next((s for s in self.services if s.task == task), None)) is not None:
                     return found
+            if not tasks:
+                return self.services[0]
             raise RequestError(
-                f"This server does not serve {' or '.join(TASKS[task] for task in allowed)}; serving.models takes more",
+                f"This server does not serve {_in_words(tasks)}; serving.models takes more",
                 status=404,
                 parameter="model",
                 code="model_not_found",
@@ -368,10 +369,16 @@ class Models:
                 code="model_not_found",
             )
         found = self._by_name[name]
-        if found.task not in allowed:
+        if tasks and found.task not in tasks:
             raise RequestError(
-                f"The model '{name}' is {TASKS[found.task]}; this needs {' or '.join(TASKS[task] for task in allowed)}",
+                f"The model '{name}' is {found.service.what}; this needs {_in_words(tasks)}",
                 parameter="model",
                 code="model_not_supported",
             )
         return found
+
+
+def _in_words(tasks: Sequence[str]) -> str:
+    """Models that do any of the ``tasks``."""
+    known = {task.service.name: task.service.what for task in all_tasks()}
+    return " or ".join(known[task] for task in tasks)

@@ -18,11 +18,13 @@ from typing import Any
 from raylm.config.run_directory import RunDirectory
 from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
-from raylm.errors import RunFailure, UserError
-from raylm.models.encoders import encoder_positions, encoder_task
-from raylm.models.loading import first_line, load_config, load_tokenizer, resolve_model
+from raylm.data.loading import load_tokenizer, resolve_model
+from raylm.errors import RunFailure, UserError, first_line
+from raylm.models.heads import NONE
+from raylm.models.loading import load_config
 from raylm.progress import Activity
 from raylm.serving.access import ENVIRONMENT_VARIABLE, load_key_hashes
+from raylm.tasks import task_of
 
 APPLICATION = "raylm"
 # Loading a large model from a slow disk takes minutes; a server that is not up by then will not come up.
@@ -81,7 +83,7 @@ def _serve_session(serving: ServingSection) -> Iterator[None]:
     """Ray with room for Ray Serve; a cluster that stays keeps nothing of it."""
     import ray
 
-    from raylm.cluster import ray_session
+    from raylm.cluster.session import ray_session
 
     stays = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
     one = not stays and serving.replicas == 1 and serving.autoscaling is None
@@ -201,19 +203,15 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
             _check_json(directory / name, key)
         chosen = serving.model_copy(update={"engine": model.engine})
         engine_key = key.removesuffix("path") + "engine" if key != "model.path" else "serving.engine"
-        generates = encoder_task(load_config(source, key)) is None
+        generates = task_of(load_config(source, key)).generates
         if choose_engine(source, chosen, engine_key, generates=generates) == "openvino":
             check_export(source, key)
         else:
             _check_weights(directory, key)
     tokenizer = load_tokenizer(source, key)
     model_config = load_config(source, key)
-    if encoder_task(model_config) == "extractive_qa":
-        from raylm.data.windows import check_reader_tokenizer
-        from raylm.evaluation.reading import check_window
-
-        check_window(serving.reading, encoder_positions(model_config), "serving.reading.sequence_length")
-        check_reader_tokenizer(tokenizer, model.path)
+    if (check_task := task_of(model_config).service.check) is not None:
+        check_task(model_config, tokenizer, serving, model.path)
 
 
 def _check_encoder(path: str, key: str = "serving.encoder") -> None:
@@ -222,6 +220,8 @@ def _check_encoder(path: str, key: str = "serving.encoder") -> None:
         raise UserError(f"{key}: {path} does not exist; allowed: the directory of a sentence encoder")
     for name in ("config.json", "1_Pooling/config.json", "sentence_bert_config.json"):
         _check_json(Path(source) / name, key)
+    if (task := task_of(load_config(source, key))).head != NONE:
+        raise UserError(f"{key}: found {path}, {task.service.what}, allowed: the directory of a sentence encoder")
     _check_weights(Path(source), key)
     load_tokenizer(source, key)
 
@@ -237,16 +237,11 @@ def health(url: str, timeout: float = 5.0) -> dict[str, Any] | None:
 
 def example_request(config: ServeConfig, url: str, name: str) -> str:
     """A curl line that asks the server something."""
-    route, body = "completions", {"model": name, "prompt": "The", "max_tokens": 32}
-    task = encoder_task(load_config(config.model.path))
-    if task == "classification":
-        route, body = "classify", {"model": name, "input": ["What a fine day."]}
-    elif task == "embedding":
-        route, body = "embeddings", {"model": name, "input": ["What a fine day."]}
-    elif task == "extractive_qa":
-        route, body = "qa", {"question": "Who has stripes?", "context": "The zebra has stripes. The lion has none."}
-    elif config.serving.collection is not None:
+    task = task_of(load_config(config.model.path))
+    route, body = task.service.route, task.service.example
+    if task.generates and config.serving.collection is not None:
         route, body = "qa", {"question": "What does json.dumps do?"}
+    body = {key: name if key == "model" else value for key, value in body.items()}
     return f"curl -s {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 

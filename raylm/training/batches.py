@@ -9,7 +9,7 @@ import torch
 
 from raylm.config.training import TrainingSection
 from raylm.data.samples import Samples
-from raylm.objectives.base import IGNORED, Batch
+from raylm.tasks.objective import IGNORED, Batch
 
 
 def total_steps(training: TrainingSection, samples_per_epoch: int) -> int:

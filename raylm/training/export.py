@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig
 
+from raylm.data.loading import load_tokenizer
 from raylm.models.families import build_empty
-from raylm.models.loading import load_model, load_tokenizer
-from raylm.objectives.base import Batch, Objective
+from raylm.models.heads import CAUSAL, Head
+from raylm.models.loading import load_model
+from raylm.tasks.objective import Batch, Objective
 from raylm.training.checkpoints import CheckpointReader
 from raylm.training.storage import Storage
 
@@ -29,12 +31,12 @@ def export_model(
     tokenizer_directory: Path,
     output: Path,
     dtype: torch.dtype,
-    head: str = "causal",
+    head: Head = CAUSAL,
 ) -> None:
     """Write ``output`` (config, safetensors, tokenizer, generation config) from ``checkpoint``; it appears whole.
 
     Args:
-        head: the model's head (:data:`raylm.models.families.HEADS`).
+        head: the model's head (:mod:`raylm.models.heads`).
         dtype: type of the weights on disk.
     """
     partial = output.with_name(f".{output.name}.partial")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster import training_environment, worker_environment
+from raylm.cluster.environment import training_environment, worker_environment
 from raylm.errors import RunFailure, UserError
 from raylm.progress import Activity, ProgressBar
 from raylm.training.events import append_event
@@ -41,13 +41,12 @@ def train_worker(settings: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
     import ray
     import ray.train
-    import torch.distributed as dist
 
     from raylm.parallel.environment import prepare_deepspeed
 
     job: TrainingJob = settings["job"]
     context, resources = ray.train.get_context(), job.config.resources
-    rank = context.get_world_rank()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
 
     def doing(text: str) -> None:
         if rank == 0:
@@ -61,23 +60,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     from raylm.training.preemption import Notices
     from raylm.training.storage import Storage
 
-    begun: list[Any] = [None, None]
-    if rank == 0:
-        generation = new_attempt()
-        begin = job.progress.begin.remote(generation, context.get_world_size())
-        begun = [generation, ray.get(begin, timeout=HANDOVER_SECONDS)]
-    dist.broadcast_object_list(begun, src=0)
-    generation, forbidden = begun
+    generation, forbidden = _begin(job, rank, world_size)
     if forbidden is not None:
         # What failed would fail again: end here, the driver has the reason.
         return
+    failures = job.directory / "failures" / generation
     health = HealthMonitor(
-        job.progress,
-        generation,
-        rank,
-        job.directory / "failures" / generation,
-        resources.heartbeat_seconds,
-        resources.collective_timeout_seconds,
+        job.progress, generation, rank, failures, resources.heartbeat_seconds, resources.collective_timeout_seconds
     )
     mirror = Mirror(Storage(job.storage), job.directory)
     with health:
@@ -85,7 +74,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             notices = Notices(health, rank)
             worker = Worker(
                 rank,
-                context.get_world_size(),
+                world_size,
                 generation=generation,
                 progress=health.progress,
                 notice=notices.current,
@@ -105,6 +94,20 @@ def train_worker(settings: dict[str, Any]) -> None:
             raise
     if rank == 0:
         ray.get(job.progress.update.remote({"final": final}), timeout=HANDOVER_SECONDS)
+
+
+def _begin(job: TrainingJob, rank: int, world_size: int) -> tuple[str, Any]:
+    """Name this start of all workers, the same on each; returns also why it must not be, or None."""
+    import ray
+    import torch.distributed as dist
+
+    begun: list[Any] = [None, None]
+    if rank == 0:
+        generation = new_attempt()
+        begin = job.progress.begin.remote(generation, world_size)
+        begun = [generation, ray.get(begin, timeout=HANDOVER_SECONDS)]
+    dist.broadcast_object_list(begun, src=0)
+    return begun[0], begun[1]
 
 
 def launch(

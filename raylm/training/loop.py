@@ -16,16 +16,17 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from raylm.data.loading import load_tokenizer
 from raylm.errors import RunFailure
 from raylm.models.families import build_config
-from raylm.models.loading import load_config, load_tokenizer
+from raylm.models.loading import load_config
 from raylm.models.weights import DrawnWeights, Weights, make_outline, saved_weights
-from raylm.objectives import make_objective
-from raylm.objectives.base import ObjectiveModule
 from raylm.parallel.compilation import check_compilation
 from raylm.parallel.engine import DataParallelEngine, StepResult, seed_step
 from raylm.parallel.environment import limit_collectives
 from raylm.parallel.pipeline import PipelineTensorEngine
+from raylm.tasks import make_objective
+from raylm.tasks.objective import Batch, ObjectiveModule
 from raylm.training.agreement import Agreement
 from raylm.training.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.batches import (
@@ -213,12 +214,7 @@ class TrainingLoop:
             seed_step(self.config.run.seed, step, self.engine)
             began = time.perf_counter()
             batch = batch_of_step(step, self.state["skipped"])
-            batches = step_batches(
-                self.samples, batch, training.batch_size, self.engine.data_rank, self.engine.data_size,
-                self.micro_batch_size, self.device,
-            )  # fmt: skip
-            if self.sample_log is not None:
-                self.sample_log.write(step, batch, training.batch_size)
+            batches = self._batches(step, batch)
             interval.data_wait += time.perf_counter() - began
             self.engine.set_learning_rate(learning_rate_factor(training, step, self.total_steps))
             result = self.engine.train_step(batches)
@@ -265,6 +261,16 @@ class TrainingLoop:
                     return f"stopped after step {step}, which was saved; the same command goes on"
         self._finish_save()
         return None
+
+    def _batches(self, step: int, batch: int) -> list[Batch]:
+        """The micro-batches of a step, with the samples that ``batch`` is the number of."""
+        batches = step_batches(
+            self.samples, batch, self.config.training.batch_size, self.engine.data_rank, self.engine.data_size,
+            self.micro_batch_size, self.device,
+        )  # fmt: skip
+        if self.sample_log is not None:
+            self.sample_log.write(step, batch, self.config.training.batch_size)
+        return batches
 
     def _before_commit(self) -> None:
         self.mirror.check_owner(self.job.attempt)

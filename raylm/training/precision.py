@@ -14,7 +14,7 @@ from raylm.config.stages import TrainConfig
 from raylm.parallel.precision import LayerTimes, Precision, decide, measure, settled, width_of
 
 if TYPE_CHECKING:
-    from raylm.parallel.capacity import Capacity
+    from raylm.cluster.capacity import Capacity
 
 FILE = "precision.json"
 ANSWER_SECONDS = 120.0

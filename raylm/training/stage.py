@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster import cluster_capacity, ray_session
+from raylm.cluster.capacity import cluster_capacity
+from raylm.cluster.session import ray_session
 from raylm.config.data import TokenizerSection
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
@@ -17,10 +18,14 @@ from raylm.errors import UserError
 from raylm.progress import Activity
 
 if TYPE_CHECKING:
-    from raylm.data.labelled import LabelledInput
+    from transformers import PretrainedConfig
+
     from raylm.data.prepare import Input
-    from raylm.data.question_sets import QuestionInput
-    from raylm.objectives.base import Objective
+    from raylm.parallel.plan import TrainedModel
+    from raylm.parallel.precision import Precision
+    from raylm.tasks.objective import Objective
+    from raylm.tasks.rows import Rows
+    from raylm.training.mirror import Mirror
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -33,87 +38,74 @@ def finetune(config: FinetuneConfig) -> None:
     run_training("finetune", config)
 
 
-def validate(config: TrainConfig) -> Input | QuestionInput | LabelledInput | None:
+@dataclass(frozen=True)
+class Checked:
+    """What a run trains, and on what.
+
+    Attributes:
+        model: its configuration and objective.
+        data: raw sources, read and checked, for :func:`ensure_data`; None where the data is prepared.
+    """
+
+    model: TrainedModel
+    data: Input | Rows | None
+
+
+def validate(config: TrainConfig) -> Checked:
     """Refuse what can be seen to be wrong before Ray starts; call once a run, on the driver.
 
-    Returns:
-        raw sources, read and checked, for :func:`ensure_data`; None where the data is prepared.
+    Raises:
+        UserError: one line.
+    """
+    from raylm.data.loading import load_tokenizer
+    from raylm.models.families import check_head
+    from raylm.models.loading import load_config
+    from raylm.parallel.compilation import check_compilation
+    from raylm.parallel.plan import check_model
+    from raylm.tasks import make_objective
+
+    if config.training.compile:
+        check_compilation(config.parallel.zero_stage)
+    loaded = load_config(config.model.path) if config.model.path is not None else None
+    objective = make_objective(config.objective, loaded.model_type if loaded else config.model.family)
+    data = check_data(config, objective, loaded)
+    if config.model.path is not None:
+        check_head(loaded, objective.head, config.model.path)
+        objective.check_tokenizer(load_tokenizer(config.model.path), config.training.sequence_length, config.model.path)
+    # CPUs, GPUs and memory of the cluster are looked at once it is joined.
+    return Checked(check_model(config, loaded), data)
+
+
+def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfig | None) -> Input | Rows | None:
+    """The raw sources, read and checked; None where they are prepared already, and whole.
 
     Raises:
         UserError: one line.
     """
     from raylm.data.prepare import Input, prepared_directory
     from raylm.data.shards import verify_prepared
-    from raylm.models.families import check_head
-    from raylm.models.loading import load_config, load_tokenizer
-    from raylm.parallel.compilation import check_compilation
-    from raylm.parallel.plan import check_model
 
-    if config.training.compile:
-        check_compilation(config.parallel.zero_stage)
-    objective = training_objective(config)
-    source = prepared_directory(config.data)
-    checked = None
-    if objective.reads == "questions":
-        checked = check_questions(config, objective)
-    elif objective.reads == "labelled":
-        checked = check_labelled(config, objective)
-    elif source is not None:
+    source, own = prepared_directory(config.data), config.run.directory / "data"
+    if objective.rows is not None:
+        if model is None:
+            raise UserError(
+                f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from"
+            )
+        objective.rows.check(config.data, objective.name)
+        written = objective.rows.written(own, objective.name)
+        return None if written else objective.rows.read(config.data, model, config.objective)
+    if source is not None:
         if config.tokenizer is not None:
             raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
         check_tokenizer(config, verify_prepared(source))
         check_samples(config, source, objective)
-    elif (config.run.directory / "data" / MANIFEST).is_file():
+        return None
+    if (own / MANIFEST).is_file():
         # What an interrupted start of the same run has prepared.
-        verify_prepared(config.run.directory / "data")
-    else:
-        # Reads all of it, so that a bad row is found before anything is written.
-        checked = Input(config.data, tokenizer_section(config))
-    if config.model.path is not None:
-        check_head(load_config(config.model.path), objective.head, config.model.path)
-        objective.check_tokenizer(load_tokenizer(config.model.path), config.training.sequence_length, config.model.path)
-    # CPUs, GPUs and memory of the cluster are looked at once it is joined.
-    check_model(config)
-    return checked
-
-
-def check_questions(config: TrainConfig, objective: Objective) -> QuestionInput | None:
-    """The questions of the sources; None where an interrupted start of the same run has prepared them.
-
-    Raises:
-        UserError: one line.
-    """
-    from raylm.data.array_sets import verify_set
-    from raylm.data.question_sets import KIND, QuestionInput
-
-    if config.model.path is None:
-        raise UserError(f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from")
-    if config.data.augmentation is not None:
-        raise UserError(f"data.augmentation: leave it out, it is not for questions (objective.type {objective.name})")
-    if (config.run.directory / "data" / MANIFEST).is_file():
-        verify_set(config.run.directory / "data", KIND, "extractive_qa")
+        verify_prepared(own)
         return None
-    return QuestionInput(config.data)
-
-
-def check_labelled(config: TrainConfig, objective: Objective) -> LabelledInput | None:
-    """The labelled texts of the sources; None where an interrupted start of the same run has prepared them.
-
-    Raises:
-        UserError: one line.
-    """
-    from raylm.data.array_sets import verify_set
-    from raylm.data.labelled import KIND, LabelledInput
-    from raylm.models.encoders import encoder_task, label_names
-    from raylm.models.loading import load_config
-
-    if config.model.path is None:
-        raise UserError(f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from")
-    if (config.run.directory / "data" / MANIFEST).is_file():
-        verify_set(config.run.directory / "data", KIND, "classification")
-        return None
-    model = load_config(config.model.path)
-    return LabelledInput(config.data, label_names(model) if encoder_task(model) == "classification" else None)
+    # Reads all of it, so that a bad row is found before anything is written.
+    return Input(config.data, tokenizer_section(config))
 
 
 def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
@@ -138,23 +130,10 @@ def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
 def tokenizer_section(config: TrainConfig) -> TokenizerSection:
     """How raw sources are tokenized: with an existing model's own tokenizer, else as the file says."""
     if config.model.path is not None:
-        from raylm.models.loading import resolve_model
+        from raylm.data.loading import resolve_model
 
         return TokenizerSection(path=resolve_model(config.model.path))
     return config.new_tokenizer
-
-
-def training_objective(config: TrainConfig) -> Objective:
-    """The objective that the file, or else the model's family, says.
-
-    Raises:
-        UserError: the model cannot be trained so.
-    """
-    from raylm.models.loading import load_config
-    from raylm.objectives import make_objective
-
-    model_type = config.model.family or load_config(config.model.path).model_type
-    return make_objective(config.objective, model_type)
 
 
 def check_samples(config: TrainConfig, directory: Path, objective: Objective) -> None:
@@ -167,39 +146,32 @@ def check_samples(config: TrainConfig, directory: Path, objective: Objective) ->
         objective.samples(directory, split, config.training.sequence_length, config.run.seed)
 
 
-def ensure_data(config: TrainConfig, directory: Path, checked: Any) -> tuple[Path, Path]:
+def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple[Path, Path]:
     """Prepare raw sources into ``<run>/data``; returns the data's and the tokenizer's directories.
 
     Args:
         directory: the run directory.
         checked: what :func:`validate` returned.
     """
+    from raylm.data.loading import load_tokenizer
     from raylm.data.prepare import prepare_directory, prepared_directory
 
-    reads = training_objective(config).reads
-    if reads != "tokens":
-        from raylm.models.loading import load_tokenizer
-
-        source = directory / "data"
-        if checked is not None:
-            tokenizer, length = load_tokenizer(config.model.path), config.training.sequence_length
-            if reads == "questions":
-                checked.write(source, tokenizer, length, config.objective.overlap)
-            else:
-                checked.write(source, tokenizer, length)
+    objective, own = checked.model.objective, directory / "data"
+    if objective.rows is not None:
+        if checked.data is not None:
+            checked.data.write(own, load_tokenizer(config.model.path), config.training.sequence_length)
+        return own, own / "tokenizer"
+    if (source := prepared_directory(config.data)) is not None:
         return source, source / "tokenizer"
-    source = prepared_directory(config.data)
-    if source is None:
-        source = directory / "data"
-        prepare_directory(source, config.data, tokenizer_section(config), checked=checked)
-        check_samples(config, source, training_objective(config))
-    return source, source / "tokenizer"
+    prepare_directory(own, config.data, tokenizer_section(config), checked=checked.data)
+    check_samples(config, own, objective)
+    return own, own / "tokenizer"
 
 
 def shared_inputs(config: TrainConfig) -> dict[str, Path]:
     """The folders of this machine that every worker reads, by key of the configuration."""
+    from raylm.data.loading import resolve_model
     from raylm.data.prepare import prepared_directory
-    from raylm.models.loading import resolve_model
 
     inputs = {}
     if (source := prepared_directory(config.data)) is not None:
@@ -209,7 +181,9 @@ def shared_inputs(config: TrainConfig) -> dict[str, Path]:
     return inputs
 
 
-def bits_per_byte(config: TrainConfig, directory: Path, final: dict[str, Any]) -> dict[str, float | int]:
+def bits_per_byte(
+    config: TrainConfig, objective: Objective, directory: Path, final: dict[str, Any]
+) -> dict[str, float | int]:
     """The exported model's validation loss in bits per byte of text, with the bytes; empty where only a part counted.
 
     The windows of the packed validation stream do not overlap, so ``raylm evaluate``, which gives each token more
@@ -217,7 +191,7 @@ def bits_per_byte(config: TrainConfig, directory: Path, final: dict[str, Any]) -
     """
     from raylm.data.shards import TokenShards
 
-    if training_objective(config).name != "causal":
+    if not objective.counts_text:
         return {}
     shards = TokenShards(directory, "validation")
     if shards.kind != "documents" or config.training.evaluation_batches is not None:
@@ -251,54 +225,61 @@ def run_training(stage: str, config: TrainConfig) -> None:
     with Activity(f"{stage}: checking the data and the model"):
         checked = validate(config)
 
-    from raylm.models.loading import resolve_model
-    from raylm.parallel.plan import apply_layout, check_model, plan_training, recorded
-    from raylm.parallel.precision import with_precision
-    from raylm.training.launch import exclusive, launch, new_attempt
-    from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
-    from raylm.training.sharing import check_shared
-    from raylm.training.worker import TrainingJob
-
     with ray_session():
-        capacity, (model_config, _) = cluster_capacity(), check_model(config)
-        resumed = run.saved() is not None
-        precision = run_precision(run, config, model_config, capacity)
-        planned = with_precision(config, precision)
-        plan = plan_training(planned, capacity)
-        layout = plan.layout
-        just_measured = bool(precision.times) and not resumed
-        slower = "" if just_measured else slower_in_bf16(planned, model_config, capacity)
-        for warning in filter(None, (plan.warning, slower)):
-            print(f"{stage}: {warning}", file=sys.stderr, flush=True)
-        precision = replace(precision, name=layout.precision)
-        check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
-        run.create(recorded(planned, layout))
-        note_precision(run, precision)
-        with exclusive(run.path):
-            attempt = new_attempt()
-            mirror.own(attempt)
-            mirror.send("config.yaml", FILE)
-            data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
-            mirror.send_data()
-            job = TrainingJob(
-                config=apply_layout(planned, layout),
-                stage=stage,
-                directory=run.path,
-                storage=config.run.uri,
-                data_directory=data_directory,
-                tokenizer_directory=tokenizer_directory,
-                model_source=resolve_model(config.model.path) if config.model.path else None,
-                use_gpu=layout.use_gpu,
-                attempt=attempt,
-            )
-            final = launch(job, config.resources.cpus_per_worker, config.resources.max_failures)
-    final |= bits_per_byte(config, data_directory, final)
+        final, data_directory, precision = _train(stage, config, checked, run, mirror)
+    final |= bits_per_byte(config, checked.model.objective, data_directory, final)
     run.write_report({**final, "precision": precision.record(), "training": config.training.model_dump(mode="json")})
     (run.path / SUMMARY).write_text(
         summarize(stage, config.run.name, read_metrics(run.path / METRICS), final), encoding="utf-8"
     )
     mirror.send("report.json", SUMMARY, EVENTS)
     print(describe(stage, run, final))
+
+
+def _train(
+    stage: str, config: TrainConfig, checked: Checked, run: RunDirectory, mirror: Mirror
+) -> tuple[dict[str, Any], Path, Precision]:
+    """Plan on the joined cluster and train there; returns the last figures, the data's directory and the precision."""
+    from raylm.data.loading import resolve_model
+    from raylm.parallel.plan import apply_layout, plan_training, recorded
+    from raylm.parallel.precision import with_precision
+    from raylm.training.launch import exclusive, launch, new_attempt
+    from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
+    from raylm.training.sharing import check_shared
+    from raylm.training.worker import TrainingJob
+
+    capacity, model_config = cluster_capacity(), checked.model.config
+    resumed = run.saved() is not None
+    precision = run_precision(run, config, model_config, capacity)
+    planned = with_precision(config, precision)
+    plan = plan_training(planned, capacity, checked.model)
+    layout = plan.layout
+    just_measured = bool(precision.times) and not resumed
+    slower = "" if just_measured else slower_in_bf16(planned, model_config, capacity)
+    for warning in filter(None, (plan.warning, slower)):
+        print(f"{stage}: {warning}", file=sys.stderr, flush=True)
+    precision = replace(precision, name=layout.precision)
+    check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
+    run.create(recorded(planned, layout))
+    note_precision(run, precision)
+    with exclusive(run.path):
+        attempt = new_attempt()
+        mirror.own(attempt)
+        mirror.send("config.yaml", FILE)
+        data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+        mirror.send_data()
+        job = TrainingJob(
+            config=apply_layout(planned, layout),
+            stage=stage,
+            directory=run.path,
+            storage=config.run.uri,
+            data_directory=data_directory,
+            tokenizer_directory=tokenizer_directory,
+            model_source=resolve_model(config.model.path) if config.model.path else None,
+            use_gpu=layout.use_gpu,
+            attempt=attempt,
+        )
+        return launch(job, config.resources.cpus_per_worker, config.resources.max_failures), data_directory, precision
 
 
 def describe(stage: str, run: RunDirectory, final: dict[str, Any]) -> str:

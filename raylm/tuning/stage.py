@@ -6,7 +6,8 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster import cluster_capacity, ray_session
+from raylm.cluster.capacity import cluster_capacity
+from raylm.cluster.session import ray_session
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import TuneConfig
 from raylm.errors import RunFailure
@@ -22,7 +23,7 @@ from raylm.tuning.search import (
 )
 
 if TYPE_CHECKING:
-    from raylm.parallel.capacity import Capacity
+    from raylm.cluster.capacity import Capacity
 
 
 def tune(config: TuneConfig) -> None:
@@ -45,8 +46,7 @@ def tune(config: TuneConfig) -> None:
         for candidate in candidates:
             trial_config(config, candidate)
 
-    from raylm.models.loading import resolve_model
-    from raylm.parallel.plan import check_model
+    from raylm.data.loading import resolve_model
     from raylm.parallel.precision import with_precision
     from raylm.training.launch import exclusive, new_attempt
     from raylm.training.precision import note_precision, run_precision
@@ -56,7 +56,7 @@ def tune(config: TuneConfig) -> None:
     with ray_session(dashboard=True):
         capacity = cluster_capacity()
         # One for all trials, which the search is to tell apart.
-        precision = run_precision(run, config, check_model(config)[0], capacity)
+        precision = run_precision(run, config, checked.model.config, capacity)
         planned = with_precision(config, precision)
         configs, at_a_time, use_gpu = _resolve(planned, candidates, capacity)
         run.create(planned)

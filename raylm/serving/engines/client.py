@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import raylm
-from raylm.cluster import worker_environment
+from raylm.cluster.environment import worker_environment
 from raylm.config.serving import ServingSection
-from raylm.models.encoders import EncoderTask
 from raylm.serving.engines.base import (
     Cancel,
     Close,
@@ -337,14 +336,14 @@ class Engine:
                 loop.call_soon_threadsafe(_receive_all, deliveries)
 
 
-def start_engine(source: str, serving: ServingSection, *, threads: int, encoder: EncoderTask | None = None) -> Engine:
+def start_engine(source: str, serving: ServingSection, *, threads: int, task: str = "causal") -> Engine:
     """Start a process that loads the model, and wait until it can be asked.
 
     Args:
         source: Hugging Face directory or hub name.
         serving: limits and the choice of engine.
         threads: threads that the model computes with.
-        encoder: what the model does with texts, where it generates none.
+        task: the model's (:data:`raylm.config.tasks.TASKS`).
 
     Raises:
         EngineFailure: the model could not be loaded; says why.
@@ -357,7 +356,7 @@ def start_engine(source: str, serving: ServingSection, *, threads: int, encoder:
             env={**os.environ, **worker_environment(threads), "PYTHONPATH": _module_path()},
         )
     try:
-        ours.send((source, serving, threads, encoder))
+        ours.send((source, serving, threads, task))
         message = ours.recv()
     except (EOFError, OSError):
         raise EngineFailure(f"the engine's process ended with status {process.wait()} while loading {source}") from None

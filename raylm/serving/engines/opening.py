@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from raylm.config.serving import ServingSection
+from raylm.data.loading import load_tokenizer
 from raylm.errors import UserError
-from raylm.models.encoders import EncoderTask, encoder_positions, open_encoder
-from raylm.models.loading import load_config, load_model, load_tokenizer
+from raylm.models.encoders import encoder_positions, open_encoder
+from raylm.models.heads import Head
+from raylm.models.loading import load_config, load_model
 from raylm.models.openvino import find_export
 from raylm.serving.engines.base import Backend
 
@@ -82,11 +84,11 @@ def load_backend(source: str, serving: ServingSection, *, threads: int) -> Backe
     )
 
 
-def load_encoder(source: str, serving: ServingSection, task: EncoderTask, *, threads: int) -> Backend:
+def load_encoder(source: str, serving: ServingSection, head: Head, *, threads: int) -> Backend:
     """Load an encoder; arguments as in :func:`load_backend`.
 
     Args:
-        task: what it does with texts.
+        head: of the model.
 
     Raises:
         UserError: it cannot be loaded.
@@ -95,7 +97,7 @@ def load_encoder(source: str, serving: ServingSection, task: EncoderTask, *, thr
 
     config = load_config(source)
     device = "cuda" if serving.gpus_per_replica else "cpu"
-    encoder = open_encoder(source, task, threads, engine=serving.engine, device=device)
+    encoder = open_encoder(source, head, threads, engine=serving.engine, device=device)
     return EncoderBackend(encoder, config.pad_token_id or 0, encoder_positions(config))
 
 

@@ -196,18 +196,20 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(descriptor) as connection:
         from raylm.serving.engines.opening import choose_engine, end_token_ids, load_backend, load_encoder
+        from raylm.tasks import find_task
 
-        source, serving, threads, encoder = connection.recv()
+        source, serving, threads, name = connection.recv()
+        task = find_task(name)
         try:
-            if encoder is None and choose_engine(source, serving) == "vllm":
+            if task.generates and choose_engine(source, serving) == "vllm":
                 from raylm.serving.engines import vllm
 
                 vllm.run(connection, source, serving, end_token_ids(source))
                 return
-            if encoder is None:
+            if task.generates:
                 backend = load_backend(source, serving, threads=threads)
             else:
-                backend = load_encoder(source, serving, encoder, threads=threads)
+                backend = load_encoder(source, serving, task.head, threads=threads)
         except (UserError, RuntimeError, ValueError, OSError) as error:
             connection.send(EngineFailure(str(error)))
             return

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raylm.config.serving import ServingSection
-from raylm.models.loading import load_tokenizer, resolve_model
+from raylm.data.loading import load_tokenizer, resolve_model
+from raylm.models.encoders import sentence_length, sentence_pooling
 from raylm.serving.engines.base import Pooling
 from raylm.serving.engines.client import Engine, start_engine
 from raylm.serving.engines.opening import context_length
@@ -34,10 +34,10 @@ def open_encoder(path: str, serving: ServingSection, threads: int) -> Encoder:
     """
     source = Path(resolve_model(path, "serving.encoder"))
     tokenizer = load_tokenizer(source, "serving.encoder")
-    longest = encoder_length(source, context_length(str(source)))
+    longest = sentence_length(source, context_length(str(source)))
     serving = serving.model_copy(update={"engine": "auto"})
-    engine = start_engine(str(source), serving, threads=threads, encoder="embedding")
-    return Encoder(engine, tokenizer, encoder_pooling(source), longest, fingerprint(source))
+    engine = start_engine(str(source), serving, threads=threads, task="embedding")
+    return Encoder(engine, tokenizer, sentence_pooling(source), longest, fingerprint(source))
 
 
 class Encoder:
@@ -75,17 +75,6 @@ class Encoder:
         return self._tokenizer(list(texts), truncation=True, max_length=self._longest, verbose=False)["input_ids"]
 
 
-def encoder_pooling(directory: Path) -> Pooling:
-    """What the directory of a sentence encoder says; the mean where it says nothing."""
-    return "first" if _settings(directory / "1_Pooling" / "config.json").get("pooling_mode_cls_token") else "mean"
-
-
-def encoder_length(directory: Path, positions: int | None) -> int:
-    """Most tokens of a text: what a sentence encoder was trained for, and no more than its ``positions``."""
-    trained = _settings(directory / "sentence_bert_config.json").get("max_seq_length") or 512
-    return min(int(trained), positions or 512)
-
-
 def fingerprint(directory: Path) -> str:
     """Tells encoders apart by their configuration, tokenizer, and both ends of their weights, exported or not."""
     digest = hashlib.sha256()
@@ -99,8 +88,3 @@ def fingerprint(directory: Path) -> str:
             stream.seek(max(0, size - FINGERPRINT_BYTES))
             digest.update(stream.read())
     return digest.hexdigest()
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return values if isinstance(values, dict) else {}

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.nn import functional
 
+from raylm.config.data import DataSection
+from raylm.config.model import ObjectiveSection
 from raylm.data.documents import Split
-from raylm.data.question_sets import QuestionSamples
+from raylm.data.question_sets import KIND, QuestionInput, QuestionSamples
 from raylm.data.samples import IGNORED, Samples
 from raylm.data.windows import check_reader_tokenizer
 from raylm.errors import UserError
-from raylm.objectives.base import Batch, Objective, encoder_inputs
+from raylm.models.heads import READER, Head
+from raylm.tasks.objective import Batch, Objective, encoder_inputs
+from raylm.tasks.rows import RowReader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,12 +33,16 @@ EXCLUDED = -1e4
 SHORTEST = 16
 
 
+def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection) -> QuestionInput:
+    return QuestionInput(data, section.overlap)
+
+
 class ExtractiveQaObjective(Objective):
     """Cross-entropy of the answer's first and last token; two targets a window."""
 
     name: ClassVar[str] = "extractive_qa"
-    head: ClassVar[str] = "extractive_qa"
-    reads: ClassVar[str] = "questions"
+    head: ClassVar[Head] = READER
+    rows: ClassVar[RowReader | None] = RowReader(KIND, "questions", _read)
     measures: ClassVar[tuple[str, ...]] = ("span_exact", "span_f1")
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:

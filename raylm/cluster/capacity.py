@@ -1,4 +1,4 @@
-"""What a cluster has, as far as a plan needs it: nodes with CPUs, GPUs and memory. Knows neither Ray nor torch."""
+"""What a cluster has, as far as a plan needs it: nodes with CPUs, GPUs and memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from raylm.config.run import ResourcesSection
 PROCESS_BYTES = {False: 0.6e9, True: 1.5e9}
 # Ray keeps the rest of a node's memory for its object store.
 SHARE_OF_NODE = 0.7
+# Ray's names of GPUs (ray.util.accelerators) -> GiB of memory, the smallest that is sold under the name.
+GPU_MEMORY = {
+    "K80": 12, "P4": 8, "P100": 12, "V100": 16, "T4": 16, "L4": 24, "A10G": 24, "L40S": 48, "A100": 40, "A100-40G": 40,
+    "A100-80G": 80, "H100": 80, "H200": 141, "B200": 180,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,3 +106,32 @@ def planned_cluster(resources: ResourcesSection, here: Capacity) -> Capacity:
         gpu_memory=here.nodes[0].gpu_memory,
     )
     return Capacity((node,) * -(-resources.workers // per_node))
+
+
+def cluster_resources() -> dict[str, float]:
+    """CPUs and GPUs of the whole cluster: ``{"CPU": 8.0, "GPU": 0.0}``."""
+    import ray
+
+    total = ray.cluster_resources()
+    return {"CPU": total.get("CPU", 0.0), "GPU": total.get("GPU", 0.0)}
+
+
+def cluster_capacity() -> Capacity:
+    """The nodes of the joined cluster: CPUs, GPUs, and memory as far as it is known."""
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        resources = node["Resources"]
+        if node["Alive"] and resources.get("CPU", 0) > 0:
+            gpus = resources.get("GPU", 0.0)
+            nodes.append(
+                Node(resources["CPU"], gpus, resources.get("memory"), _gpu_memory(resources) if gpus else None)
+            )
+    return Capacity(tuple(nodes))
+
+
+def _gpu_memory(resources: dict[str, float]) -> float | None:
+    """Of a GPU of a node, by the name of it that Ray gives; None if it is not known."""
+    named = (name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
+    return next((GPU_MEMORY[name] * 2.0**30 for name in named if name in GPU_MEMORY), None)

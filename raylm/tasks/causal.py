@@ -13,26 +13,49 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from raylm.config.model import ObjectiveSection
 from raylm.data.documents import Split
-from raylm.data.samples import Samples, open_samples
-from raylm.objectives.base import Batch, Objective
+from raylm.data.samples import IGNORED, PairSamples, Samples, open_samples
+from raylm.models.families import FAMILIES
+from raylm.models.heads import CAUSAL, Head
+from raylm.tasks.base import GENERATION, Task
+from raylm.tasks.objective import Batch, Objective
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class CausalObjective(Objective):
     """Cross-entropy of each next token."""
 
     name: ClassVar[str] = "causal"
-    head: ClassVar[str] = "causal"
+    head: ClassVar[Head] = CAUSAL
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
+    predicts_tokens: ClassVar[bool] = True
+    counts_text: ClassVar[bool] = True
+
+    def __init__(self, section: ObjectiveSection | None = None) -> None:
+        super().__init__(section)
+        self._answers_only = False
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`; documents are packed, of pairs the answers count (``objective.answer_only``)."""
         section = self.section
         tell_documents = section.document_boundaries != "ignore"
-        return open_samples(directory, split, sequence_length, seed, section.answer_only, tell_documents)
+        found = open_samples(directory, split, sequence_length, seed, section.answer_only, tell_documents)
+        self._answers_only = section.answer_only and isinstance(found, PairSamples)
+        return found
+
+    def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """See :class:`Objective`; of pairs only the answers' tokens go through the head, which costs a small model as
+        much as all its blocks."""
+        family = FAMILIES.get(model.config.model_type)
+        if not self._answers_only or family is None or not family.plain_head:
+            return super().summed_loss(model, batch)
+        counted = batch["targets"] != IGNORED
+        hidden = model.base_model(**self.inputs(batch, model.config), **self.forward_options).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[counted])
+        return self.loss(logits[None], batch["targets"][counted][None])
 
     def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
         """See :class:`Objective`.
@@ -46,3 +69,6 @@ class CausalObjective(Objective):
             if self.section.document_boundaries == "positions":
                 given["attention_mask"] = torch.ones_like(batch["input_ids"])
         return given
+
+
+TASK = Task(name="causal", head=CAUSAL, objective=CausalObjective, service=GENERATION)

@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn import functional
 
+from raylm.config.data import DataSection
+from raylm.config.model import ObjectiveSection
 from raylm.data.documents import Split
-from raylm.data.labelled import LabelledSamples
+from raylm.data.labelled import KIND, LabelledInput, LabelledSamples
 from raylm.data.samples import IGNORED, Samples
 from raylm.data.shards import read_manifest
 from raylm.errors import UserError
-from raylm.objectives.base import Batch, Objective, encoder_inputs
+from raylm.models.encoders import label_names
+from raylm.models.heads import CLASSIFIER, Head
+from raylm.tasks.objective import Batch, Objective, encoder_inputs
+from raylm.tasks.rows import RowReader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -25,12 +30,17 @@ if TYPE_CHECKING:
 SHORTEST = 4
 
 
+def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection) -> LabelledInput:
+    # A classifier that is trained further keeps its labels.
+    return LabelledInput(data, label_names(config) if CLASSIFIER.is_named_in(config) else None)
+
+
 class ClassificationObjective(Objective):
     """Cross-entropy of the class; one target a text."""
 
     name: ClassVar[str] = "classification"
-    head: ClassVar[str] = "classification"
-    reads: ClassVar[str] = "labelled"
+    head: ClassVar[Head] = CLASSIFIER
+    rows: ClassVar[RowReader | None] = RowReader(KIND, "labelled texts", _read)
     measures: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:

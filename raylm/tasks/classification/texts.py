@@ -6,37 +6,36 @@ share them.
 
 from __future__ import annotations
 
-import json
-import time
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raylm.config.stages import CompressConfig, EvaluateConfig
 from raylm.data.labelled import LabelledText, encode_texts, evaluation_labelled, pad_ids
+from raylm.data.loading import load_tokenizer
 from raylm.errors import UserError
-from raylm.models.encoders import TransformersEncoder, check_task, encoder_positions, label_names
-from raylm.models.loading import load_tokenizer
+from raylm.models.encoders import encoder_positions, label_names
+from raylm.models.loading import load_config
+from raylm.tasks.base import Batches, by_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST_DEFAULT = 512
+SPEED_LENGTH = 384
 
 
 class TextSet:
     """Labelled texts as one model's tokens, and from its logits to figures.
 
-    Attributes:
-        ids: token ids of each text.
-        batches: numbers of texts that are read together.
+    See :class:`raylm.tasks.base.ScoredSet`; what the model gives are logits [n, labels].
 
     Args:
         texts: at least one.
         labels: the model's, in the order of its logits.
         tokenizer: the model's.
-        most: tokens of a text that are read; the rest of it is left out.
+        length: tokens of a text that are read; the rest of it is left out.
         batch_size: texts read together.
 
     Raises:
@@ -48,27 +47,38 @@ class TextSet:
         texts: list[LabelledText],
         labels: list[str],
         tokenizer: PreTrainedTokenizerBase,
-        most: int,
+        length: int,
         batch_size: int,
     ) -> None:
         numbers = {label: number for number, label in enumerate(labels)}
         unknown = next((text.label for text in texts if text.label not in numbers), None)
         if unknown is not None:
             raise UserError(f"data: found the label '{unknown}', allowed: the model's own ({', '.join(labels[:20])})")
-        self.texts, self.labels, self.pad_id = texts, labels, tokenizer.pad_token_id
+        self.texts, self.labels = texts, labels
+        self.count, self.length, self.vocabulary_size = len(texts), length, len(tokenizer)
         self.targets = np.array([numbers[text.label] for text in texts])
-        self.ids = encode_texts(tokenizer, [text.text for text in texts], most)
-        order = sorted(range(len(texts)), key=lambda number: len(self.ids[number]))
-        self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        ids = encode_texts(tokenizer, [text.text for text in texts], length)
+        pad_id = tokenizer.pad_token_id
+        self.batches = Batches(
+            by_length([len(row) for row in ids], batch_size),
+            lambda batch: pad_ids([ids[number] for number in batch], pad_id),
+        )
 
-    def figures(self, logits: np.ndarray) -> dict[str, Any]:
-        """Accuracy and macro-F1 in percent from ``logits`` [texts, labels], and each label's own figures.
+    def logits(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits [texts, labels] in the order of the texts."""
+        logits = np.zeros((len(self.texts), len(self.labels)), dtype=np.float32)
+        for batch, rows in zip(self.batches.numbers, outputs, strict=True):
+            logits[batch] = rows
+        return logits
+
+    def figures(self, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Accuracy and macro-F1 in percent, and each label's own figures.
 
         Macro-F1 is the mean of the F1 of every label that stands in the texts or among the answers.
         """
         from sklearn.metrics import precision_recall_fscore_support
 
-        found = logits.argmax(axis=1)
+        found = self.logits(outputs).argmax(axis=1)
         present = np.union1d(self.targets, found)
         precision, recall, f1, support = precision_recall_fscore_support(
             self.targets, found, labels=present, zero_division=0.0
@@ -84,17 +94,11 @@ class TextSet:
             },
         }
 
-
-class ClassifierScorer:
-    """What one Ray worker holds: a classifier; reads one batch of texts a call."""
-
-    def load(self, model_path: str, pad_id: int) -> None:
-        """Load the model; not in the constructor, whose exceptions Ray does not hand on as they are."""
-        self._classifier, self._pad_id = TransformersEncoder(model_path, "classification"), pad_id
-
-    def score(self, ids: list[np.ndarray]) -> np.ndarray:
-        """Logits [texts, labels]."""
-        return self._classifier.outputs(pad_ids(ids, self._pad_id))
+    def rows(self, outputs: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
+        """Texts with their label, and the likeliest one with its probability."""
+        for text, row in zip(self.texts, softmax(self.logits(outputs)), strict=True):
+            best = int(row.argmax())
+            yield {"text": text.text, "label": text.label, "found": self.labels[best], "score": float(row[best])}
 
 
 def open_texts(config: EvaluateConfig | CompressConfig, source: str) -> TextSet:
@@ -103,7 +107,7 @@ def open_texts(config: EvaluateConfig | CompressConfig, source: str) -> TextSet:
     Raises:
         UserError: bad input, or texts that are to be longer than the model's positions.
     """
-    model_config = check_task(source, "classification")
+    model_config = load_config(source)
     positions, asked = encoder_positions(model_config), config.evaluation.sequence_length
     if asked is not None and positions is not None and asked > positions:
         raise UserError(
@@ -111,32 +115,9 @@ def open_texts(config: EvaluateConfig | CompressConfig, source: str) -> TextSet:
         )
     most = asked or min(positions or LONGEST_DEFAULT, LONGEST_DEFAULT)
     texts = evaluation_labelled(config.data, config.evaluation.split)
-    return TextSet(texts, label_names(model_config), load_tokenizer(source), most, config.evaluation.batch_size)
-
-
-def evaluate_classifier(source: str, texts: TextSet, config: EvaluateConfig, directory: Path) -> dict[str, Any]:
-    """Classify all texts on Ray workers; writes ``predictions.jsonl`` into ``directory``."""
-    from raylm.evaluation.stage import score_batches, start_scorers
-
-    batches = [[texts.ids[number] for number in batch] for batch in texts.batches]
-    began = time.perf_counter()
-    scorers = start_scorers(ClassifierScorer, (source, texts.pad_id), len(batches), config)
-    found = score_batches(scorers, batches)
-    seconds = time.perf_counter() - began
-    logits = np.zeros((len(texts.texts), len(texts.labels)), dtype=np.float32)
-    for number, batch in enumerate(texts.batches):
-        logits[batch] = found[number]
-    with (directory / "predictions.jsonl").open("w", encoding="utf-8") as stream:
-        for text, row in zip(texts.texts, softmax(logits), strict=True):
-            best = int(row.argmax())
-            line = {"text": text.text, "label": text.label, "found": texts.labels[best], "score": float(row[best])}
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return {
-        **texts.figures(logits),
-        "workers": len(scorers),
-        "seconds": seconds,
-        "texts_per_second": len(texts.texts) / seconds,
-    }
+    found = TextSet(texts, label_names(model_config), load_tokenizer(source), most, config.evaluation.batch_size)
+    found.length = asked or min(most, SPEED_LENGTH)
+    return found
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

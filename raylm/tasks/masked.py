@@ -16,12 +16,14 @@ import numpy as np
 import torch
 
 from raylm.data.documents import Split
+from raylm.data.loading import load_tokenizer
 from raylm.data.noise import choose, draw
 from raylm.data.samples import IGNORED, PackedSamples, Samples
 from raylm.data.shards import TokenShards
 from raylm.errors import UserError
-from raylm.models.loading import load_tokenizer
-from raylm.objectives.base import Batch, Objective, input_tokens, need_documents
+from raylm.models.heads import MASKED, Head
+from raylm.tasks.base import GENERATION, Task
+from raylm.tasks.objective import Batch, Objective, input_tokens, need_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,8 @@ class MaskedObjective(Objective):
     """Cross-entropy of the tokens that were chosen."""
 
     name: ClassVar[str] = "masked"
-    head: ClassVar[str] = "masked"
+    head: ClassVar[Head] = MASKED
+    predicts_tokens: ClassVar[bool] = True
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`."""
@@ -114,3 +117,6 @@ class MaskedSamples:
         inputs[:, 0], inputs[:, -1] = self._first, self._last
         targets = np.pad(np.where(chosen, tokens, IGNORED), ((0, 0), (1, 1)), constant_values=IGNORED)
         return {"input_ids": inputs, "targets": targets}
+
+
+TASK = Task(name="masked", head=MASKED, objective=MaskedObjective, service=GENERATION)

@@ -1,4 +1,4 @@
-"""What every objective gives: samples, the model's inputs, and a loss that is computed from logits alone.
+"""How a task is trained: samples, the model's inputs, and a loss that is computed from logits alone.
 
 A loss is a sum over counted targets, so that whoever adds losses up over workers and micro-batches divides once, by
 the number of targets. It needs only the logits and the targets, so that a pipeline's last stage can compute it.
@@ -18,6 +18,8 @@ from raylm.config.model import ObjectiveSection
 from raylm.data.documents import Split
 from raylm.data.samples import IGNORED, Samples
 from raylm.errors import UserError
+from raylm.models.heads import Head
+from raylm.tasks.rows import RowReader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,18 +35,23 @@ class Objective(ABC):
 
     Attributes:
         name: value of ``objective.type``.
-        head: which head the model needs; a key of :data:`raylm.models.families.HEADS`.
+        head: which head the model needs.
         forward_options: further arguments of the model's forward pass.
-        reads: tokens (what ``raylm prepare`` makes), questions (:mod:`raylm.data.question_sets`) or labelled
-            (:mod:`raylm.data.labelled`).
+        rows: how it reads rows of its own, each an example; None where it reads the token shards that
+            ``raylm prepare`` makes.
         measures: names of what :meth:`measure` gives.
+        predicts_tokens: whether the loss is this class's own, over logits of the vocabulary: the one that a model can
+            compute whose parts are on several ranks.
+        counts_text: whether each token of a text is a target once, so that the loss can be told per byte.
     """
 
     name: ClassVar[str]
-    head: ClassVar[str]
+    head: ClassVar[Head]
     forward_options: ClassVar[dict[str, Any]] = {}
-    reads: ClassVar[str] = "tokens"
+    rows: ClassVar[RowReader | None] = None
     measures: ClassVar[tuple[str, ...]] = ()
+    predicts_tokens: ClassVar[bool] = False
+    counts_text: ClassVar[bool] = False
 
     def __init__(self, section: ObjectiveSection | None = None) -> None:
         self.section = section or ObjectiveSection()
@@ -92,6 +99,10 @@ class Objective(ABC):
         """The model's whole forward pass."""
         return model(**self.inputs(batch, model.config), **self.forward_options).logits
 
+    def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """A batch through the whole model to the sum of its loss over all counted targets, a scalar."""
+        return self.loss(self.logits(model, batch), batch["targets"])
+
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """``logits`` (batch, time, vocabulary) and ``targets`` (batch, time) to the summed cross-entropy in nats."""
         return functional.cross_entropy(
@@ -121,10 +132,11 @@ class ObjectiveModule(nn.Module):
 
         In evaluation what the objective measures is left in ``measured``, its rows behind it.
         """
+        if self.training or not self.objective.measures:
+            return self.objective.summed_loss(self.model, batch)
         logits = self.logits(batch)
-        if not self.training and self.objective.measures:
-            rows = (batch["targets"] != IGNORED).any(dim=1).sum().double()
-            self.measured = torch.cat([self.objective.measure(logits, batch), rows[None]])
+        rows = (batch["targets"] != IGNORED).any(dim=1).sum().double()
+        self.measured = torch.cat([self.objective.measure(logits, batch), rows[None]])
         return self.objective.loss(logits, batch["targets"])
 
     def logits(self, batch: Batch) -> torch.Tensor:

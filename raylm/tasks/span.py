@@ -18,12 +18,14 @@ import torch
 
 from raylm.config.data import SENTINEL_TOKEN
 from raylm.data.documents import Split
+from raylm.data.loading import load_tokenizer
 from raylm.data.noise import choose, draw
 from raylm.data.samples import IGNORED, PackedSamples, Samples
 from raylm.data.shards import TokenShards
 from raylm.errors import UserError
-from raylm.models.loading import load_tokenizer
-from raylm.objectives.base import Batch, Objective, input_tokens, need_documents
+from raylm.models.heads import SEQUENCE_TO_SEQUENCE, Head
+from raylm.tasks.base import GENERATION, Task
+from raylm.tasks.objective import Batch, Objective, input_tokens, need_documents
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -36,8 +38,9 @@ class SpanObjective(Objective):
     """Cross-entropy of the hidden spans and the sentinels before them."""
 
     name: ClassVar[str] = "span"
-    head: ClassVar[str] = "sequence_to_sequence"
+    head: ClassVar[Head] = SEQUENCE_TO_SEQUENCE
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
+    predicts_tokens: ClassVar[bool] = True
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`."""
@@ -179,3 +182,6 @@ class SpanSamples:
         np.put_along_axis(result, places, values, axis=1)
         result[:, -1] = self._end
         return result
+
+
+TASK = Task(name="span", head=SEQUENCE_TO_SEQUENCE, objective=SpanObjective, service=GENERATION)

@@ -1,0 +1,62 @@
+"""Heads: what stands on top of a network, and how transformers and OpenVINO call it."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Network = Literal["decoder", "encoder", "encoder_decoder"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands on top of a network.
+
+    Attributes:
+        name: of the head.
+        network: what it stands on.
+        auto_class: the transformers class that builds and loads models with it.
+        outputs: names of what the model gives, in transformers and in an OpenVINO export alike.
+        what: a model with it, in words.
+        class_ending: what the names in the configuration's ``architectures`` end with; None for a head that is not
+            told by it.
+        exporter: optimum-intel's class that exports models with it; None where raylm exports none.
+    """
+
+    name: str
+    network: Network
+    auto_class: str
+    outputs: tuple[str, ...]
+    what: str
+    class_ending: str | None = None
+    exporter: str | None = None
+
+    def load_class(self) -> Any:
+        """The transformers class."""
+        return getattr(importlib.import_module("transformers"), self.auto_class)
+
+    def is_named_in(self, config: PretrainedConfig) -> bool:
+        """Whether the configuration is one of a model with this head."""
+        ending = self.class_ending
+        return ending is not None and any(name.endswith(ending) for name in config.architectures or ())
+
+
+CAUSAL = Head("causal", "decoder", "AutoModelForCausalLM", ("logits",), "text generator", exporter="OVModelForCausalLM")
+MASKED = Head("masked", "encoder", "AutoModelForMaskedLM", ("logits",), "masked language model")
+SEQUENCE_TO_SEQUENCE = Head(
+    "sequence_to_sequence", "encoder_decoder", "AutoModelForSeq2SeqLM", ("logits",), "sequence-to-sequence model"
+)
+# No head: the network's own last hidden states.
+NONE = Head("none", "encoder", "AutoModel", ("last_hidden_state",), "encoder", exporter="OVModelForFeatureExtraction")
+READER = Head(
+    "extractive_qa", "encoder", "AutoModelForQuestionAnswering", ("start_logits", "end_logits"), "reader",
+    class_ending="ForQuestionAnswering", exporter="OVModelForQuestionAnswering",
+)  # fmt: skip
+CLASSIFIER = Head(
+    "classification", "encoder", "AutoModelForSequenceClassification", ("logits",), "classifier",
+    class_ending="ForSequenceClassification", exporter="OVModelForSequenceClassification",
+)  # fmt: skip

@@ -1,0 +1,55 @@
+"""What models are trained and used for. A task knows neither Ray nor parallelism."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from raylm.config.model import ENCODERS, FAMILY_TASKS, ObjectiveSection
+from raylm.config.tasks import TASKS, tasks_of
+from raylm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from raylm.tasks.base import Task
+    from raylm.tasks.objective import Objective
+
+
+def find_task(name: str) -> Task:
+    """The record of a task by its name, one of :data:`raylm.config.tasks.TASKS`."""
+    return importlib.import_module(f"raylm.tasks.{name}").TASK
+
+
+def all_tasks() -> list[Task]:
+    """The records of all tasks."""
+    return [find_task(name) for name in TASKS]
+
+
+def task_of(config: PretrainedConfig) -> Task:
+    """What a model of this configuration is for: the task of its head, of an encoder without one embedding."""
+    for task in all_tasks():
+        if task.head.is_named_in(config):
+            return task
+    return find_task("embedding" if config.model_type in ENCODERS else "causal")
+
+
+def make_objective(section: ObjectiveSection, model_type: str) -> Objective:
+    """The objective of ``section`` for a model of transformers' ``model_type``; auto is the family's own.
+
+    Raises:
+        UserError: a model of that type cannot be trained so.
+    """
+    encoder = model_type in ENCODERS
+    allowed = tasks_of(FAMILY_TASKS.get(model_type, ("masked",) if encoder else ("causal",)), encoder=encoder)
+    name = allowed[0] if section.type == "auto" else section.type
+    if name not in allowed:
+        raise UserError(f"objective.type: found '{name}', allowed for a {model_type} model: {', '.join(allowed)}")
+    if not TASKS[name].packs_documents and section.document_boundaries != "ignore":
+        raise UserError(
+            f"objective.document_boundaries: found {section.document_boundaries}, allowed with objective.type {name}: "
+            "ignore"
+        )
+    objective = find_task(name).objective
+    assert objective is not None
+    return objective(section)
