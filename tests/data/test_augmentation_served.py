@@ -234,6 +234,7 @@ def talking_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return directory
 
 
+@pytest.mark.slow
 def test_raylm_serve_makes_the_variants(ray_instance, talking_model: Path, tmp_path: Path) -> None:
     import socket
 

@@ -96,6 +96,7 @@ def test_manifest_counts_what_is_there(large_file, large_prepared):
     assert manifest["corpus"]["sources"][0]["documents"] == len(lines)
 
 
+@pytest.mark.slow
 def test_cleaning_and_deduplication_do_not_depend_on_the_number_of_workers(ray_instance, large_file, tmp_path):
     lines = large_file.read_text(encoding="utf-8").splitlines()
     (tmp_path / "again.txt").write_text("\n".join(line.upper() for line in lines[5000:9000]))
@@ -124,6 +125,7 @@ def test_a_whole_set_is_not_made_again(large_file, large_prepared):
     assert (large_prepared / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_killed_prepare_leaves_no_whole_set_and_the_same_command_completes_it(
     ray_instance, large_file, large_prepared, tmp_path
 ):
@@ -220,7 +222,13 @@ BAD_INPUT = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
+# Those that Ray's tasks find, the first of them aside, take as long as Ray does to start.
+BY_TASKS = ("no validation document", "undecodable bytes", "malformed JSONL", "missing column", "file of zeros")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.slow if name in BY_TASKS[1:] else ()) for name in BAD_INPUT]
+)
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(case, tmp_path, ray_instance):
     (tmp_path / "good.txt").write_text("a good document")
     (tmp_path / "empty.txt").write_text("\n \n")

@@ -9,9 +9,9 @@ import pytest
 
 from raylm.config.data import DataSection
 from raylm.data.labelled import LabelledInput, LabelledSamples, LabelledText, evaluation_labelled, in_order
+from raylm.data.loading import load_tokenizer
 from raylm.errors import UserError
-from raylm.evaluation.classification import TextSet
-from raylm.models.loading import load_tokenizer
+from raylm.tasks.classification.texts import TextSet
 from tests.reading import write_encoder
 
 
@@ -72,7 +72,7 @@ def test_figures(encoder: Path) -> None:
     texts = [LabelledText(*pair) for pair in [("a", "x"), ("b", "x"), ("c", "y"), ("d", "y")]]
     read = TextSet(texts, ["x", "y", "z"], load_tokenizer(encoder), 8, 2)
     # x, y, y, y: precision of y 2/3, recall 1; of x 1 and 1/2; z stands nowhere and does not count.
-    found = read.figures(np.eye(3)[[0, 1, 1, 1]])
+    found = read.figures([np.eye(3)[[0, 1]], np.eye(3)[[1, 1]]])
     assert found["accuracy"] == 75.0
     assert found["macro_f1"] == pytest.approx(100 * (2 / 3 + 0.8) / 2)
     assert set(found["labels"]) == {"x", "y"}

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from raylm.config import load_config
+from raylm.data.loading import load_tokenizer
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import (
     TransformersScorer,
@@ -23,7 +24,7 @@ from raylm.evaluation.perplexity import (
     window_batches,
 )
 from raylm.evaluation.stage import BatchScorer, evaluate, score_batches
-from raylm.models.loading import load_model, load_tokenizer
+from raylm.models.loading import load_model
 from raylm.reports.report import write_report
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "中文 and emoji 🙂", "dogs and foxes " * 12]
@@ -102,6 +103,7 @@ def test_refused(tiny_model: Path, tmp_path: Path, override: str, expected: str)
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_model_is_named(ray_instance, tiny_model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(tiny_model, copy)
@@ -111,6 +113,7 @@ def test_a_damaged_model_is_named(ray_instance, tiny_model: Path, tmp_path: Path
         evaluate(load_config("evaluate", write_config(tmp_path, copy, "damaged")))
 
 
+@pytest.mark.slow
 def test_a_lost_worker_is_a_failure_at_run_time(ray_instance, tiny_model: Path, tmp_path: Path) -> None:
     """A worker that is killed while it scores ends the stage with one line, not with Ray's traceback."""
     import ray

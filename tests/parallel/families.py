@@ -101,8 +101,8 @@ def plain_loss(model: PreTrainedModel, data: dict[str, torch.Tensor]) -> torch.T
     return functional.cross_entropy(logits.flatten(0, 1), data["targets"].flatten(), ignore_index=-100)
 
 
-def plain_loop(family: str, optimizer_name: str) -> dict[str, Any]:
-    """Losses and gradient norms of one process."""
+def plain_loop(family: str, optimizer_name: str, steps: int = STEPS) -> dict[str, Any]:
+    """Losses and gradient norms of one process, and the loss of evaluation at the end."""
     section = training_section(optimizer_name)
     model = build(family)
     groups = [
@@ -114,7 +114,7 @@ def plain_loop(family: str, optimizer_name: str) -> dict[str, Any]:
     else:
         optimizer = torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = plain_loss(model, step_data(family, step))
         optimizer.zero_grad()
         loss.backward()

@@ -41,10 +41,10 @@ def start(case: dict[str, Any]) -> tuple[int, bool]:
 
 def make_engine(case: dict[str, Any]):
     from raylm.models.weights import HeldWeights, make_outline
-    from raylm.objectives import make_objective
-    from raylm.objectives.base import ObjectiveModule
     from raylm.parallel.engine import DataParallelEngine
     from raylm.parallel.pipeline import PipelineTensorEngine
+    from raylm.tasks import make_objective
+    from raylm.tasks.objective import ObjectiveModule
     from raylm.training.optimizers import make_optimizer
 
     section = training_section(case["optimizer"])
@@ -149,9 +149,9 @@ def main() -> None:
     output, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     prepare_deepspeed(use_gpu=False)
     # Imported once, before the fork.
-    import raylm.objectives.masked
-    import raylm.objectives.span
     import raylm.parallel.pipeline
+    import raylm.tasks.masked
+    import raylm.tasks.span
     import raylm.training.checkpoints
     import raylm.training.optimizers  # noqa: F401
 

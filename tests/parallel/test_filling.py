@@ -14,16 +14,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import FAMILIES, build
 
 from raylm.errors import UserError
+from raylm.models.heads import CAUSAL, MASKED, READER, SEQUENCE_TO_SEQUENCE
 from raylm.models.weights import DrawnWeights, make_outline, saved_weights
 from raylm.parallel.filling import fill
 from raylm.parallel.slicing import cut_evenly
 
-HEADS = {"bert": "masked", "t5": "sequence_to_sequence"}
+HEADS = {"bert": MASKED, "t5": SEQUENCE_TO_SEQUENCE}
 CPU = torch.device("cpu")
 
 
 def outline_of(family: str):
-    return make_outline(build(family).config, HEADS.get(family, "causal"))
+    return make_outline(build(family).config, HEADS.get(family, CAUSAL))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,7 +52,7 @@ def test_drawn_weights_follow_the_family_rules(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_filled_model_is_the_saved_one(family: str, tmp_path: Path) -> None:
-    whole, head = build(family).eval(), HEADS.get(family, "causal")
+    whole, head = build(family).eval(), HEADS.get(family, CAUSAL)
     whole.save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     outline = outline_of(family)
@@ -78,8 +79,8 @@ def test_parts_come_out_of_the_file_and_names_of_other_classes_are_known(tmp_pat
         if name.startswith("bert.")
     }
     save_file(old, file)
-    outline = make_outline(whole.config, "extractive_qa")
-    weights = saved_weights(str(tmp_path), outline, "extractive_qa", 3)
+    outline = make_outline(whole.config, READER)
+    weights = saved_weights(str(tmp_path), outline, READER, 3)
     name = "bert.encoder.layer.1.output.dense.weight"
     expected = tensors[name]
     for dimension in (0, 1):
@@ -91,10 +92,10 @@ def test_parts_come_out_of_the_file_and_names_of_other_classes_are_known(tmp_pat
     assert torch.equal(weights.open("qa_outputs.weight"), DrawnWeights(outline, 3).open("qa_outputs.weight"))
     save_file({**old, "embeddings.position_embeddings.weight": torch.zeros(7, 32)}, file)
     with pytest.raises(UserError, match=r"embeddings.position_embeddings.weight in the shape \[7, 32\]"):
-        saved_weights(str(tmp_path), outline, "extractive_qa", 3).open("bert.embeddings.position_embeddings.weight")
+        saved_weights(str(tmp_path), outline, READER, 3).open("bert.embeddings.position_embeddings.weight")
     save_file({**old, "embeddings.position_embeddings.weight": torch.zeros(32, 32, dtype=torch.int8)}, file)
     with pytest.raises(UserError, match=r"position_embeddings.weight as I8, allowed for training: F64, F32, F16, BF16"):
-        saved_weights(str(tmp_path), outline, "extractive_qa", 3).open("bert.embeddings.position_embeddings.weight")
+        saved_weights(str(tmp_path), outline, READER, 3).open("bert.embeddings.position_embeddings.weight")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"model\.path: .* cannot be loaded"):
-        saved_weights(str(tmp_path), outline, "extractive_qa", 3)
+        saved_weights(str(tmp_path), outline, READER, 3)

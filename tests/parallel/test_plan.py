@@ -10,19 +10,19 @@ import torch
 import yaml
 from transformers import BertConfig, PretrainedConfig, RobertaConfig, T5Config
 
+from raylm.cluster.capacity import PROCESS_BYTES, Capacity, Node
 from raylm.config import load_config
 from raylm.config.model import ObjectiveSection
 from raylm.config.stages import PretrainConfig
 from raylm.config.training import ParallelSection
 from raylm.errors import UserError
 from raylm.models.families import build_model
-from raylm.objectives import make_objective
-from raylm.objectives.base import ObjectiveModule
-from raylm.parallel.capacity import PROCESS_BYTES, Capacity, Node
 from raylm.parallel.cut import Cut
 from raylm.parallel.memory import ModelMemory
 from raylm.parallel.plan import Plan, apply_layout, make_plan, plan_training, recorded
 from raylm.parallel.refusals import check_cuts
+from raylm.tasks import find_task, make_objective
+from raylm.tasks.objective import ObjectiveModule
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_auto_takes_the_simplest_layout_that_fits(config: PretrainConfig) -> Non
 def test_what_cannot_be_cut_is_refused() -> None:
     def refused(config: PretrainedConfig, objective: str, **parallel: int) -> str:
         with pytest.raises(UserError) as caught:
-            check_cuts(config, ParallelSection(**parallel), objective)
+            check_cuts(config, ParallelSection(**parallel), find_task(objective).objective())
         return str(caught.value)
 
     assert refused(RobertaConfig(), "masked", pipeline=2).startswith(
@@ -139,7 +139,8 @@ def test_what_cannot_be_cut_is_refused() -> None:
     assert refused(BertConfig(), "extractive_qa", tensor=2).startswith("parallel.tensor: found 2, allowed with obj")
     assert "a divisor of the model's d_ff (9)" in refused(T5Config(num_heads=8, d_ff=9), "span", tensor=2)
     assert "at most the model's 4 blocks" in refused(T5Config(num_layers=2), "span", pipeline=5)
-    check_cuts(RobertaConfig(), ParallelSection(tensor="auto", pipeline="auto"), "masked")
+    masked = find_task("masked").objective()
+    check_cuts(RobertaConfig(), ParallelSection(tensor="auto", pipeline="auto"), masked)
 
 
 def test_auto_follows_what_a_model_allows(config: PretrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pty
 import select
@@ -137,3 +138,18 @@ def test_ctrl_c_stops_the_stage_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in shown
     assert time.monotonic() - began < 80
     assert not (tmp_path / "runs" / "quickstart" / "data" / "report.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_whole_quickstart_on_a_terminal(tmp_path: Path) -> None:
+    port = free_port()
+    status, shown = in_terminal({**TINY, "serve": [f"serving.port={port}"]}, tmp_path, seconds=1100)
+    assert status == 0, shown[-3000:]
+    url = f"http://127.0.0.1:{port}/"
+    for text in ("bits per byte", "question: ", "sources: ", "streamed: ", "Done in", url, "3. Your programs"):
+        assert text in shown, text
+    assert "Traceback" not in shown
+    logs = sorted(path.stem for path in (tmp_path / "runs" / "quickstart" / "logs").glob("*.log"))
+    assert logs == ["compress", "evaluate", "finetune", "prepare", "pretrain", "serve", "tune"]
+    assert json.loads((tmp_path / "runs" / "quickstart" / "answers.json").read_text())["questions"] > 0

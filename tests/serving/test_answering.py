@@ -11,9 +11,9 @@ import pytest
 from raylm.config.data import TokenizerSection
 from raylm.data.documents import Document, DocumentFile
 from raylm.data.encoding import PairEncoder
+from raylm.data.loading import load_tokenizer
 from raylm.data.stdlib import stdlib_documents, stdlib_pairs
 from raylm.data.tokenizers import make_tokenizer
-from raylm.models.loading import load_tokenizer
 from raylm.serving.answering import fit_prompt
 from raylm.serving.retrieval.prepared import open_prepared
 from raylm.serving.service import ModelService

@@ -38,6 +38,7 @@ def make_encoder(directory: Path, tokenizer_directory: Path, seed: int) -> str:
     return str(directory)
 
 
+@pytest.mark.slow
 def test_vectors_of_collections(tiny_model: Path, tmp_path: Path) -> None:
     asyncio.run(_vectors_of_collections(tiny_model, tmp_path))
 

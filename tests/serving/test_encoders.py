@@ -21,16 +21,18 @@ from raylm.compression.openvino import export_int8
 from raylm.config.loading import validate
 from raylm.config.serving import ServingSection
 from raylm.config.stages import ServeConfig
+from raylm.data.loading import load_tokenizer
 from raylm.data.windows import Windows, pad
 from raylm.errors import UserError
-from raylm.evaluation.spans import Answer, best_answer
 from raylm.models.encoders import OpenVinoEncoder, TransformersEncoder
-from raylm.models.loading import load_tokenizer
+from raylm.models.heads import CLASSIFIER, NONE, READER
 from raylm.serving.engines.base import Encode
 from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.encoder import EncoderBackend
 from raylm.serving.extraction import best_of
 from raylm.serving.stage import check_model, running_server
+from raylm.tasks import find_task
+from raylm.tasks.extractive_qa.spans import Answer, best_answer
 from tests.reading import write_encoder
 from tests.serving.conftest import free_port
 
@@ -59,7 +61,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             (model.qa_outputs if task == "extractive_qa" else model.classifier).weight.mul_(20)
         model.save_pretrained(root / task)
         load_tokenizer(bare).save_pretrained(root / task)
-        export_int8(str(root / task), root / task / "openvino", task)
+        export_int8(str(root / task), root / task / "openvino", find_task(task).head)
     return SimpleNamespace(bare=bare, reader=root / "extractive_qa", classifier=root / "classification")
 
 
@@ -103,18 +105,18 @@ def test_exports_agree(encoders: SimpleNamespace) -> None:
     }
     batch["attention_mask"][1, 10:] = 0
     for task, path in (("extractive_qa", encoders.reader), ("classification", encoders.classifier)):
-        plain = TransformersEncoder(str(path), task).outputs(batch)
-        exported = OpenVinoEncoder(path, task, 1).outputs(batch)
+        plain = TransformersEncoder(str(path), find_task(task).head).outputs(batch)
+        exported = OpenVinoEncoder(path, find_task(task).head, 1).outputs(batch)
         assert plain.shape == exported.shape == ((3, 24, 2) if task == "extractive_qa" else (3, 3))
         assert np.abs(plain - exported).max() < 0.1 * plain.std() + 0.05
     with pytest.raises(UserError, match="not the export of a classifier"):
-        OpenVinoEncoder(encoders.reader, "classification", 1)
+        OpenVinoEncoder(encoders.reader, CLASSIFIER, 1)
     with pytest.raises(UserError, match=r"model\.path: found .*, a BertModel, allowed: a reader"):
-        TransformersEncoder(str(encoders.bare), "extractive_qa")
+        TransformersEncoder(str(encoders.bare), READER)
 
 
 def test_waiting_texts_are_read_together(encoders: SimpleNamespace) -> None:
-    backend = EncoderBackend(TransformersEncoder(str(encoders.classifier), "classification"), pad_id=0)
+    backend = EncoderBackend(TransformersEncoder(str(encoders.classifier), CLASSIFIER), pad_id=0)
     lengths = [20, 21, 90, 19, 3, 22, 20, 20, 20, 20, 20]
     waiting = deque(Encode(number, [7] * length) for number, length in enumerate(lengths))
     batches = []
@@ -129,7 +131,7 @@ def test_batches_do_not_change_answers(encoders: SimpleNamespace) -> None:
 
 async def _batches_do_not_change_answers(encoders: SimpleNamespace) -> None:
     texts = [[2, *range(5, 5 + length), 3] for length in (4, 30, 6, 12, 28, 40, 5, 11, 13, 3)]
-    engine = start_engine(str(encoders.classifier), ServingSection(), threads=1, encoder="classification")
+    engine = start_engine(str(encoders.classifier), ServingSection(), threads=1, task="classification")
     try:
         alone = [await engine.encode(ids) for ids in texts]
         together = await asyncio.gather(*(engine.encode(ids) for ids in texts))
@@ -141,7 +143,7 @@ async def _batches_do_not_change_answers(encoders: SimpleNamespace) -> None:
 
 
 def test_extractive_answers_from_a_context(server: SimpleNamespace, encoders: SimpleNamespace) -> None:
-    reader = OpenVinoEncoder(encoders.reader, "extractive_qa", 1)
+    reader = OpenVinoEncoder(encoders.reader, READER, 1)
     expected = expected_answer(reader, encoders.reader, CONTEXT)
     found = server.client.post("/v1/qa", json={"question": QUESTION, "context": CONTEXT}).raise_for_status().json()
     assert (found["mode"], found["model"], found["answered"]) == ("extractive", "reader", True)
@@ -216,7 +218,7 @@ def test_embeddings_of_an_encoder(server: SimpleNamespace, encoders: SimpleNames
     ids = load_tokenizer(encoders.bare)("much rain fell")["input_ids"]
     batch = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
     batch["token_type_ids"] = np.zeros_like(batch["input_ids"])
-    hidden = TransformersEncoder(str(encoders.bare), "embedding").outputs(batch)[0].mean(axis=0)
+    hidden = TransformersEncoder(str(encoders.bare), NONE).outputs(batch)[0].mean(axis=0)
     assert vector == pytest.approx(hidden / np.linalg.norm(hidden), abs=1e-4)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raylm.models.loading import load_tokenizer
+from raylm.data.loading import load_tokenizer
 from raylm.serving.text import REPLACEMENT, IncrementalDecoder, StopStrings
 
 

@@ -17,7 +17,6 @@ import pytest
 
 from raylm.config import load_config
 from raylm.config.training import AnomaliesSection
-from raylm.errors import RunFailure
 from raylm.training.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.events import read_events
 from raylm.training.metrics import read_metrics
@@ -30,7 +29,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_random_kills_of_workers_and_the_driver_change_no_bit(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests/benchmarks/kill_test.py"), "2", "1", "60"],
+        [sys.executable, str(REPOSITORY / "tests/benchmarks/kill_test.py"), "1", "1", "40"],
         env=environment, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -42,7 +41,7 @@ def test_random_kills_of_workers_and_the_driver_change_no_bit(tmp_path: Path) ->
 @pytest.mark.slow
 def test_collective_time_out_and_ended_worker(make_run: Callable) -> None:
     limits = {"heartbeat_seconds": None, "collective_timeout_seconds": 8.0}
-    run = make_run("stuck", resources={"workers": 2, **limits})
+    run = make_run("stuck", training={"steps": 120}, resources={"workers": 2, **limits})
     driver = run.start()
     run.wait_for_step(30, driver)
     run.workers(driver)[-1].send_signal(signal.SIGSTOP)
@@ -63,7 +62,7 @@ def test_collective_time_out_and_ended_worker(make_run: Callable) -> None:
     assert driver.returncode == 0, errors[-2000:]
     assert "told to end (SIGTERM)" in errors
     assert saved >= 60
-    assert len(run.losses()) == 200
+    assert len(run.losses()) == 120
     report = json.loads((run.metrics.parent / "report.json").read_text())
     assert len(report["restarts"]) == 2
     events = read_events(run.metrics.parent)
@@ -115,7 +114,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_full_disk_loses_nothing_and_a_read_only_one_is_refused(make_run: Callable, small_disk: Path) -> None:
-    run = make_run("full", small_disk)
+    run = make_run("full", small_disk, training={"steps": 120})
     driver = run.start()
     run.wait_for_step(45, driver)
     with (small_disk / "filler").open("wb") as stream, pytest.raises(OSError, match="No space left"):
@@ -139,7 +138,7 @@ def test_full_disk_loses_nothing_and_a_read_only_one_is_refused(make_run: Callab
     driver = run.start()
     _, errors = driver.communicate(timeout=240)
     assert driver.returncode == 0, errors[-2000:]
-    assert len(run.losses()) == 200
+    assert len(run.losses()) == 120
     # It went on from a checkpoint: the lines up to it are the first start's own.
     assert read_metrics(run.metrics)[:40] == before[:40]
 
@@ -159,50 +158,3 @@ def test_spike_is_judged_against_the_median_of_a_full_window() -> None:
     assert find_anomaly(section, state, float("nan"), 1.0) == "the gradient is not finite"
     # DeepSpeed's word for it.
     assert find_anomaly(section, state, -1.0, 1.0) == "the gradient is not finite"
-
-
-DIVERGING = ["training.optimizer=sgd", "training.learning_rate=1e30", "training.gradient_clipping=0"]
-
-
-@pytest.mark.slow
-def test_gradient_that_is_not_finite_stops_the_run(make_run: Callable) -> None:
-    run = make_run("diverged", training={"steps": 20}, resources={"workers": 1})
-    with pytest.raises(RunFailure, match=r"step \d+: the gradient is not finite; training.anomalies.policy is stop"):
-        pretrain(load_config("pretrain", run.config, [*DIVERGING, "checkpoint.every_steps=1"]))
-    with pytest.raises(RunFailure, match=r"skip and the limit is 2; the last checkpoint is step-0000000"):
-        pretrain(
-            load_config(
-                "pretrain", run.config,
-                [*DIVERGING, "run.name=limited", "training.anomalies={policy: skip, limit: 2}"],
-            )
-        )  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", ["skip", "roll_back"])
-def test_batch_that_makes_the_loss_jump_is_left_out(make_run: Callable, tmp_path: Path, policy: str) -> None:
-    # A few lines are nothing like the others: a batch that holds a part of one has a far higher loss.
-    lines = [f"the cat sat on the mat and the cat sat on mat {i}" for i in range(320)]
-    lines[40::60] = ["".join(chr(33 + (i * i + 37 * k) % 90) for i in range(60)) for k in range(5)]
-    (tmp_path / "lines.txt").write_text("\n".join(lines))
-    run = make_run(
-        policy,
-        data={"train": str(tmp_path / "lines.txt"), "text_unit": "line", "validation_fraction": 0.1},
-        training={
-            "steps": 40, "epochs": None, "learning_rate": 0.02, "log_samples": True,
-            "anomalies": {"policy": policy, "spike_factor": 1.3, "window": 8},
-        },
-        checkpoint={"every_steps": 6},
-        resources={"workers": 1},
-    )  # fmt: skip
-    pretrain(load_config("pretrain", run.config, ["tokenizer={type: byte}"]))
-    state = json.loads((run.metrics.parent / "checkpoints/step-00000040/checkpoint.json").read_text())["state"]
-    assert state["anomalies"] >= 1
-    sizes = [stop - first for first, stop in state["skipped"]]
-    assert all(size == 1 for size in sizes) if policy == "skip" else max(sizes) > 1
-    assert len(run.losses()) == 40
-    last = {}
-    for line in read_metrics(next((run.metrics.parent / "samples").glob("*.jsonl"))):
-        last[line["step"]] = line["samples"]
-    taken = [sample // 4 for step in range(40) for sample in last[step][:1]]
-    assert taken == [batch_of_step(step, state["skipped"]) for step in range(40)]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raylm.cluster.capacity import Capacity, Node
 from raylm.config import load_config
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import PretrainConfig
 from raylm.errors import UserError
-from raylm.parallel.capacity import Capacity, Node
 from raylm.parallel.plan import make_plan
 from raylm.parallel.precision import LEAST_GAIN, NARROW, LayerTimes, decide, measure, settled, with_precision
 from raylm.training.precision import note_precision, run_precision, slower_in_bf16

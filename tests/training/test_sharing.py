@@ -13,6 +13,7 @@ import json, os, sys
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
+import pytest
 from raylm.errors import UserError
 from raylm.training.sharing import check_shared
 
@@ -40,6 +41,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_folders_that_other_nodes_do_not_see_are_refused(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     result = subprocess.run(

@@ -105,51 +105,6 @@ def test_done_run_is_not_repeated_and_another_configuration_is_refused(
 
 
 @pytest.mark.slow
-def test_damaged_checkpoint_is_passed_over(finished: Path, prepared: Path, tmp_path: Path) -> None:
-    run = tmp_path / "whole"
-    shutil.copytree(finished, run)
-    (run / "report.json").unlink()
-    newest = run / "checkpoints" / f"step-{STEPS:08d}"
-    file = next(newest.glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    path = finished.parent / "whole.yaml"
-    pretrain(load_config("pretrain", path, [f"run.storage={tmp_path}"]))
-    assert losses(run) == losses(finished)
-
-
-@pytest.mark.slow
-def test_another_layout_goes_on_from_the_checkpoint(finished: Path, tmp_path: Path) -> None:
-    run = tmp_path / "whole"
-    shutil.copytree(finished, run)
-    (run / "report.json").unlink()
-    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
-    # One replica and two tensor-parallel ranks leave two stages for four workers.
-    layout = ["parallel.data=1", "parallel.tensor=2", "parallel.pipeline=auto", "parallel.zero_stage=auto"]
-    layout.append("parallel.balance=time")
-    resources = ["resources.workers=4", "resources.cpus_per_worker=0.5"]
-    path = finished.parent / "whole.yaml"
-    pretrain(load_config("pretrain", path, [f"run.storage={tmp_path}", *layout, *resources]))
-    chosen = [yaml.safe_load((folder / "config.yaml").read_text())["parallel"] for folder in (finished, run)]
-    names = ("data", "tensor", "pipeline", "zero_stage", "micro_batch_size", "activation_checkpointing")
-    found = [[parallel[name] for name in names] for parallel in chosen]
-    assert found == [[2, 1, 1, 1, 2, False], [1, 2, 2, 0, 2, False]]
-    assert losses(run) == pytest.approx(losses(finished), abs=1e-5)
-    lines = read_metrics(run / "metrics.jsonl")
-    assert all(len(line["stage_idle"]) == 2 for line in lines[20:])
-    assert json.loads((run / "stages.json").read_text())["stage_bounds"][0] == 0
-    assert lines[-1]["validation_loss"] == pytest.approx(
-        read_metrics(finished / "metrics.jsonl")[-1]["validation_loss"]
-    )
-    report = json.loads((run / "report.json").read_text())
-    assert report["logits_difference"] < 1e-4
-    ours, others = (AutoModelForCausalLM.from_pretrained(path / "model") for path in (run, finished))
-    for (name, one), other in zip(ours.state_dict().items(), others.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
-
-
-@pytest.mark.slow
 def test_finetune_learns_the_answers_and_stops_early(finished: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} apples?", "answer": "yes"} for i in range(60)]
     source = tmp_path / "pairs.jsonl"

@@ -62,10 +62,11 @@ def test_storage_that_cannot_be_reached_is_refused(make_run: Callable, monkeypat
 
 @pytest.mark.slow
 def test_run_goes_on_from_the_bucket_on_another_host(make_run: Callable, bucket: str, tmp_path: Path) -> None:
-    undisturbed = make_run("undisturbed")
+    steps = {"steps": 100}
+    undisturbed = make_run("undisturbed", training=steps)
     pretrain(load_config("pretrain", undisturbed.config))
 
-    run = make_run("remote", bucket, resources={"workers": 2, "heartbeat_seconds": 5.0})
+    run = make_run("remote", bucket, training=steps, resources={"workers": 2, "heartbeat_seconds": 5.0})
     run.environment["HOME"] = str(tmp_path / "first")
     driver = run.start()
     config = load_config("pretrain", run.config)
@@ -74,7 +75,7 @@ def test_run_goes_on_from_the_bucket_on_another_host(make_run: Callable, bucket:
     run.wait_for_step(30, driver)
     run.workers(driver)[-1].send_signal(signal.SIGSTOP)
     run.wait_for_restart(driver)
-    run.wait_for_step(60, driver)
+    run.wait_for_step(50, driver)
     driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 1, errors[-2000:]

@@ -93,7 +93,7 @@ def test_trials_of_several_workers_are_stopped_early(ray_instance, tiny_model: P
 @pytest.mark.slow
 def test_interrupted_search_keeps_finished_trials(tiny_model: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, tiny_model, scheduler="none", max_concurrent=1)
-    command = [sys.executable, "-m", "raylm.cli", "tune", str(path), "training.steps=300"]
+    command = [sys.executable, "-m", "raylm.cli", "tune", str(path), "training.steps=100"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     trials = tmp_path / "search" / "trials"
@@ -108,7 +108,7 @@ def test_interrupted_search_keeps_finished_trials(tiny_model: Path, tmp_path: Pa
     assert again.returncode == 0, again.stderr[-2000:]
     report = json.loads((tmp_path / "search" / "report.json").read_text())
     assert [row["status"] for row in report["trials"]] == ["finished", "finished"]
-    assert [row["step"] for row in report["trials"]] == [300, 300]
+    assert [row["step"] for row in report["trials"]] == [100, 100]
     # The trial that was done was not started again.
     assert (trials / "trial-000" / "model" / "model.safetensors").stat().st_mtime_ns == finished
 
