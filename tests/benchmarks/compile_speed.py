@@ -29,9 +29,9 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
 
     from raylm.config.training import TrainingSection
     from raylm.models.weights import DrawnWeights, make_outline
-    from raylm.objectives.base import ObjectiveModule
-    from raylm.objectives.causal import CausalObjective
     from raylm.parallel.engine import DataParallelEngine
+    from raylm.tasks.causal import CausalObjective
+    from raylm.tasks.objective import ObjectiveModule
     from raylm.training.optimizers import make_optimizer
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}

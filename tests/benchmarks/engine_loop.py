@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from raylm.config import load_config
+from raylm.data.loading import load_tokenizer
 from raylm.data.samples import open_samples
 from raylm.models.families import build_config
-from raylm.models.loading import load_tokenizer
 from raylm.models.weights import DrawnWeights, make_outline
-from raylm.objectives.base import ObjectiveModule
-from raylm.objectives.causal import CausalObjective
 from raylm.parallel.engine import DataParallelEngine
 from raylm.parallel.environment import prepare_deepspeed
+from raylm.tasks.causal import CausalObjective
+from raylm.tasks.objective import ObjectiveModule
 from raylm.training.batches import micro_batches, step_batches
 from raylm.training.optimizers import make_optimizer
 from raylm.training.schedules import learning_rate_factor

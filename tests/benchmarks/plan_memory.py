@@ -69,12 +69,12 @@ def rank(layout: str, directory: str) -> None:
     import torch.distributed as dist
 
     from raylm.models.weights import DrawnWeights, make_outline
-    from raylm.objectives import make_objective
-    from raylm.objectives.base import ObjectiveModule
     from raylm.parallel.engine import DataParallelEngine
     from raylm.parallel.environment import prepare_deepspeed
     from raylm.parallel.pipeline import PipelineTensorEngine
     from raylm.parallel.plan import make_plan
+    from raylm.tasks import make_objective
+    from raylm.tasks.objective import ObjectiveModule
     from raylm.training.optimizers import make_optimizer
 
     torch.set_num_threads(1)
@@ -142,7 +142,7 @@ def rank(layout: str, directory: str) -> None:
 
 def run(layout: str) -> dict:
     """Run ``layout`` and compare."""
-    from raylm.cluster import training_environment
+    from raylm.cluster.environment import training_environment
     from raylm.parallel.plan import make_plan
 
     with tempfile.TemporaryDirectory() as directory:

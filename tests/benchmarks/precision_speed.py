@@ -65,9 +65,9 @@ def make_engine(chosen: argparse.Namespace, bf16: bool):
 
     from raylm.config.training import TrainingSection
     from raylm.models.weights import DrawnWeights, make_outline
-    from raylm.objectives.base import ObjectiveModule
-    from raylm.objectives.causal import CausalObjective
     from raylm.parallel.engine import DataParallelEngine
+    from raylm.tasks.causal import CausalObjective
+    from raylm.tasks.objective import ObjectiveModule
     from raylm.training.optimizers import make_optimizer
 
     config = GPT2Config(

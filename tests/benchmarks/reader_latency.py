@@ -23,9 +23,10 @@ import numpy as np
 
 from raylm.config.loading import validate
 from raylm.config.stages import ServeConfig
+from raylm.data.loading import load_tokenizer, resolve_model
 from raylm.data.windows import Window, Windows, pad
 from raylm.models.encoders import open_encoder
-from raylm.models.loading import load_tokenizer, resolve_model
+from raylm.models.heads import READER
 from raylm.serving.stage import running_server
 
 QUESTION = "Where was the treaty signed that ended the war?"
@@ -50,9 +51,7 @@ def full_context(directory: str, length: int) -> tuple[str, Window]:
 def engines(directory: str, window: Window, length: int, rounds: int, threads: int) -> dict[str, list[float]]:
     """Milliseconds of each engine for one window, in turns."""
     batch = pad([window], 0, length)
-    readers = {
-        name: open_encoder(directory, "extractive_qa", threads, engine=name) for name in ("transformers", "openvino")
-    }
+    readers = {name: open_encoder(directory, READER, threads, engine=name) for name in ("transformers", "openvino")}
     found: dict[str, list[float]] = {name: [] for name in readers}
     for number in range(rounds + 5):
         for name, reader in readers.items():

@@ -29,9 +29,9 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from raylm.config.training import TrainingSection
-    from raylm.objectives.base import ObjectiveModule
-    from raylm.objectives.causal import CausalObjective
     from raylm.parallel.engine import DataParallelEngine
+    from raylm.tasks.causal import CausalObjective
+    from raylm.tasks.objective import ObjectiveModule
     from raylm.training.checkpoints import CheckpointWriter
     from raylm.training.optimizers import make_optimizer
 

@@ -66,10 +66,10 @@ def rank_main(rank: int, store: str, layout: str, kind: str, saved: str, output:
     from raylm.config.training import TrainingSection
     from raylm.models.families import build_model
     from raylm.models.weights import DrawnWeights, make_outline, saved_weights
-    from raylm.objectives.base import ObjectiveModule
-    from raylm.objectives.causal import CausalObjective
     from raylm.parallel.engine import DataParallelEngine
     from raylm.parallel.pipeline import PipelineTensorEngine
+    from raylm.tasks.causal import CausalObjective
+    from raylm.tasks.objective import ObjectiveModule
     from raylm.training.optimizers import make_optimizer
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}

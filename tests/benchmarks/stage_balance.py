@@ -30,8 +30,8 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
 
     from raylm.config.training import TrainingSection
     from raylm.models.weights import DrawnWeights, make_outline
-    from raylm.objectives.causal import CausalObjective
     from raylm.parallel.pipeline import PipelineTensorEngine
+    from raylm.tasks.causal import CausalObjective
     from raylm.training.optimizers import make_optimizer
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}

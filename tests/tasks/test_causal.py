@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from raylm.data.samples import IGNORED
 from raylm.data.shards import TokenShards
 from raylm.errors import UserError
 from raylm.models.families import build_model
-from raylm.objectives import make_objective
-from raylm.objectives.base import ObjectiveModule
+from raylm.tasks import make_objective
+from raylm.tasks.objective import ObjectiveModule
 
 LENGTH = 64
 
@@ -110,3 +111,33 @@ def test_what_cannot_tell_documents_apart_is_refused(shards: TokenShards, tmp_pa
     assert load_config("pretrain", path).objective.document_boundaries == "positions"
     with pytest.raises(UserError, match=r"document_boundaries: found positions, allowed with parallel.tensor"):
         load_config("pretrain", path, ["parallel.pipeline=2", "resources.workers=2"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_answers_alone_through_the_head_have_the_same_loss_and_gradients(
+    ray_instance: object, tmp_path: Path, family: str
+) -> None:
+    rows = [{"prompt": "so many words to ask " + "with " * (i % 5), "answer": f"{i} yes"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSection(train=str(tmp_path / "pairs.jsonl"), validation_fraction=0.2)
+    prepare_directory(tmp_path / "data", data, TokenizerSection(type="byte"))
+    objective = make_objective(ObjectiveSection(), family)
+    samples = objective.samples(tmp_path / "data", "train", LENGTH, 0)
+    batch = {name: torch.from_numpy(values) for name, values in samples.batch(np.arange(4)).items()}
+    share = (batch["targets"] != IGNORED).float().mean()
+    assert 0 < share < 0.5
+    config = model_config(family, TokenShards(tmp_path / "data", "train").manifest["vocab_size"])
+    model = build_model(config, seed=0)
+    widths: list[tuple[int, ...]] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, given, found: widths.append(found.shape[:-1]))
+    found = []
+    for one in (objective, make_objective(ObjectiveSection(), family)):
+        model.zero_grad()
+        loss = ObjectiveModule(model, one)(**batch)
+        loss.backward()
+        found.append((loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    assert widths == [(int((batch["targets"] != IGNORED).sum()),), tuple(batch["targets"].shape)]
+    (loss, gradients), (expected, all_gradients) = found
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, all_gradients[name], rtol=1e-4, atol=1e-5, msg=name)

@@ -1,0 +1,71 @@
+"""The records of the tasks, and what one more of them takes."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+from transformers import BertConfig, GPT2Config, T5Config
+
+from raylm.config.model import ObjectiveSection
+from raylm.config.tasks import TASKS, TRAINED_TASKS, TaskNeeds
+from raylm.models.heads import Head
+from raylm.tasks import all_tasks, find_task, make_objective, task_of
+from raylm.tasks.base import Service, Task
+from raylm.tasks.classification.objective import ClassificationObjective
+
+
+def test_every_name_has_its_record() -> None:
+    for name in TASKS:
+        task = find_task(name)
+        assert task.name == name
+        assert (task.objective is not None) == (name in TRAINED_TASKS)
+        if task.objective is not None:
+            assert (task.objective.name, task.objective.head) == (name, task.head)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2Config(), "causal"),
+        (T5Config(), "causal"),
+        (BertConfig(), "embedding"),
+        (BertConfig(architectures=["BertForMaskedLM"]), "embedding"),
+        (BertConfig(architectures=["BertForQuestionAnswering"]), "extractive_qa"),
+        (BertConfig(architectures=["BertForSequenceClassification"]), "classification"),
+    ],
+)
+def test_a_model_says_what_it_is_for(config: object, expected: str) -> None:
+    assert task_of(config).name == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "objective"),
+    [
+        ("gpt2", "auto", "causal"),
+        ("bert", "auto", "masked"),
+        ("t5", "auto", "span"),
+        ("roberta", "auto", "masked"),
+        ("mistral", "auto", "causal"),
+        ("bert", "classification", "classification"),
+        ("roberta", "extractive_qa", "extractive_qa"),
+    ],
+)
+def test_what_models_are_trained_on(model_type: str, task: str, objective: str) -> None:
+    assert make_objective(ObjectiveSection(type=task), model_type).name == objective
+
+
+def test_a_new_task_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head(
+        "tagging", "encoder", "AutoModelForTokenClassification", ("logits",), "tagger", "ForTokenClassification"
+    )
+    objective = type("TaggingObjective", (ClassificationObjective,), {"name": "tagging", "head": head})
+    module = ModuleType("raylm.tasks.tagging")
+    module.TASK = Task("tagging", head, Service("tagging", "a tagger", "tag", {}), objective)
+    monkeypatch.setitem(sys.modules, "raylm.tasks.tagging", module)
+    monkeypatch.setitem(TASKS, "tagging", TaskNeeds(trains_encoders=True))
+    assert task_of(BertConfig(architectures=["BertForTokenClassification"])) is module.TASK
+    section = ObjectiveSection.model_construct(type="tagging")
+    assert type(make_objective(section, "bert")) is objective
+    assert module.TASK in all_tasks()
