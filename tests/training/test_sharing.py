@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
-import pytest
 from raylm.errors import UserError
 from raylm.training.sharing import check_shared
 
