@@ -1,4 +1,4 @@
-"""The stage ``compress``: a model to int8 weights for OpenVINO, and the comparison of before and after.
+"""The stage ``compress``: a model through its compression steps to an export, and the comparison of before and after.
 
 What generates text is compared by bits per byte and greedy output; for encoders see :mod:`raylm.compression.encoders`.
 
@@ -15,12 +15,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raylm.compression.measure import BATCH_SIZES
+from raylm.compression.methods import Steps
+from raylm.compression.methods.base import Candidate
 from raylm.compression.table import table
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
@@ -45,7 +48,6 @@ def compress(config: CompressConfig) -> None:
         UserError: configuration or input is wrong; nothing was started.
         RunFailure: the export's logits do not agree with the original's, or measuring failed.
     """
-    from raylm.compression.openvino import check_installed
     from raylm.data.loading import resolve_model
     from raylm.models.loading import load_config
     from raylm.tasks import task_of
@@ -57,25 +59,25 @@ def compress(config: CompressConfig) -> None:
         return
     if config.model.path is None:
         raise UserError("model.path: missing; compress needs an existing model")
-    check_installed()
     source = resolve_model(config.model.path)
     if not Path(source).is_dir():
         raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
-    task = task_of(load_config(source))
+    task, steps = task_of(load_config(source)), Steps(config.compression.steps)
+    steps.check(task.head)
     if task.evaluation is not None:
         report = _compress_encoder(task, task.evaluation, source, config, run)
     else:
         report = _compress_generator(source, config, run)
     run.write_report(report)
     print(
-        f"compress: {config.model.path} to 8-bit weights, {report['threads']} CPU threads\n"
+        f"compress: {config.model.path} to {steps.describe()}, {report['threads']} CPU threads\n"
         f"{table(report)}\n{_next(run)}"
     )
 
 
 def _next(run: RunDirectory) -> str:
     return (
-        f"  model      {run.path / 'model'} (as it was, and its 8-bit form in openvino/)\n"
+        f"  model      {run.path / 'model'} (with the form that OpenVINO runs in openvino/)\n"
         f"  next       the comparison as a page: raylm report {run.path}"
     )
 
@@ -100,7 +102,7 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
         prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
     run.create()
 
-    partial = _copy_with_export(source, run, CAUSAL)
+    partial, applied = _compressed_copy(source, run, config, CAUSAL)
     threads = os.cpu_count() or 1
     with Activity("compress: comparing the outputs of both models") as activity:
         scorer = _compare_logits(model, partial, prompts)
@@ -115,6 +117,7 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
     outputs = measured["transformers"].pop("outputs"), measured["openvino"].pop("outputs")
     return {
         "model": config.model.path,
+        "steps": applied.steps,
         "threads": threads,
         "logits_cosine": scorer[1],
         "before": {
@@ -124,7 +127,7 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
             "bits_per_byte": before["bits_per_byte"],
         },
         "after": {
-            "engine": "OpenVINO int8",
+            "engine": applied.engine,
             "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
             **measured["openvino"],
             "bits_per_byte": after["bits_per_byte"],
@@ -142,7 +145,7 @@ def _compress_encoder(
     with Activity("compress: reading the data"):
         examples = evaluation.open(config, source)
     run.create()
-    partial = _copy_with_export(source, run, task.head)
+    partial, applied = _compressed_copy(source, run, config, task.head)
     threads = os.cpu_count() or 1
     with Activity("compress: comparing the outputs of both models"):
         compared = encoders.compare(task, examples, source, partial, threads)
@@ -158,6 +161,7 @@ def _compress_encoder(
     return {
         "model": config.model.path,
         "task": task.name,
+        "steps": applied.steps,
         "threads": threads,
         "sequence_length": examples.length,
         **compared["closeness"],
@@ -168,7 +172,7 @@ def _compress_encoder(
             **compared["before"],
         },
         "after": {
-            "engine": "OpenVINO int8",
+            "engine": applied.engine,
             "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
             **encoders.medians(rounds["openvino"]),
             **compared["after"],
@@ -181,16 +185,26 @@ def _measuring(models: dict[str, str]) -> ProgressBar:
     return ProgressBar("compress: measuring speed and memory", ROUNDS * len(models), "measurements")
 
 
-def _copy_with_export(source: str, run: RunDirectory, head: Head) -> Path:
-    """The original directory with the export in its ``openvino/``, not yet under its own name."""
+@dataclass(frozen=True)
+class _Applied:
+    """What was done to the model: the steps for the report, and the engine that runs it, in words."""
+
+    steps: list[dict[str, Any]]
+    engine: str
+
+
+def _compressed_copy(source: str, run: RunDirectory, config: CompressConfig, head: Head) -> tuple[Path, _Applied]:
+    """The compressed model with the export in its ``openvino/``, not yet under its own name."""
     partial = run.path / ".model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("openvino"))
-    with Activity("compress: converting the model to 8-bit weights (OpenVINO)"):
-        from raylm.compression.openvino import export_int8
+    candidate, steps = Candidate(partial, head), Steps(config.compression.steps)
+    with Activity(f"compress: making {steps.describe()} (OpenVINO)"):
+        from raylm.compression.exporters import openvino
 
-        export_int8(source, partial / "openvino", head)
-    return partial
+        reports = steps.apply(candidate)
+        openvino.export_model(partial, partial / "openvino", head, candidate.weight_bits)
+    return partial, _Applied(reports, openvino.describe(candidate.weight_bits))
 
 
 def _replace_model(partial: Path, run: RunDirectory) -> None:
@@ -228,7 +242,7 @@ def agreement(before: list[list[int]], after: list[list[int]]) -> dict[str, floa
 def _compare_logits(model, directory: Path, prompts: list[list[int]]) -> tuple[Any, float]:
     import torch
 
-    from raylm.compression.openvino import OpenVINOScorer
+    from raylm.compression.exporters.openvino import OpenVINOScorer
 
     scorer = OpenVINOScorer(directory, os.cpu_count() or 1)
     ids = np.array(prompts, dtype=np.int64)

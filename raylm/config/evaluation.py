@@ -1,4 +1,4 @@
-"""Sections about measuring and shrinking a model: ``evaluation`` and ``compression``."""
+"""Section about measuring a model: ``evaluation``."""
 
 from __future__ import annotations
 
@@ -29,16 +29,3 @@ class EvaluationSection(Section):
         if self.stride and self.sequence_length and self.stride > self.sequence_length:
             raise ValueError(f"stride: found {self.stride}, allowed: at most sequence_length ({self.sequence_length})")
         return self
-
-
-class CompressionSection(Section):
-    """``compression``: how to compress the model, and how to compare it with the original."""
-
-    method: Literal["int8"] = "int8"
-    """int8: weights in 8 bits through the OpenVINO exporter."""
-    prompt_tokens: int = Field(default=32, ge=1)
-    """Tokens of a prompt when speed is measured."""
-    new_tokens: int = Field(default=64, ge=1)
-    """Tokens generated for each prompt when speed is measured."""
-    prompts: int = Field(default=16, ge=1)
-    """Number of prompts, taken from the validation text, whose greedy output is compared."""

@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import model_validator
 
 from raylm.config.base import Section
+from raylm.config.compression import CompressionSection
 from raylm.config.data import DataSection, TokenizerSection
-from raylm.config.evaluation import CompressionSection, EvaluationSection
+from raylm.config.evaluation import EvaluationSection
 from raylm.config.model import FAMILY_TASKS, ModelSection, ObjectiveSection
 from raylm.config.run import LocalRunSection, ResourcesSection, RunSection
 from raylm.config.serving import ServingSection

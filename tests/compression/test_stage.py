@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylm.compression.openvino import OpenVINOScorer
+from raylm.compression.exporters.openvino import OpenVINOScorer
 from raylm.compression.stage import agreement, compress
 from raylm.config import load_config
 from raylm.errors import UserError

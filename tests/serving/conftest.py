@@ -37,11 +37,11 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def exported_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with an int8 OpenVINO export beside it, as ``raylm compress`` leaves it."""
-    from raylm.compression.openvino import export_int8
+    from raylm.compression.exporters.openvino import export_model
 
     directory = tmp_path_factory.mktemp("exported") / "model"
     shutil.copytree(tiny_model, directory)
-    export_int8(str(tiny_model), directory / "openvino")
+    export_model(str(tiny_model), directory / "openvino")
     return directory
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
-from raylm.compression.openvino import export_int8
+from raylm.compression.exporters.openvino import export_model
 from raylm.config.loading import validate
 from raylm.config.serving import ServingSection
 from raylm.config.stages import ServeConfig
@@ -61,7 +61,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             (model.qa_outputs if task == "extractive_qa" else model.classifier).weight.mul_(20)
         model.save_pretrained(root / task)
         load_tokenizer(bare).save_pretrained(root / task)
-        export_int8(str(root / task), root / task / "openvino", find_task(task).head)
+        export_model(str(root / task), root / task / "openvino", find_task(task).head)
     return SimpleNamespace(bare=bare, reader=root / "extractive_qa", classifier=root / "classification")
 
 

@@ -1,7 +1,4 @@
-"""int8 weights through the OpenVINO exporter, and scoring with the exported graph.
-
-Weights are stored in 8 bits with a scale per channel; activations stay in floating point (design, section 9).
-"""
+"""The OpenVINO exporter, and scoring with the exported graph."""
 
 from __future__ import annotations
 
@@ -16,32 +13,23 @@ from pathlib import Path
 import numpy as np
 
 from raylm.data.loading import load_tokenizer
-from raylm.errors import UserError
 from raylm.models.heads import CAUSAL, Head
 from raylm.models.openvino import EXPORT_DETOKENIZER, EXPORT_MODEL, EXPORT_TOKENIZER, find_export
-
-
-def check_installed() -> None:
-    """Refuse to start without the exporter.
-
-    Raises:
-        UserError: the extra ``cpu`` is not installed.
-    """
-    from importlib.util import find_spec
-
-    missing = [name for name in ("openvino", "openvino_genai", "nncf") if find_spec(name) is None]
-    if missing:
-        raise UserError(f"compression.method: int8 needs {', '.join(missing)}: pip install 'raylm[cpu]'")
-
 
 EXPORT_LIBRARIES = ("nncf", "optimum", "transformers")
 
 
-def export_int8(model_directory: str, output: Path, head: Head = CAUSAL) -> None:
-    """Write an OpenVINO export of the model in ``model_directory`` with 8-bit weights into ``output``.
+def describe(weight_bits: int | None) -> str:
+    """The engine and what it computes with, in words."""
+    return f"OpenVINO {f'int{weight_bits}' if weight_bits else 'fp32'}"
+
+
+def export_model(model_directory: str | Path, output: Path, head: Head = CAUSAL, weight_bits: int | None = 8) -> None:
+    """Write an OpenVINO export of the model in ``model_directory`` into ``output``.
 
     Args:
         head: the model's; one that has an exporter.
+        weight_bits: 8, with a scale per channel; None for as the weights are.
     """
     assert head.exporter is not None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,7 +43,7 @@ def export_int8(model_directory: str, output: Path, head: Head = CAUSAL) -> None
             exporter = getattr(intel, head.exporter)
         # Once more: a library that is imported sets its own level.
         with _only_errors():
-            settings = intel.OVWeightQuantizationConfig(bits=8)
+            settings = intel.OVWeightQuantizationConfig(bits=weight_bits) if weight_bits else None
             model = exporter.from_pretrained(model_directory, export=True, compile=False, quantization_config=settings)
             model.save_pretrained(output)
             if head == CAUSAL:

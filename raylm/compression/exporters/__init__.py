@@ -1,0 +1,1 @@
+"""From a compressed Hugging Face directory to what an engine runs."""
