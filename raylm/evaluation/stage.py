@@ -131,6 +131,11 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
             examples = task.evaluation.open(config, source)
         else:
             check_head(model_config, CAUSAL, config.model.path)
+            if not task.generates:
+                raise UserError(
+                    f"model.path: found {config.model.path}, {task.service.what}, allowed: a text generator, a reader "
+                    "or a classifier"
+                )
             tokenizer = load_tokenizer(source)
             window = window_of(config.evaluation, model_config)
             stream = open_text(config.data, config.evaluation.split, tokenizer)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import RobertaConfig
 
 from raylm.config import load_config
 from raylm.data.loading import load_tokenizer
@@ -101,6 +102,15 @@ def test_refused(tiny_model: Path, tmp_path: Path, override: str, expected: str)
         evaluate(load_config("evaluate", path, [override]))
     assert expected in str(caught.value)
     assert not (tmp_path / "refused").exists()
+
+
+def test_an_encoder_gets_no_random_head(tmp_path: Path) -> None:
+    """Also of a family that raylm does not build: transformers would make a next-token model of it."""
+    RobertaConfig(architectures=["RobertaForMaskedLM"]).save_pretrained(tmp_path / "model")
+    path = write_config(tmp_path, tmp_path / "model", "encoder")
+    with pytest.raises(UserError, match=r"model\.path: found .*, an encoder, allowed: a text generator"):
+        evaluate(load_config("evaluate", path))
+    assert not (tmp_path / "encoder").exists()
 
 
 @pytest.mark.slow
