@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raylm.cluster.session import _start_ray
+from raylm.errors import RunFailure
+
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_that_does_not_answer_is_refused_at_once(tmp_path: Path, scheme: str) -> None:
@@ -33,3 +36,35 @@ def test_a_cluster_that_does_not_answer_is_refused_at_once(tmp_path: Path, schem
     assert len(errors) == 1, result.stderr
     assert errors[0].startswith(f"raylm: error: RAY_ADDRESS: found {address}, allowed: ")
     assert not (tmp_path / "data").exists()
+
+
+def test_a_ray_that_comes_up_too_late_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    failures = ["The current node timed out during startup.\nsome raylet failed", "again"]
+
+    def init(**options: object) -> None:
+        assert options["address"] == "local"
+        if failures:
+            raise Exception(failures.pop(0))
+
+    monkeypatch.setattr(ray, "init", init)
+    _start_ray(dashboard=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Ray did not start: The current node timed out during startup. (the machine is busy?)")
+    assert len(lines) == 2
+    failures += ["one", "two", "three"]
+    with pytest.raises(RunFailure, match="Ray did not start: three"):
+        _start_ray(dashboard=False)
+    # A cluster that others started is asked once.
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(
+        ray, "init", lambda **options: failures.append("asked") or (_ for _ in ()).throw(Exception("x"))
+    )
+    with pytest.raises(RunFailure, match="Ray did not start: x"):
+        _start_ray(dashboard=False)
+    assert failures == ["asked"]

@@ -14,11 +14,13 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from raylm.errors import RunFailure, UserError
+from raylm.errors import RunFailure, UserError, first_line
 from raylm.progress import Activity
 
 # Ray itself tries for two minutes to reach a cluster that is not there.
 CONNECT_SECONDS = 10.0
+# Starts of a local Ray: it gives its own processes 30 seconds each, which a busy machine may need for other things.
+ATTEMPTS = 3
 
 
 @contextlib.contextmanager
@@ -65,13 +67,18 @@ def _start_ray(dashboard: bool) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options |= {"include_dashboard": dashboard, "address": "local"}
-    try:
-        ray.init(**options)
-    except ConnectionError as error:
-        raise UserError(f"{_no_cluster(address or 'local')}: {error}") from None
-    except Exception as error:  # Ray raises its bare class where a process of it does not come up in time
-        ray.shutdown()
-        raise RunFailure(f"Ray did not start: {str(error).splitlines()[0]}") from error
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            ray.init(**options)
+            return
+        except ConnectionError as error:
+            raise UserError(f"{_no_cluster(address or 'local')}: {error}") from None
+        except Exception as error:  # Ray raises its bare class where a process of it does not come up in time
+            ray.shutdown()
+            reason = f"Ray did not start: {first_line(error)}"
+            if address or attempt == ATTEMPTS:
+                raise RunFailure(reason) from error
+            print(f"{reason} (the machine is busy?); trying again", file=sys.stderr, flush=True)
 
 
 def _check_address(address: str) -> None:
