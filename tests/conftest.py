@@ -112,10 +112,13 @@ def free_cpus() -> float | None:
 
 def holders_of_cpus() -> str:
     """The living actors and the placement groups, in words."""
+    import ray
     from ray.util import state
 
-    actors = state.list_actors(filters=[("state", "!=", "DEAD")], detail=True)
-    groups = state.list_placement_groups(filters=[("state", "!=", "REMOVED")], detail=True)
+    # Without its address, the newest Ray instance on the machine is asked.
+    address = ray.get_runtime_context().gcs_address
+    actors = state.list_actors(address, filters=[("state", "!=", "DEAD")], detail=True)
+    groups = state.list_placement_groups(address, filters=[("state", "!=", "REMOVED")], detail=True)
     found = [f"{a.class_name} ({a.state}, {a.required_resources})" for a in actors]
     return "; ".join(found + [f"placement group {g.name or g.placement_group_id} ({g.state})" for g in groups])
 

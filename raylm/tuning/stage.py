@@ -7,6 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from raylm.cluster.capacity import cluster_capacity
+from raylm.cluster.groups import groups_given_back
 from raylm.cluster.session import ray_session
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import TuneConfig
@@ -74,7 +75,8 @@ def tune(config: TuneConfig) -> None:
                 use_gpu=use_gpu,
                 attempt=new_attempt(),
             )
-            rows = _search(planned, base, configs, candidates, at_a_time)
+            with groups_given_back():
+                rows = _search(planned, base, configs, candidates, at_a_time)
     best = _export_best(run, rows)
     report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
     run.write_report(report)

@@ -19,6 +19,7 @@ from raylm.config.tuning import Distribution
 from raylm.errors import UserError
 from raylm.tuning.search import concurrency, draw_candidates
 from raylm.tuning.stage import tune
+from tests.conftest import holders_of_cpus
 
 
 def write_config(directory: Path, model: Path, **tuning) -> Path:
@@ -88,6 +89,11 @@ def test_trials_of_several_workers_are_stopped_early(ray_instance, tiny_model: P
     assert report["trials"][0]["step"] == 60 > report["trials"][1]["step"] > 0
     assert report["best"]["training.learning_rate"] == 1e-2
     assert (tmp_path / "search" / "model" / "model.safetensors").is_file()
+    # What the stopped trial's workers held is free again.
+    deadline = time.monotonic() + 20
+    while ray_instance.available_resources()["CPU"] < ray_instance.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, holders_of_cpus()
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
