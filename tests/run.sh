@@ -11,7 +11,7 @@ case "${1-}" in
 Usage: bash tests/run.sh [ARGUMENTS OF PYTEST]
 
 Makes .venv if it is missing, then runs the linter (ruff) and the tests (pytest).
-On two cores all tests take about 22 minutes, those that are not slow about 4.
+On two slow cores all tests take up to 55 minutes, those that are not slow up to 9; fast cores need half of it.
 
   bash tests/run.sh                              all tests
   bash tests/run.sh -m "not slow"                the fast tests (below 20 seconds each)
