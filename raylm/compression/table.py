@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from raylm.tasks.base import Measure
+from raylm.tasks.base import Better, Measure
 
-Better = Literal["smaller", "larger"]
 BITS_PER_BYTE = Measure("bits_per_byte", "loss, bits per byte", "smaller", 4)
 # Quality that changes by less than this share reads as "the same": a hundredth of it is noise of the measurement.
 SAME = 0.001

@@ -29,7 +29,6 @@ FP32 = 4
 GATHERED_LIMIT, BUCKET_LIMIT = 1_000_000_000, 500_000_000
 # What an allocator holds beyond what comes and goes, as a share of it; tests/benchmarks/plan_memory.py measures it.
 ALLOCATOR_SHARE = 0.05
-# Those that the families' steps end with.
 MOMENTS = {"adamw": 2, "muon": 2, "sgd": 1}
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from raylm.tasks.objective import Objective
 
 Arrays = dict[str, np.ndarray]
+Better = Literal["smaller", "larger"]
 
 
 class ScoredSet(Protocol):
@@ -61,7 +62,7 @@ class Measure:
 
     key: str
     name: str
-    better: Literal["smaller", "larger"]
+    better: Better
     decimals: int
 
 
