@@ -118,6 +118,38 @@ class Objective(ABC):
         return (batch["targets"] != IGNORED).sum()
 
 
+class EncoderObjective(Objective):
+    """What trains an encoder on whole examples, padded to a common length.
+
+    Attributes:
+        targets_each: targets of an example.
+    """
+
+    targets_each: ClassVar[int] = 1
+
+    def example(self, sequence_length: int) -> Batch:
+        """See :class:`Objective`."""
+        tokens = torch.zeros((1, sequence_length), dtype=torch.long)
+        return {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "token_type_ids": tokens.clone(),
+            "targets": torch.zeros((1, self.targets_each), dtype=torch.long),
+        }
+
+    def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
+        """What an encoder reads of ``batch``; token types where the model knows any."""
+        names = ["input_ids", "attention_mask"]
+        if getattr(config, "type_vocab_size", 0) > 1:
+            names.append("token_type_ids")
+        return {name: batch[name] for name in names}
+
+    def tokens(self, batch: Batch) -> torch.Tensor:
+        """All input tokens that are no padding, of the rows that count."""
+        rows = (batch["targets"] != IGNORED).any(dim=1)
+        return (batch["attention_mask"].sum(dim=1) * rows).sum()
+
+
 class ObjectiveModule(nn.Module):
     """A model (``self.model``) with its objective: calling it with a batch gives the summed loss."""
 
@@ -142,14 +174,6 @@ class ObjectiveModule(nn.Module):
     def logits(self, batch: Batch) -> torch.Tensor:
         """A batch to the model's logits."""
         return self.objective.logits(self.model, batch)
-
-
-def encoder_inputs(batch: Batch, config: PretrainedConfig) -> Batch:
-    """What an encoder reads of ``batch``; token types where the model knows any."""
-    names = ["input_ids", "attention_mask"]
-    if getattr(config, "type_vocab_size", 0) > 1:
-        names.append("token_type_ids")
-    return {name: batch[name] for name in names}
 
 
 def input_tokens(batch: Batch) -> torch.Tensor:

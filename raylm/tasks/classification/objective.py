@@ -21,7 +21,7 @@ from raylm.data.shards import read_manifest
 from raylm.errors import UserError
 from raylm.models.encoders import label_names
 from raylm.models.heads import CLASSIFIER, Head
-from raylm.tasks.objective import Batch, Objective, encoder_inputs
+from raylm.tasks.objective import Batch, EncoderObjective
 from raylm.tasks.rows import RowReader
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection
     return LabelledInput(data, label_names(config) if CLASSIFIER.is_named_in(config) else None)
 
 
-class ClassificationObjective(Objective):
+class ClassificationObjective(EncoderObjective):
     """Cross-entropy of the class; one target a text."""
 
     name: ClassVar[str] = "classification"
@@ -62,27 +62,9 @@ class ClassificationObjective(Objective):
             "label2id": {label: number for number, label in enumerate(labels)},
         }
 
-    def example(self, sequence_length: int) -> Batch:
-        """See :class:`Objective`."""
-        tokens = torch.zeros((1, sequence_length), dtype=torch.long)
-        return {
-            "input_ids": tokens,
-            "attention_mask": torch.ones_like(tokens),
-            "token_type_ids": tokens.clone(),
-            "targets": torch.zeros((1, 1), dtype=torch.long),
-        }
-
-    def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
-        """See :class:`Objective`."""
-        return encoder_inputs(batch, config)
-
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """``logits`` [batch, labels] and ``targets`` [batch, 1] to the summed cross-entropy in nats."""
         return functional.cross_entropy(logits.float(), targets[:, 0], ignore_index=IGNORED, reduction="sum")
-
-    def tokens(self, batch: Batch) -> torch.Tensor:
-        """All input tokens that are no padding, of the rows that count."""
-        return (batch["attention_mask"].sum(dim=1) * (batch["targets"][:, 0] != IGNORED)).sum()
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Texts whose likeliest class is the right one."""

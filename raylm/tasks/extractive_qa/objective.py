@@ -22,7 +22,7 @@ from raylm.data.samples import IGNORED, Samples
 from raylm.data.windows import check_reader_tokenizer
 from raylm.errors import UserError
 from raylm.models.heads import READER, Head
-from raylm.tasks.objective import Batch, Objective, encoder_inputs
+from raylm.tasks.objective import Batch, EncoderObjective
 from raylm.tasks.rows import RowReader
 
 if TYPE_CHECKING:
@@ -37,13 +37,14 @@ def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection
     return QuestionInput(data, section.overlap)
 
 
-class ExtractiveQaObjective(Objective):
+class ExtractiveQaObjective(EncoderObjective):
     """Cross-entropy of the answer's first and last token; two targets a window."""
 
     name: ClassVar[str] = "extractive_qa"
     head: ClassVar[Head] = READER
     rows: ClassVar[RowReader | None] = RowReader(KIND, "questions", _read)
     measures: ClassVar[tuple[str, ...]] = ("span_exact", "span_f1")
+    targets_each: ClassVar[int] = 2
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`; the directory is one of questions, whose windows have their length already."""
@@ -62,18 +63,10 @@ class ExtractiveQaObjective(Objective):
 
     def example(self, sequence_length: int) -> Batch:
         """See :class:`Objective`."""
-        tokens = torch.zeros((1, sequence_length), dtype=torch.long)
         return {
-            "input_ids": tokens,
-            "attention_mask": torch.ones_like(tokens),
-            "token_type_ids": tokens.clone(),
+            **super().example(sequence_length),
             "candidates": torch.ones((1, sequence_length), dtype=torch.bool),
-            "targets": torch.zeros((1, 2), dtype=torch.long),
         }
-
-    def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
-        """See :class:`Objective`."""
-        return encoder_inputs(batch, config)
 
     def logits(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """Scores [batch, time, 2] of each token as the answer's first and last."""
@@ -84,11 +77,6 @@ class ExtractiveQaObjective(Objective):
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """``logits`` [batch, time, 2] and ``targets`` [batch, 2] to the summed cross-entropy in nats."""
         return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-
-    def tokens(self, batch: Batch) -> torch.Tensor:
-        """All input tokens that are no padding, of the rows that count."""
-        rows = (batch["targets"] != IGNORED).any(dim=1)
-        return (batch["attention_mask"].sum(dim=1) * rows).sum()
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Windows whose span is right, and the F1 of tokens between span and target, each averaged over windows later.
