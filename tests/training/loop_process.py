@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ def main() -> None:
 
     results = []
     for case in cases:
-        job = make_job(case)
+        # Planning runs a backward pass, after which torch's CUDA build forbids one in forked processes: not here.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as apart:
+            job = apart.submit(make_job, case).result()
         with tempfile.TemporaryDirectory() as directory:
             part = f"{directory}/result.json"
             arguments = (case["workers"], f"{directory}/store", job, part)
