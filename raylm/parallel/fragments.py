@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from raylm.parallel.slicing import Offset, Shape, Slicing, boxes
@@ -27,15 +28,13 @@ class Fragment:
         name: the parameter's Hugging Face name.
         shape: shape of the whole parameter.
         offset: the rectangle's first element in the whole parameter.
-        tensors: "weight" and the optimizer's moments -> fp32 views of the rectangle.
-        group: index of the parameter group in the optimizer.
+        tensors: "weight" and, of what is trained, the optimizer's moments -> fp32 views of the rectangle.
     """
 
     name: str
     shape: Shape
     offset: Offset
     tensors: dict[str, torch.Tensor]
-    group: int
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,13 @@ def initialize_moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, gro
 
 
 def _fragments(
-    name: str, slicing: Slicing, start: int, length: int, flat: dict[str, torch.Tensor], group: int
+    name: str, slicing: Slicing, start: int, length: int, flat: dict[str, torch.Tensor]
 ) -> Iterator[Fragment]:
     """The flat range of ``length`` elements from ``start``, of which ``flat`` holds the values, as fragments."""
     for offset, shape, first, part in boxes(slicing, start, start + length):
         count = torch.Size(shape).numel()
         tensors = {kind: values[first : first + count].view(shape)[part] for kind, values in flat.items()}
-        yield Fragment(name, slicing.shape, offset, tensors, group)
+        yield Fragment(name, slicing.shape, offset, tensors)
 
 
 def replicated_fragments(
@@ -104,15 +103,39 @@ def replicated_fragments(
         slicings: of the parameters that are cut over tensor-parallel ranks.
         rank: whose ranges; None for the whole parameters (what a load fills).
     """
-    groups = {id(p): (i, group) for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    for name, parameter in parameters.items():
-        index, group = groups[id(parameter)]
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in trained_parameters(parameters).items():
+        group = groups[id(parameter)]
         state = initialize_moments(optimizer, parameter, group)
         start, stop = (0, parameter.numel()) if rank is None else even_range(parameter.numel(), rank, world_size)
         flat = {"weight": parameter.detach().view(-1)[start:stop]}
         flat |= {key: state[key].view(-1)[start:stop] for key in group["moments"]}
         slicing = slicings.get(name) or Slicing(tuple(parameter.shape))
-        yield from _fragments(name, slicing, start, stop - start, flat, index)
+        yield from _fragments(name, slicing, start, stop - start, flat)
+
+
+def trained_parameters(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those that the optimizer has."""
+    return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+
+
+def frozen_fragments(
+    parameters: dict[str, nn.Parameter], slicings: Mapping[str, Slicing], rank: int | None, world_size: int
+) -> Iterator[Fragment]:
+    """Weights that are not trained, in the type that the model has them in; ``rank`` as in
+    :func:`replicated_fragments`. ZeRO 3 has cut them over the ranks like all others."""
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            continue
+        if (mine := getattr(parameter, "ds_tensor", None)) is not None:
+            shape, size = tuple(parameter.ds_shape), parameter.ds_numel
+            start = min(dist.get_rank() * mine.ds_numel, size)
+            flat, length = mine.detach().view(-1), max(0, min(mine.ds_numel, size - start))
+        else:
+            shape, flat = tuple(parameter.shape), parameter.detach().view(-1)
+            start, stop = (0, flat.numel()) if rank is None else even_range(flat.numel(), rank, world_size)
+            flat, length = flat[start:stop], stop - start
+        yield from _fragments(name, slicings.get(name) or Slicing(shape), start, length, {"weight": flat})
 
 
 def partition_fragments(
@@ -120,13 +143,13 @@ def partition_fragments(
 ) -> Iterator[Fragment]:
     """ZeRO 1 to 3: each rank answers for the ranges that lie in its flat buffers."""
     inner = zero_optimizer.optimizer
-    for piece in pieces(parameters, zero_optimizer, rank):
+    for piece in pieces(trained_parameters(parameters), zero_optimizer, rank):
         group = inner.param_groups[piece.group]
         state = initialize_moments(inner, piece.flat, group)
         flat = {"weight": piece.flat.detach(), **{key: state[key] for key in group["moments"]}}
         flat = {kind: values[piece.offset : piece.offset + piece.length] for kind, values in flat.items()}
         slicing = slicings.get(piece.name) or Slicing(piece.shape)
-        yield from _fragments(piece.name, slicing, piece.start, piece.length, flat, piece.group)
+        yield from _fragments(piece.name, slicing, piece.start, piece.length, flat)
 
 
 def pieces(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> Iterator[Piece]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from raylm.parallel.slicing import Slicing, cut_evenly
-from raylm.tasks.objective import IGNORED
+from raylm.tasks.objective import IGNORED, summed_cross_entropy
 
 
 class DropoutStreams:
@@ -235,7 +235,6 @@ def vocabulary_cross_entropy(
         vocab_size: of the whole vocabulary.
     """
     if group.size == 1:
-        flat = logits.flatten(0, 1).float()
-        return functional.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return summed_cross_entropy(logits, targets)
     ((first, _),) = cut_evenly((vocab_size,), 0, group.rank, group.size).ranges
     return _VocabularyCrossEntropy.apply(logits, targets, group, first)

@@ -7,6 +7,7 @@ the number of targets. It needs only the logits and the targets, so that a pipel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Batch = dict[str, torch.Tensor]
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats, in fp32, from ``logits`` (batch, time, vocabulary) and ``targets`` (batch, time)."""
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 class Objective(ABC):
@@ -40,8 +49,8 @@ class Objective(ABC):
         rows: how it reads rows of its own, each an example; None where it reads the token shards that
             ``raylm prepare`` makes.
         measures: names of what :meth:`measure` gives.
-        predicts_tokens: whether the loss is this class's own, over logits of the vocabulary: the one that a model can
-            compute whose parts are on several ranks.
+        predicts_tokens: whether the logits are of the vocabulary and the loss follows from their cross-entropy alone: a
+            model can compute it whose parts are on several ranks.
         counts_text: whether each token of a text is a target once, so that the loss can be told per byte.
     """
 
@@ -103,11 +112,19 @@ class Objective(ABC):
         """A batch through the whole model to the sum of its loss over all counted targets, a scalar."""
         return self.loss(self.logits(model, batch), batch["targets"])
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """``logits`` (batch, time, vocabulary) and ``targets`` (batch, time) to the summed cross-entropy in nats."""
-        return functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+    def referred_loss(self, model: PreTrainedModel, reference: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """The same for an objective that compares with a second model (a teacher), whose pass has no gradient."""
+        raise NotImplementedError(f"{self.name} compares with no other model")
+
+    def loss(
+        self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: CrossEntropy = summed_cross_entropy
+    ) -> torch.Tensor:
+        """``logits`` (batch, time, vocabulary) and ``targets`` (batch, time) to the summed loss in nats.
+
+        Args:
+            cross_entropy: of logits and targets; a rank that has a part of the vocabulary brings its own.
+        """
+        return cross_entropy(logits, targets)
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Sums over the rows of ``batch`` in which a target counts, [measures]; validation divides by these rows."""
@@ -151,12 +168,19 @@ class EncoderObjective(Objective):
 
 
 class ObjectiveModule(nn.Module):
-    """A model (``self.model``) with its objective: calling it with a batch gives the summed loss."""
+    """A model (``self.model``) with its objective: calling it with a batch gives the summed loss.
 
-    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
+    Args:
+        reference: a second model that the loss compares with, on the device where it computes. It is no part of the
+            module: neither optimized, nor shared out, nor saved.
+    """
+
+    def __init__(self, model: PreTrainedModel, objective: Objective, reference: PreTrainedModel | None = None) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        # In a tuple, where torch does not look for modules.
+        self._reference = () if reference is None else (reference.eval().requires_grad_(False),)
         self.measured: torch.Tensor | None = None
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
@@ -164,6 +188,8 @@ class ObjectiveModule(nn.Module):
 
         In evaluation what the objective measures is left in ``measured``, its rows behind it.
         """
+        if self.training and self._reference:
+            return self.objective.referred_loss(self.model, *self._reference, batch)
         if self.training or not self.objective.measures:
             return self.objective.summed_loss(self.model, batch)
         logits = self.logits(batch)

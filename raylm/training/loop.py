@@ -22,9 +22,10 @@ from raylm.models.families import build_config
 from raylm.models.loading import load_config
 from raylm.models.weights import DrawnWeights, Weights, make_outline, saved_weights
 from raylm.parallel.compilation import check_compilation
-from raylm.parallel.engine import DataParallelEngine, StepResult, seed_step
+from raylm.parallel.engines.base import Engine, EngineSettings, StepResult, seed_step
+from raylm.parallel.engines.data_parallel import DataParallelEngine
+from raylm.parallel.engines.pipeline import PipelineTensorEngine
 from raylm.parallel.environment import limit_collectives
-from raylm.parallel.pipeline import PipelineTensorEngine
 from raylm.tasks import make_objective
 from raylm.tasks.objective import Batch, ObjectiveModule
 from raylm.training.agreement import Agreement
@@ -123,35 +124,36 @@ class TrainingLoop:
             outline.model.gradient_checkpointing_enable({"use_reentrant": False})
         return outline.model, weights
 
-    def _engine(self, model: PreTrainedModel, weights: Weights) -> DataParallelEngine | PipelineTensorEngine:
+    def _engine(self, model: PreTrainedModel, weights: Weights) -> Engine:
         training, parallel = self.config.training, self.config.parallel
         replicas = self.worker.world_size // parallel.cut
-        settings = {
-            "zero_stage": parallel.zero_stage,
-            "micro_batch_size": self.micro_batch_size,
-            "accumulation": micro_batches(training.batch_size, replicas, self.micro_batch_size),
-            "clipping": training.gradient_clipping,
-            "bf16": self.bf16,
-            "device": self.device,
-            "weights": weights,
-            "compiled": training.compile,
-        }
+        settings = EngineSettings(
+            zero_stage=parallel.zero_stage,
+            micro_batch_size=self.micro_batch_size,
+            accumulation=micro_batches(training.batch_size, replicas, self.micro_batch_size),
+            clipping=training.gradient_clipping,
+            bf16=self.bf16,
+            device=self.device,
+            weights=weights,
+            compiled=training.compile,
+        )
 
         def optimizer(named):
             return make_optimizer(training, named, model.config.model_type)
 
         if parallel.cut == 1:
-            return DataParallelEngine(ObjectiveModule(model, self.objective), optimizer, **settings)
-        stages = MeasuredStages(self.job.directory, self.config, self.model_config)
+            return DataParallelEngine(ObjectiveModule(model, self.objective), optimizer, settings)
+        timing, stages = {}, MeasuredStages(self.job.directory, self.config, self.model_config)
         if parallel.pipeline > 1 and parallel.balance == "time":
-            settings |= {
+            timing = {
                 "time_batch": to_tensors(self.samples, np.arange(self.micro_batch_size), self.device),
                 "stage_bounds": stages.known(),
             }
         engine = PipelineTensorEngine(
-            model, self.objective, optimizer, tensor=parallel.tensor, pipeline=parallel.pipeline, **settings
-        )
-        if "time_batch" in settings and self.worker.rank == 0:
+            model, self.objective, optimizer, settings,
+            tensor=parallel.tensor, pipeline=parallel.pipeline, **timing,
+        )  # fmt: skip
+        if timing and self.worker.rank == 0:
             stages.note(engine.stage_bounds)
         return engine
 
@@ -313,7 +315,7 @@ class TrainingLoop:
             "data_wait_seconds": interval.data_wait,
             "checkpoint_seconds": self.writer.stall_seconds - interval.stalled,
             "memory_bytes": self.worker.memory_bytes(),
-            **({"stage_idle": self.engine.idle_fractions()} if self.config.parallel.pipeline > 1 else {}),
+            **({"stage_idle": idle} if len(idle := self.engine.idle_fractions()) > 1 else {}),
         }
 
     def _evaluate(self) -> dict[str, float]:
@@ -322,16 +324,15 @@ class TrainingLoop:
             self.validation, training.evaluation_batches, self.micro_batch_size,
             self.engine.data_rank, self.engine.data_size, self.device,
         )  # fmt: skip
-        total, targets = self.engine.evaluate(batches)
-        loss = total / max(1, targets)
+        found = self.engine.evaluate(batches)
+        loss = found.mean
         self.state["validation_loss"] = loss
         minimum = training.early_stopping.minimum_change if training.early_stopping else 0.0
         if self.state["best"] is None or loss < self.state["best"] - minimum:
             self.state |= {"best": loss, "without_improvement": 0}
         else:
             self.state["without_improvement"] += 1
-        measures = getattr(self.engine, "measures", {})
-        return {"validation_loss": loss, **{f"validation_{name}": value for name, value in measures.items()}}
+        return {"validation_loss": loss, **{f"validation_{name}": value for name, value in found.measures.items()}}
 
     def _should_stop(self) -> bool:
         stopping = self.config.training.early_stopping

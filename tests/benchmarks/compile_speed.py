@@ -29,7 +29,8 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
 
     from raylm.config.training import TrainingSection
     from raylm.models.weights import DrawnWeights, make_outline
-    from raylm.parallel.engine import DataParallelEngine
+    from raylm.parallel.engines.base import EngineSettings
+    from raylm.parallel.engines.data_parallel import DataParallelEngine
     from raylm.tasks.causal import CausalObjective
     from raylm.tasks.objective import ObjectiveModule
     from raylm.training.optimizers import make_optimizer
@@ -46,8 +47,10 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
         outline = make_outline(config)
         engines[kind] = DataParallelEngine(
             ObjectiveModule(outline.model, CausalObjective()), lambda named: make_optimizer(training, named, "gpt2"),
-            zero_stage=1, micro_batch_size=BATCH // 2, accumulation=1, clipping=1.0, bf16=False,
-            device=torch.device("cpu"), weights=DrawnWeights(outline, 0), compiled=kind == "compiled",
+            EngineSettings(
+                zero_stage=1, micro_batch_size=BATCH // 2, accumulation=1, clipping=1.0, bf16=False,
+                device=torch.device("cpu"), weights=DrawnWeights(outline, 0), compiled=kind == "compiled",
+            ),
         )  # fmt: skip
     generator = torch.Generator().manual_seed(rank)
 
@@ -77,7 +80,7 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     prepare_deepspeed(use_gpu=False)
-    import raylm.parallel.engine  # noqa: F401 - imported once, before the fork
+    import raylm.parallel.engines.data_parallel  # noqa: F401 - imported once, before the fork
 
     with tempfile.TemporaryDirectory() as folder:
         # What an earlier run compiled is not to be found.

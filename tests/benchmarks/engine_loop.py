@@ -16,7 +16,8 @@ from raylm.data.loading import load_tokenizer
 from raylm.data.samples import open_samples
 from raylm.models.families import build_config
 from raylm.models.weights import DrawnWeights, make_outline
-from raylm.parallel.engine import DataParallelEngine
+from raylm.parallel.engines.base import EngineSettings
+from raylm.parallel.engines.data_parallel import DataParallelEngine
 from raylm.parallel.environment import prepare_deepspeed
 from raylm.tasks.causal import CausalObjective
 from raylm.tasks.objective import ObjectiveModule
@@ -43,13 +44,15 @@ def main() -> None:
     engine = DataParallelEngine(
         ObjectiveModule(outline.model, CausalObjective()),
         lambda named: make_optimizer(training, named, model_config.model_type),
-        zero_stage=config.parallel.zero_stage,
-        micro_batch_size=micro,
-        accumulation=micro_batches(training.batch_size, world_size, micro),
-        clipping=training.gradient_clipping,
-        bf16=False,
-        device=device,
-        weights=DrawnWeights(outline, config.run.seed),
+        EngineSettings(
+            zero_stage=config.parallel.zero_stage,
+            micro_batch_size=micro,
+            accumulation=micro_batches(training.batch_size, world_size, micro),
+            clipping=training.gradient_clipping,
+            bf16=False,
+            device=device,
+            weights=DrawnWeights(outline, config.run.seed),
+        ),
     )
     for step in range(training.steps):
         batches = step_batches(samples, step, training.batch_size, rank, world_size, micro, device)

@@ -69,9 +69,10 @@ def rank(layout: str, directory: str) -> None:
     import torch.distributed as dist
 
     from raylm.models.weights import DrawnWeights, make_outline
-    from raylm.parallel.engine import DataParallelEngine
+    from raylm.parallel.engines.base import EngineSettings
+    from raylm.parallel.engines.data_parallel import DataParallelEngine
+    from raylm.parallel.engines.pipeline import PipelineTensorEngine
     from raylm.parallel.environment import prepare_deepspeed
-    from raylm.parallel.pipeline import PipelineTensorEngine
     from raylm.parallel.plan import make_plan
     from raylm.tasks import make_objective
     from raylm.tasks.objective import ObjectiveModule
@@ -107,10 +108,10 @@ def rank(layout: str, directory: str) -> None:
         return make_optimizer(config.training, named, plan.model_config.model_type)
 
     if parallel.cut == 1:
-        engine = DataParallelEngine(ObjectiveModule(model, objective), optimizer, **settings)
+        engine = DataParallelEngine(ObjectiveModule(model, objective), optimizer, EngineSettings(**settings))
     else:
         cuts = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
-        engine = PipelineTensorEngine(model, objective, optimizer, **cuts, **settings)
+        engine = PipelineTensorEngine(model, objective, optimizer, EngineSettings(**settings), **cuts)
     del model
     held = {"built": status("VmRSS") - baseline, "peak_built": status("VmHWM") - baseline}
     inputs, outputs = objective.lengths(TIME)

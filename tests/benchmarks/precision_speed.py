@@ -65,7 +65,8 @@ def make_engine(chosen: argparse.Namespace, bf16: bool):
 
     from raylm.config.training import TrainingSection
     from raylm.models.weights import DrawnWeights, make_outline
-    from raylm.parallel.engine import DataParallelEngine
+    from raylm.parallel.engines.base import EngineSettings
+    from raylm.parallel.engines.data_parallel import DataParallelEngine
     from raylm.tasks.causal import CausalObjective
     from raylm.tasks.objective import ObjectiveModule
     from raylm.training.optimizers import make_optimizer
@@ -79,9 +80,11 @@ def make_engine(chosen: argparse.Namespace, bf16: bool):
     outline = make_outline(config)
     return DataParallelEngine(
         ObjectiveModule(outline.model, CausalObjective()), lambda named: make_optimizer(training, named, "gpt2"),
-        zero_stage=chosen.zero_stage, micro_batch_size=chosen.batch // chosen.workers // chosen.accumulation,
-        accumulation=chosen.accumulation, clipping=1.0, bf16=bf16, device=torch.device("cpu"),
-        weights=DrawnWeights(outline, 0), compiled=chosen.compile,
+        EngineSettings(
+            zero_stage=chosen.zero_stage, micro_batch_size=chosen.batch // chosen.workers // chosen.accumulation,
+            accumulation=chosen.accumulation, clipping=1.0, bf16=bf16, device=torch.device("cpu"),
+            weights=DrawnWeights(outline, 0), compiled=chosen.compile,
+        ),
     )  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def rank_main(rank: int, store: str, chosen: argparse.Namespace, output: str) ->
 def main() -> None:
     chosen = arguments()
     prepare_deepspeed(use_gpu=False)
-    import raylm.parallel.engine  # noqa: F401 - imported once, before the fork
+    import raylm.parallel.engines.data_parallel  # noqa: F401 - imported once, before the fork
 
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.start_processes(

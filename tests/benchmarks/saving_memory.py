@@ -29,7 +29,8 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from raylm.config.training import TrainingSection
-    from raylm.parallel.engine import DataParallelEngine
+    from raylm.parallel.engines.base import EngineSettings
+    from raylm.parallel.engines.data_parallel import DataParallelEngine
     from raylm.tasks.causal import CausalObjective
     from raylm.tasks.objective import ObjectiveModule
     from raylm.training.checkpoints import CheckpointWriter
@@ -43,7 +44,9 @@ def main() -> None:
     engine = DataParallelEngine(
         ObjectiveModule(LlamaForCausalLM(config), CausalObjective()),
         lambda named: make_optimizer(training, named, "llama"),
-        zero_stage=1, micro_batch_size=1, accumulation=1, clipping=1.0, bf16=False, device=torch.device("cpu"),
+        EngineSettings(
+            zero_stage=1, micro_batch_size=1, accumulation=1, clipping=1.0, bf16=False, device=torch.device("cpu"),
+        ),
     )  # fmt: skip
     ids = torch.randint(0, vocabulary, (1, 64))
     engine.train_step([{"input_ids": ids, "targets": ids}])

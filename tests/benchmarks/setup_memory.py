@@ -66,8 +66,9 @@ def rank_main(rank: int, store: str, layout: str, kind: str, saved: str, output:
     from raylm.config.training import TrainingSection
     from raylm.models.families import build_model
     from raylm.models.weights import DrawnWeights, make_outline, saved_weights
-    from raylm.parallel.engine import DataParallelEngine
-    from raylm.parallel.pipeline import PipelineTensorEngine
+    from raylm.parallel.engines.base import EngineSettings
+    from raylm.parallel.engines.data_parallel import DataParallelEngine
+    from raylm.parallel.engines.pipeline import PipelineTensorEngine
     from raylm.tasks.causal import CausalObjective
     from raylm.tasks.objective import ObjectiveModule
     from raylm.training.optimizers import make_optimizer
@@ -95,9 +96,11 @@ def rank_main(rank: int, store: str, layout: str, kind: str, saved: str, output:
         return make_optimizer(training, named, "llama")
 
     if tensor * pipeline == 1:
-        engine: Any = DataParallelEngine(ObjectiveModule(model, objective), optimizer, **settings)
+        engine: Any = DataParallelEngine(ObjectiveModule(model, objective), optimizer, EngineSettings(**settings))
     else:
-        engine = PipelineTensorEngine(model, objective, optimizer, tensor=tensor, pipeline=pipeline, **settings)
+        engine = PipelineTensorEngine(
+            model, objective, optimizer, EngineSettings(**settings), tensor=tensor, pipeline=pipeline
+        )
     del model
     found = {"peak_bytes": peak.end(), "seconds": time.perf_counter() - began, "held_bytes": anonymous() - peak.first}
     found["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.parameters.values())
@@ -111,7 +114,7 @@ def rank_main(rank: int, store: str, layout: str, kind: str, saved: str, output:
 
 def main() -> None:
     prepare_deepspeed(use_gpu=False)
-    import raylm.parallel.pipeline  # noqa: F401 - imported once, before the fork
+    import raylm.parallel.engines.pipeline  # noqa: F401 - imported once, before the fork
     from raylm.models.families import build_model
 
     result: dict[str, Any] = {}

@@ -30,7 +30,8 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
 
     from raylm.config.training import TrainingSection
     from raylm.models.weights import DrawnWeights, make_outline
-    from raylm.parallel.pipeline import PipelineTensorEngine
+    from raylm.parallel.engines.base import EngineSettings
+    from raylm.parallel.engines.pipeline import PipelineTensorEngine
     from raylm.tasks.causal import CausalObjective
     from raylm.training.optimizers import make_optimizer
 
@@ -51,10 +52,12 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
     for kind in ("parameters", "time"):
         outline, began = make_outline(config), time.perf_counter()
         engines[kind] = PipelineTensorEngine(
-            outline.model, CausalObjective(), lambda named: make_optimizer(training, named, "llama"), tensor=1,
-            pipeline=2, zero_stage=1, micro_batch_size=MICRO, accumulation=ACCUMULATION, clipping=1.0, bf16=False,
-            device=torch.device("cpu"), weights=DrawnWeights(outline, 0),
-            time_batch=batch() if kind == "time" else None,
+            outline.model, CausalObjective(), lambda named: make_optimizer(training, named, "llama"),
+            EngineSettings(
+                zero_stage=1, micro_batch_size=MICRO, accumulation=ACCUMULATION, clipping=1.0, bf16=False,
+                device=torch.device("cpu"), weights=DrawnWeights(outline, 0),
+            ),
+            tensor=1, pipeline=2, time_batch=batch() if kind == "time" else None,
         )  # fmt: skip
         bounds = engines[kind].stage_bounds
         found[kind] = {"stage_bounds": bounds, "setup_seconds": time.perf_counter() - began, "idle": [], "speed": []}
@@ -78,7 +81,7 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     prepare_deepspeed(use_gpu=False)
-    import raylm.parallel.pipeline  # noqa: F401 - imported once, before the fork
+    import raylm.parallel.engines.pipeline  # noqa: F401 - imported once, before the fork
 
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.start_processes(

@@ -3,6 +3,7 @@ raylm's engines or optimizers in it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,13 +102,27 @@ def plain_loss(model: PreTrainedModel, data: dict[str, torch.Tensor]) -> torch.T
     return functional.cross_entropy(logits.flatten(0, 1), data["targets"].flatten(), ignore_index=-100)
 
 
-def plain_loop(family: str, optimizer_name: str, steps: int = STEPS) -> dict[str, Any]:
-    """Losses and gradient norms of one process, and the loss of evaluation at the end."""
+def plain_loop(
+    family: str,
+    optimizer_name: str,
+    steps: int = STEPS,
+    *,
+    prepare: Callable[[PreTrainedModel], Any] = lambda model: None,
+    after_step: Callable[[PreTrainedModel], Any] = lambda model: None,
+) -> dict[str, Any]:
+    """Losses and gradient norms of one process, and the loss of evaluation at the end.
+
+    Args:
+        prepare: changes the model before its optimizer is made.
+        after_step: changes it after each step.
+    """
     section = training_section(optimizer_name)
     model = build(family)
+    prepare(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     if optimizer_name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=section.learning_rate, betas=tuple(section.betas), eps=section.epsilon)
@@ -120,6 +135,7 @@ def plain_loop(family: str, optimizer_name: str, steps: int = STEPS) -> dict[str
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clipping or 1e9)))
         optimizer.step()
+        after_step(model)
         losses.append(loss.item())
     model.eval()
     with torch.no_grad():

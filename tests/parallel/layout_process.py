@@ -39,10 +39,37 @@ def start(case: dict[str, Any]) -> tuple[int, bool]:
     return world_size(case), case["tensor"] * case["pipeline"] > 1
 
 
+def hooks(case: dict[str, Any]) -> dict[str, Any]:
+    """What a case asks of the engine's places for later work: ``train`` (names end so), ``halve`` (names of weights
+    that are halved before training), ``mask`` (whose first row stays 0)."""
+    found: dict[str, Any] = {}
+    if "train" in case:
+        found["trained"] = lambda name: name.endswith(case["train"])
+    if "halve" in case:
+
+        @torch.no_grad()
+        def halve(module: torch.nn.Module, place: str) -> None:
+            for name, parameter in module.named_parameters():
+                if f"{place}.{name}".endswith(case["halve"]):
+                    parameter.mul_(0.5)
+
+        found["transform"] = halve
+    if "mask" in case:
+
+        def mask(fragments: list) -> None:
+            for fragment in fragments:
+                if fragment.name.endswith(case["mask"]) and fragment.offset[0] == 0:
+                    fragment.tensors["weight"][0].zero_()
+
+        found["after_step"] = mask
+    return found
+
+
 def make_engine(case: dict[str, Any]):
     from raylm.models.weights import HeldWeights, make_outline
-    from raylm.parallel.engine import DataParallelEngine
-    from raylm.parallel.pipeline import PipelineTensorEngine
+    from raylm.parallel.engines.base import EngineSettings
+    from raylm.parallel.engines.data_parallel import DataParallelEngine
+    from raylm.parallel.engines.pipeline import PipelineTensorEngine
     from raylm.tasks import make_objective
     from raylm.tasks.objective import ObjectiveModule
     from raylm.training.optimizers import make_optimizer
@@ -56,30 +83,30 @@ def make_engine(case: dict[str, Any]):
     # Two micro-batches for each stage, as far as the batch goes.
     share = BATCH // case["data"]
     accumulation = min(share, max(2, 2 * case["pipeline"]))
-    common = {
-        "zero_stage": case["zero"], "micro_batch_size": share // accumulation, "accumulation": accumulation,
-        "clipping": section.gradient_clipping, "bf16": case.get("bf16", False), "device": torch.device("cpu"),
-        "weights": HeldWeights(whole), "compiled": case.get("compile", False),
-    }  # fmt: skip
+    settings = EngineSettings(
+        zero_stage=case["zero"], micro_batch_size=share // accumulation, accumulation=accumulation,
+        clipping=section.gradient_clipping, bf16=case.get("bf16", False), device=torch.device("cpu"),
+        weights=HeldWeights(whole), compiled=case.get("compile", False), **hooks(case),
+    )  # fmt: skip
 
     def optimizer(named):
-        precision = {"precision": "bf16" if common["bf16"] else "fp32"}
+        precision = {"precision": "bf16" if settings.bf16 else "fp32"}
         return make_optimizer(section.model_copy(update=precision), named, model_type)
 
     if case["tensor"] * case["pipeline"] == 1:
-        return DataParallelEngine(ObjectiveModule(model, objective), optimizer, **common), accumulation
+        return DataParallelEngine(ObjectiveModule(model, objective), optimizer, settings), accumulation
     if case.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sizes = {"tensor": case["tensor"], "pipeline": case["pipeline"]}
     if case.get("balance") == "time":
         size = share // accumulation
         sizes["time_batch"] = {name: values[:size] for name, values in step_data(case["family"], 0).items()}
-    engine = PipelineTensorEngine(model, objective, optimizer, **sizes, **common)
+    engine = PipelineTensorEngine(model, objective, optimizer, settings, **sizes)
     return engine, accumulation
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    from raylm.parallel.engine import seed_step
+    from raylm.parallel.engines.base import seed_step
     from raylm.training.checkpoints import CheckpointReader, CheckpointWriter, newest_whole
 
     engine, accumulation = make_engine(case)
@@ -126,7 +153,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "norms_of_all": norms_of_all,
         "stage_bounds": getattr(engine, "stage_bounds", None),
         "samples": [sorted(row for rank in taken for row in rank[i]) for i in range(stop - start)],
-        "evaluation": evaluation[0] / evaluation[1],
+        "evaluation": evaluation.mean,
     }
 
 
@@ -149,7 +176,7 @@ def main() -> None:
     output, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     prepare_deepspeed(use_gpu=False)
     # Imported once, before the fork.
-    import raylm.parallel.pipeline
+    import raylm.parallel.engines.pipeline
     import raylm.tasks.masked
     import raylm.tasks.span
     import raylm.training.checkpoints

@@ -62,7 +62,7 @@ class ClassificationObjective(EncoderObjective):
             "label2id": {label: number for number, label in enumerate(labels)},
         }
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: object = None) -> torch.Tensor:
         """``logits`` [batch, labels] and ``targets`` [batch, 1] to the summed cross-entropy in nats."""
         return functional.cross_entropy(logits.float(), targets[:, 0], ignore_index=IGNORED, reduction="sum")
 

@@ -74,7 +74,7 @@ class ExtractiveQaObjective(EncoderObjective):
         logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
         return logits.masked_fill(~batch["candidates"][:, :, None], EXCLUDED)
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: object = None) -> torch.Tensor:
         """``logits`` [batch, time, 2] and ``targets`` [batch, 2] to the summed cross-entropy in nats."""
         return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 

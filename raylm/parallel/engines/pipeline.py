@@ -1,8 +1,8 @@
 """The pipeline- and tensor-parallel engine: DeepSpeed's 1F1B pipeline over Hugging Face blocks, cut for this rank.
 
 In: a model's outline, an optimizer over its parameters, and micro-batches of this rank's data-parallel replica. Out:
-the same as from :class:`~raylm.parallel.engine.DataParallelEngine`. Processes are numbered by stage, then replica, then
-tensor-parallel rank, so that those which talk most are next to each other. ZeRO 0 and 1.
+the same as from the data-parallel engine. Processes are numbered by stage, then replica, then tensor-parallel rank, so
+that those which talk most are next to each other. ZeRO 0 and 1.
 """
 
 from __future__ import annotations
@@ -25,13 +25,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylm.models.families import has_dropout
-from raylm.models.weights import Weights
 from raylm.parallel.attention import attend_in_fp32
 from raylm.parallel.compilation import compile_blocks
-from raylm.parallel.engine import StepResult, deepspeed_config, scale_learning_rates
+from raylm.parallel.engines.base import (
+    EngineSettings,
+    MakeOptimizer,
+    StepResult,
+    Validation,
+    call_after_step,
+    deepspeed_config,
+    scale_learning_rates,
+    select_trained,
+    set_steps,
+)
 from raylm.parallel.families import PLANS
 from raylm.parallel.filling import fill
-from raylm.parallel.fragments import Fragment, partition_fragments, replicated_fragments
+from raylm.parallel.fragments import Fragment, frozen_fragments, partition_fragments, replicated_fragments
 from raylm.parallel.slicing import Slicing
 from raylm.parallel.stages import StageLayer, Step, balanced_stages, step_weights
 from raylm.parallel.stopwatch import Stopwatch
@@ -78,13 +87,16 @@ class _Pipeline(PipelineModule):
 
 
 class _ScaledLoss:
-    """Summed cross-entropy times ``scale``, from this rank's part of the logits."""
+    """The objective's summed loss times ``scale``, from this rank's part of the logits."""
 
-    def __init__(self, group: TensorGroup, vocab_size: int) -> None:
-        self.group, self.vocab_size, self.scale = group, vocab_size, 1.0
+    def __init__(self, objective: Objective, group: TensorGroup, vocab_size: int) -> None:
+        self.objective, self.group, self.vocab_size, self.scale = objective, group, vocab_size, 1.0
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return vocabulary_cross_entropy(logits, targets, self.group, self.vocab_size) * self.scale
+        return self.objective.loss(logits, targets, self._cross_entropy) * self.scale
+
+    def _cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return vocabulary_cross_entropy(logits, targets, self.group, self.vocab_size)
 
 
 class PipelineTensorEngine:
@@ -92,27 +104,16 @@ class PipelineTensorEngine:
 
     Args:
         model: its parameters have no memory yet, or are the same on every rank.
-        objective: what a batch holds; the loss of all objectives is the cross-entropy of the logits.
-        make_optimizer: from parameters by Hugging Face name to an optimizer whose groups name their ``moments``.
+        objective: what a batch holds, and its loss.
+        make_optimizer: from the trained parameters by Hugging Face name to an optimizer.
+        settings: how it trains.
         tensor: tensor-parallel ranks.
         pipeline: stages; the other processes are data-parallel replicas.
-        zero_stage: 0 or 1.
-        micro_batch_size: sequences of one micro-batch.
-        accumulation: micro-batches of one step of a replica.
-        clipping: largest gradient norm; 0 does not clip.
-        bf16: compute in bf16 with fp32 master weights (zero_stage 1).
-        device: where the model goes.
-        weights: what fills a model whose parameters have no memory, of which this rank takes its parts only.
-        compiled: run the blocks through torch.compile.
         time_batch: a micro-batch; given, stages are balanced by the time that the first rank measures with it, not by
             parameters.
         stage_bounds: what an earlier start has measured; rank 0's counts.
 
     Attributes:
-        data_rank, data_size: which replica this is, of how many; they take different samples.
-        leads: whether this rank answers for its replica.
-        random_stream, random_streams: which stream of random numbers this rank takes, of how many; the ranks that share
-            activations take the same.
         stage_bounds: where each stage begins in the list of steps, and its end.
     """
 
@@ -120,26 +121,20 @@ class PipelineTensorEngine:
         self,
         model: PreTrainedModel,
         objective: Objective,
-        make_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
+        make_optimizer: MakeOptimizer,
+        settings: EngineSettings,
         *,
         tensor: int,
         pipeline: int,
-        zero_stage: int,
-        micro_batch_size: int,
-        accumulation: int,
-        clipping: float,
-        bf16: bool,
-        device: torch.device,
-        weights: Weights | None = None,
-        compiled: bool = False,
         time_batch: Batch | None = None,
         stage_bounds: list[int] | None = None,
     ) -> None:
+        device = settings.device
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", dist_init_required=True)
         os.environ.setdefault("LOCAL_RANK", "0")
-        self.rank, self.device = dist.get_rank(), device
-        self.zero_stage, self.clipping, self.micro_batch_size = zero_stage, clipping, micro_batch_size
+        self.rank, self.device, self.settings = dist.get_rank(), device, settings
+        self.zero_stage = settings.zero_stage
         replicas = dist.get_world_size() // (tensor * pipeline)
         topology = PipeModelDataParallelTopology(num_pp=pipeline, num_dp=replicas, num_mp=tensor)
         place = topology.get_coord(self.rank)
@@ -151,12 +146,12 @@ class PipelineTensorEngine:
         self.leads = self.stage == 0 and self.tensor.rank == 0
         self.objective, self.model_config = objective, model.config
         self.plan = PLANS[model.config.model_type]
-        self._loss = _ScaledLoss(self.tensor, model.config.vocab_size)
-        if bf16 and device.type == "cpu":
+        self._loss = _ScaledLoss(objective, self.tensor, model.config.vocab_size)
+        if settings.bf16 and device.type == "cpu":
             attend_in_fp32(model)
-        self.stage_bounds = self._bounds(model, weights, time_batch, stage_bounds, bf16=bf16)
-        module = self._build(model, topology, weights)
-        if compiled:
+        self.stage_bounds = self._bounds(model, time_batch, stage_bounds)
+        module = self._build(model, topology)
+        if settings.compiled:
             compile_blocks(module)
         self.grid = module.mpu()
         self.tensor.group = self.grid.get_slice_parallel_group() if tensor > 1 else None
@@ -164,25 +159,25 @@ class PipelineTensorEngine:
         for layer in module.modules():
             if isinstance(layer, StageLayer):
                 self.parameters |= dict(layer.model_parameters())
-        self.optimizer = make_optimizer(self.parameters)
+        trained = select_trained(settings, self.parameters)
+        self.optimizer = make_optimizer(trained)
         self._working, self._spent = Stopwatch(device), Stopwatch(device)
-        config = deepspeed_config(
-            zero_stage, micro_batch_size, accumulation, clipping, bf16=bf16, device=device, overlap=False
-        )
-        if bf16:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-        self.engine = self._initialize(module, config)
         self._norm = torch.zeros((), device=device)
-        if zero_stage == 0:
-            self.optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._shape: tuple | None = None
+        self.engine = self._initialize(module, list(trained.values()))
+        if self.zero_stage == 0:
+            self.optimizer.register_step_pre_hook(lambda *_: self._clip())
+        call_after_step(settings, self)
 
-    def _initialize(self, module: nn.Module, config: dict[str, Any]) -> Any:
+    def _initialize(self, module: nn.Module, trained: list[nn.Parameter]) -> Any:
         """DeepSpeed's pipeline engine, whose instructions are timed."""
+        config = deepspeed_config(self.settings, overlap=False)
+        if self.settings.bf16:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,
-            model_parameters=list(self.parameters.values()),
+            model_parameters=trained,
             dist_init_required=False,
             config={**config, "pipeline": {"pipe_partitioned": False, "grad_partitioned": False}},
         )
@@ -191,17 +186,9 @@ class PipelineTensorEngine:
         }
         return engine
 
-    def _bounds(
-        self,
-        model: PreTrainedModel,
-        weights: Weights | None,
-        time_batch: Batch | None,
-        known: list[int] | None,
-        *,
-        bf16: bool,
-    ) -> list[int]:
+    def _bounds(self, model: PreTrainedModel, time_batch: Batch | None, known: list[int] | None) -> list[int]:
         """Where the stages begin, the same on all ranks."""
-        steps = self.plan.steps(model)
+        steps, weights = self.plan.steps(model), self.settings.weights
         if time_batch is None or weights is None:
             in_order = [*steps.before, *steps.blocks, *steps.after]
             return balanced_stages(steps, step_weights(model, in_order), self.stages)
@@ -209,16 +196,15 @@ class PipelineTensorEngine:
         if self.rank == 0 and known is None:
             inputs, _ = self._inputs(time_batch)
             seconds = step_seconds(
-                model, self.plan, weights, inputs, time_batch, tensor=self.tensor.size, device=self.device, bf16=bf16
-            )
+                model, self.plan, weights, inputs, time_batch,
+                tensor=self.tensor.size, device=self.device, bf16=self.settings.bf16,
+            )  # fmt: skip
             found = [balanced_stages(steps, seconds, self.stages)]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _build(
-        self, model: PreTrainedModel, topology: PipeModelDataParallelTopology, weights: Weights | None
-    ) -> _Pipeline:
-        steps = self.plan.steps(model)
+    def _build(self, model: PreTrainedModel, topology: PipeModelDataParallelTopology) -> _Pipeline:
+        steps, weights, transform = self.plan.steps(model), self.settings.weights, self.settings.transform
         in_order = [*steps.before, *steps.blocks, *steps.after]
 
         def spec(step: Step) -> LayerSpec:
@@ -227,6 +213,9 @@ class PipelineTensorEngine:
                 if weights is not None:
                     names = {parameter: name for name, parameter in layer.model_parameters()}
                     fill(layer, names, weights, self.device)
+                for name, path in layer.step.modules.items() if transform is not None else ():
+                    if isinstance(member := getattr(layer, name), nn.Module):
+                        transform(member, path)
                 return layer
 
             if step.tied is None:
@@ -254,11 +243,11 @@ class PipelineTensorEngine:
         return run
 
     def set_learning_rate(self, factor: float) -> None:
-        """Set every group's learning rate to ``factor`` times its peak."""
+        """See :class:`Engine`."""
         scale_learning_rates(self.optimizer, factor)
 
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
-        """One optimizer step over this replica's ``micro_batches``, the same on all ranks of the replica."""
+        """See :class:`Engine`."""
         targets, tokens = self._totals(micro_batches)
         # DeepSpeed divides by the micro-batches and the replicas; the sum over both is wanted.
         self._loss.scale = len(micro_batches) * self.data_size / targets
@@ -306,20 +295,20 @@ class PipelineTensorEngine:
         squares = torch.stack(mine).square().sum() if mine else torch.zeros((), device=self.device)
         dist.all_reduce(squares, group=self.grid.get_model_parallel_group())
         self._norm = squares.sqrt()
-        if self.clipping > 0:
-            factor = (self.clipping / (self._norm + 1e-6)).clamp(max=1.0)
+        if (limit := self.settings.clipping) > 0:
+            factor = (limit / (self._norm + 1e-6)).clamp(max=1.0)
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
     def mean_loss(self, result: StepResult) -> float:
-        """The step's loss over all ranks, nats a target; a collective."""
+        """See :class:`Engine`."""
         total = result.loss.double()
         dist.all_reduce(total)
         return float(total) / result.targets
 
     def idle_fractions(self) -> list[float]:
-        """Of each stage, the share of the time since the last call in which it waited for others; a collective."""
+        """See :class:`Engine`."""
         mine = torch.zeros(self.stages, device=self.device)
         mine[self.stage] = 1.0 - self._working.seconds() / max(self._spent.seconds(), 1e-9)
         dist.all_reduce(mine)
@@ -327,7 +316,7 @@ class PipelineTensorEngine:
 
     def _padded(self, batch: Batch) -> Batch:
         """``batch`` with as many sequences as a micro-batch has; in the added ones no target counts."""
-        missing = self.micro_batch_size - batch["targets"].size(0)
+        missing = self.settings.micro_batch_size - batch["targets"].size(0)
         if missing <= 0:
             return batch
         padded = {name: torch.cat([v, v[:1].expand(missing, *v.shape[1:])]) for name, v in batch.items()}
@@ -335,8 +324,8 @@ class PipelineTensorEngine:
         return padded
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
-        """Summed loss (nats) and targets over all replicas' ``batches``, of which each replica has equally many."""
+    def evaluate(self, batches: list[Batch]) -> Validation:
+        """See :class:`Engine`."""
         padded = [self._padded(batch) for batch in batches]
         self._loss.scale = 1.0
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -349,11 +338,11 @@ class PipelineTensorEngine:
                 total[0] = torch.stack(losses).double().sum()
                 total[1] = sum((batch["targets"] != IGNORED).sum() for batch in padded)
         dist.all_reduce(total)
-        return float(total[0]), int(total[1])
+        return Validation(float(total[0]), int(total[1]))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits (batch, time, vocabulary) of the live weights for a ``batch``, of at most a micro-batch's size."""
+        """See :class:`Engine`."""
         padded = self._padded(batch)
         self._adapt_to([padded])
         # DeepSpeed adds up what the last stage gives, losses or logits.
@@ -374,26 +363,22 @@ class PipelineTensorEngine:
         return whole[: batch["targets"].size(0)]
 
     def fragments(self, *, for_loading: bool = False) -> list[Fragment]:
-        """What this rank owns of the weights and moments; ``for_loading`` also what others answer for."""
+        """See :class:`Engine`."""
         chosen = {name: p for name, p in self.parameters.items() if for_loading or self._counts(p)}
         slicings = {name: p.slicing for name, p in chosen.items() if hasattr(p, "slicing")}
+        rank = None if for_loading else self.data_rank
+        frozen = frozen_fragments(chosen, slicings, rank, self.data_size)
         if self.zero_stage == 0:
-            rank = None if for_loading else self.data_rank
-            return list(replicated_fragments(chosen, slicings, self.optimizer, rank, self.data_size))
-        return list(partition_fragments(chosen, slicings, self.engine.optimizer, self.data_rank))
+            mine = replicated_fragments(chosen, slicings, self.optimizer, rank, self.data_size)
+        else:
+            mine = partition_fragments(chosen, slicings, self.engine.optimizer, self.data_rank)
+        return [*mine, *frozen]
 
     @torch.no_grad()
     def adopt(self, read_part: Callable[[str, Slicing], torch.Tensor], optimizer_steps: int) -> None:
-        """After a load has filled :meth:`fragments`: bring the working weights and the step counters in line.
-
-        Args:
-            read_part: from a parameter's name and its slicing to that part of the fp32 weight.
-            optimizer_steps: steps that the optimizer had made, for AdamW's bias correction.
-        """
+        """See :class:`Engine`."""
         for name, parameter in self.parameters.items():
             slicing = getattr(parameter, "slicing", None) or Slicing(tuple(parameter.shape))
             parameter.data.copy_(read_part(name, slicing))
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(float(optimizer_steps))
+        set_steps(self.optimizer, optimizer_steps)
         dist.barrier()

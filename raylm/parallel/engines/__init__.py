@@ -1,0 +1,1 @@
+"""The two engines, data-parallel and pipeline × tensor, behind one protocol."""
