@@ -21,6 +21,7 @@ from raylm.parallel.refusals import check_cuts
 from raylm.parallel.stages import StageLayer
 from raylm.parallel.tensor import TensorGroup
 from raylm.tasks import find_task, make_objective
+from raylm.training.flops import flops_per_token
 from raylm.training.optimizers import hidden_matrices
 
 LAYER = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
@@ -130,7 +131,7 @@ def test_muon_leaves_what_is_looked_up_and_read_out_to_adamw(family: str) -> Non
     assert matrices - set(hidden_matrices(named, model)) == EXPECTED_OUTER[family]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "t5"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_an_output_embedding_of_its_own_is_left_to_adamw(family: str) -> None:
     model = empty(family, tie_word_embeddings=False)
     head = "cls.predictions.decoder.weight" if family == "bert" else "lm_head.weight"
