@@ -86,7 +86,7 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
     """The report of a model that generates text."""
     from raylm.data.loading import load_tokenizer
     from raylm.evaluation.stage import open_text, window_of
-    from raylm.models.families import check_positions
+    from raylm.models.families.build import check_positions
     from raylm.models.loading import load_model
 
     with Activity("compress: loading the model and the text"):

@@ -7,20 +7,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from raylm.config.base import Section
+from raylm.config.families import FAMILY_TASKS
 from raylm.config.tasks import TRAINED_TASKS
-
-# Family -> the tasks that it can be trained on from nothing; the first is its default.
-FAMILY_TASKS = {"gpt2": ("causal",), "llama": ("causal",), "bert": ("masked",), "t5": ("span",)}
-FAMILIES = tuple(FAMILY_TASKS)
-# Model types of encoders that exist.
-ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "camembert", "mpnet", "deberta-v2")
 
 
 class ModelSection(Section):
     """``model``: a new model of a ``family``, or the one at ``path``."""
 
-    family: str | None = None
-    """Architecture of a new model: gpt2, llama, bert or t5."""
+    family: str | None = Field(default=None, description=f"Architecture of a new model: {', '.join(FAMILY_TASKS)}.")
     config: dict[str, Any] = Field(default_factory=dict)
     """Keys of the architecture's Hugging Face configuration; the vocabulary size comes from the tokenizer."""
     path: str | None = None
@@ -30,8 +24,8 @@ class ModelSection(Section):
     def _consistent(self) -> ModelSection:
         if (self.family is None) == (self.path is None):
             raise ValueError("give either family (a new model) or path (an existing one)")
-        if self.family is not None and self.family not in FAMILIES:
-            raise ValueError(f"family: found '{self.family}', allowed: {', '.join(FAMILIES)}")
+        if self.family is not None and self.family not in FAMILY_TASKS:
+            raise ValueError(f"family: found '{self.family}', allowed: {', '.join(FAMILY_TASKS)}")
         if self.path is not None and self.config:
             raise ValueError("config: leave it out with path; it is for a new model, and the one at path has its own")
         if "vocab_size" in self.config:

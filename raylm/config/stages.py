@@ -10,7 +10,8 @@ from raylm.config.base import Section
 from raylm.config.compression import CompressionSection
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.evaluation import EvaluationSection
-from raylm.config.model import FAMILY_TASKS, ModelSection, ObjectiveSection
+from raylm.config.families import FAMILY_TASKS
+from raylm.config.model import ModelSection, ObjectiveSection
 from raylm.config.run import LocalRunSection, ResourcesSection, RunSection
 from raylm.config.serving import ServingSection
 from raylm.config.tasks import TASKS

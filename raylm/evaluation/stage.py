@@ -58,7 +58,7 @@ def window_of(section: EvaluationSection, model_config) -> tuple[int, int, int]:
     Raises:
         UserError: the window is longer than the model's positions.
     """
-    from raylm.models.families import check_positions
+    from raylm.models.families.build import check_positions
 
     positions = getattr(model_config, "max_position_embeddings", None) or LONGEST_DEFAULT_WINDOW
     length = section.sequence_length or min(positions, LONGEST_DEFAULT_WINDOW)
@@ -118,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> None:
 def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
     """The report of a model that has none yet; makes the run directory once everything is checked."""
     from raylm.data.loading import load_tokenizer, resolve_model
-    from raylm.models.families import check_head
+    from raylm.models.families.build import check_head
     from raylm.models.heads import CAUSAL
     from raylm.models.loading import load_config
     from raylm.tasks import task_of

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from raylm.config.families import ENCODERS
 from raylm.data.loading import resolve_model
 from raylm.errors import UserError, first_line
 from raylm.models.heads import NONE, Head
@@ -43,9 +44,10 @@ class Encoder(Protocol):
 
 
 def encoder_positions(config: Any) -> int | None:
-    """Most tokens of a text, or None where the model has no limit; RoBERTa counts from behind the padding token."""
+    """Most tokens of a text, or None where the model has no limit."""
     positions = getattr(config, "max_position_embeddings", None)
-    if positions and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+    traits = ENCODERS.get(config.model_type)
+    if positions and traits is not None and traits.counts_behind_padding:
         return positions - (config.pad_token_id or 0) - 1
     return positions
 

@@ -36,7 +36,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    from raylm.models.families import check_head
+    from raylm.models.families.build import check_head
 
     # A bar for each load says nothing on a stage's own output.
     logging.disable_progress_bar()

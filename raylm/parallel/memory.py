@@ -17,10 +17,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PretrainedConfig
 
+from raylm.models.families import find_outline
+from raylm.models.families.base import Steps
 from raylm.parallel.cut import BUCKET_ELEMENTS, Cut
-from raylm.parallel.families import PLANS
 from raylm.parallel.footprint import KINDS, Footprint, Passage, chain, measure, whole
-from raylm.parallel.stages import StageLayer, Steps, balanced_stages, step_weights
+from raylm.parallel.stages import StageLayer, balanced_stages, step_weights
 from raylm.parallel.tensor import TensorGroup, vocabulary_cross_entropy
 from raylm.tasks.objective import Batch, Objective, ObjectiveModule
 
@@ -116,7 +117,7 @@ class ModelMemory:
     def stages(self, cut: Cut) -> list[StageMemory]:
         """What the ranks of each pipeline stage hold."""
         checkpointing, count = cut.activation_checkpointing, cut.micro_batch_size
-        if self._config.model_type not in PLANS or not self._objective.predicts_tokens:
+        if find_outline(self._config.model_type) is None or not self._objective.predicts_tokens:
             if checkpointing not in self._whole:
                 self._whole[checkpointing] = self._measure_whole(checkpointing)
             stages = [self._whole[checkpointing]]
@@ -159,7 +160,8 @@ class ModelMemory:
         """The parts of the first of ``tensor`` ranks, each different one passed once."""
         with FakeTensorMode():
             model, batch = self._build(checkpointing)
-            group, plan = _lone_group(tensor), PLANS[model.config.model_type]
+            group, plan = _lone_group(tensor), find_outline(model.config.model_type)
+            assert plan is not None
             steps, vocab_size = plan.steps(model), model.config.vocab_size
             weights = step_weights(model, [*steps.before, *steps.blocks, *steps.after])
             given = self._objective.inputs(batch, model.config)

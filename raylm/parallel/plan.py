@@ -17,7 +17,7 @@ from raylm.config.stages import TrainConfig
 from raylm.data.loading import load_tokenizer
 from raylm.data.sources import open_sources
 from raylm.errors import UserError
-from raylm.models.families import build_config, check_positions, parameter_count
+from raylm.models.families.build import build_config, check_positions, parameter_count
 from raylm.models.loading import load_config
 from raylm.parallel.cut import Cut
 from raylm.parallel.precision import decide, measure, settled, width_of, with_precision

@@ -24,18 +24,18 @@ def check_cuts(config: PretrainedConfig, parallel: ParallelSection, objective: O
     """
     if parallel.cut == 1:
         return
-    from raylm.parallel.families import PLANS
+    from raylm.models.families import all_families, find_outline
 
     tensor, pipeline = (1 if n == "auto" else n for n in (parallel.tensor, parallel.pipeline))
     found = f"parallel.tensor: found {tensor}" if tensor > 1 else f"parallel.pipeline: found {pipeline}"
-    if config.model_type not in PLANS:
+    plan = find_outline(config.model_type)
+    if plan is None:
         raise UserError(
             f"{found}, allowed for {config.model_type}: 1; tensor and pipeline parallelism are for "
-            f"{', '.join(sorted(PLANS))}"
+            f"{', '.join(sorted(family.model_type for family in all_families() if family.outline))}"
         )
     if not objective.predicts_tokens:
         raise UserError(f"{found}, allowed with objective.type {objective.name}: 1")
-    plan = PLANS[config.model_type]
     for name in plan.shared_out:
         value = plan.shared_out[name](config)
         if value % tensor:

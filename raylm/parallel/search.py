@@ -121,11 +121,11 @@ class Space:
 
     @cached_property
     def _cuttable(self) -> bool:
-        from raylm.parallel.families import PLANS
+        from raylm.models.families import find_outline
 
         plain = self.config.training.optimizer != "muon" and self.config.resources.elastic is None
         plain = plain and self.config.objective.document_boundaries == "ignore"
-        return plain and self.model_config.model_type in PLANS and self.objective.predicts_tokens
+        return plain and find_outline(self.model_config.model_type) is not None and self.objective.predicts_tokens
 
     def tensors(self) -> list[int]:
         """Numbers of tensor-parallel ranks."""
@@ -134,9 +134,11 @@ class Space:
             return [given]
         if not self._cuttable:
             return [1]
-        from raylm.parallel.families import PLANS
+        from raylm.models.families import find_outline
 
-        shared = gcd(*(count(self.model_config) for count in PLANS[self.model_config.model_type].shared_out.values()))
+        shared = gcd(
+            *(count(self.model_config) for count in find_outline(self.model_config.model_type).shared_out.values())
+        )
         # Tensor parallelism waits for each sum: not over a network.
         return [n for n in range(1, min(self.places, self.per_node) + 1) if shared % n == 0 and self.per_node % n == 0]
 
@@ -147,9 +149,9 @@ class Space:
             return [given]
         if not self._cuttable:
             return [1]
-        from raylm.parallel.families import PLANS
+        from raylm.models.families import find_outline
 
-        most = min(self.places // tensor, PLANS[self.model_config.model_type].block_count(self.model_config))
+        most = min(self.places // tensor, find_outline(self.model_config.model_type).block_count(self.model_config))
         return [n for n in range(1, most + 1) if (self.places // tensor) % n == 0 or n & (n - 1) == 0]
 
     def replicas(self, cut: int) -> list[int]:

@@ -1,100 +1,45 @@
 """A model's forward pass as steps, cut over tensor-parallel ranks and shared out over pipeline stages.
 
-What each family needs for it, its table of cuts and its list of steps, stands in :mod:`raylm.parallel.families`.
+What each family needs for it, its table of splits and its list of steps, stands in its
+:class:`raylm.models.families.base.Outline`.
 Nothing of the models' own code is changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
+from raylm.models.families.base import Outline, Split, Step, Steps, Values
 from raylm.parallel.slicing import cut_evenly
 from raylm.parallel.tensor import (
     ColumnParallel,
     RowParallel,
     TensorGroup,
     VocabularyEmbedding,
+    copy_to_parts,
     part_of,
 )
 
-Values = torch.Tensor | tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a layer is cut: along outputs, inputs, vocabulary or heads; ``parts`` matrices lie side by side."""
-
-    kind: Literal["column", "row", "vocabulary", "heads"]
-    parts: int = 1
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a model's forward pass.
-
-    Attributes:
-        modules: name inside the step -> name in the model, of modules and of single parameters.
-        forward: from the :class:`StageLayer` that holds the modules, and what came in, to what goes on.
-        tied: where the step's one module is used again in another step: its weight's name inside the step.
-        shared: modules without parameters, and configurations, that several steps use.
-    """
-
-    modules: dict[str, str]
-    forward: Callable[[StageLayer, Any], Values]
-    tied: str | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A model's forward pass: what comes first, the blocks, and what comes after them."""
-
-    before: list[Step]
-    blocks: list[Step]
-    after: list[Step]
-
-
-@dataclass(frozen=True)
-class FamilyPlan:
-    """How a family is cut; see :mod:`raylm.parallel.families`.
-
-    Attributes:
-        cuts: end of a module's name -> its cut.
-        divided: class of a module -> attributes that are divided by the number of tensor-parallel ranks.
-        steps: from a whole model to its steps.
-        shared_out: what is shared out over tensor-parallel ranks, by name -> its number in a configuration.
-        block_count: from a configuration to the number of blocks that ``steps`` gives.
-        inputs: entries of a batch that the first step takes; a tuple of them where there are several.
-    """
-
-    cuts: dict[str, Cut]
-    divided: dict[str, tuple[str, ...]]
-    steps: Callable[[PreTrainedModel], Steps]
-    shared_out: dict[str, Callable[[PretrainedConfig], int]]
-    block_count: Callable[[PretrainedConfig], int]
-    inputs: tuple[str, ...] = ("input_ids",)
-
 
 class StageLayer(nn.Module):
-    """The modules of one :class:`Step`, cut for this rank; calling it makes the step."""
+    """The modules of one :class:`Step`, split for this rank; calling it makes the step."""
 
-    def __init__(self, step: Step, model: nn.Module, cuts: FamilyPlan, group: TensorGroup) -> None:
+    def __init__(self, step: Step, model: nn.Module, outline: Outline, group: TensorGroup) -> None:
         super().__init__()
         self.step, self.group = step, group
         for name, path in step.modules.items():
-            setattr(self, name, _cut_member(model, path, cuts, group))
+            setattr(self, name, _split_member(model, path, outline, group))
         for name, value in step.shared.items():
             setattr(self, name, value)
 
     def forward(self, values: Values) -> Values:
         """What the step makes of ``values``."""
         return self.step.forward(self, values)
+
+    def copy_to_parts(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden`` as the input of a weight that each rank holds a part of; see the steps' ``Layer``."""
+        return copy_to_parts(hidden, self.group)
 
     def model_parameters(self):
         """(name in the model, parameter) of all parameters here."""
@@ -107,32 +52,32 @@ class StageLayer(nn.Module):
                     yield f"{path}.{inner}", parameter
 
 
-def _cut_member(model: nn.Module, path: str, plan: FamilyPlan, group: TensorGroup) -> nn.Module | nn.Parameter:
+def _split_member(model: nn.Module, path: str, outline: Outline, group: TensorGroup) -> nn.Module | nn.Parameter:
     parent, _, leaf = path.rpartition(".")
     member = getattr(model.get_submodule(parent), leaf)
     if isinstance(member, nn.Module):
-        return cut_module(member, path, plan, group)
-    if group.size == 1 or _find_cut(plan, path) is None:
+        return split_module(member, path, outline, group)
+    if group.size == 1 or _find_split(outline, path) is None:
         return member
     return part_of(member, cut_evenly(tuple(member.shape), 0, group.rank, group.size))
 
 
-def _find_cut(plan: FamilyPlan, path: str) -> Cut | None:
-    return next((cut for end, cut in plan.cuts.items() if f".{path}".endswith(f".{end}")), None)
+def _find_split(outline: Outline, path: str) -> Split | None:
+    return next((split for end, split in outline.splits.items() if f".{path}".endswith(f".{end}")), None)
 
 
-def cut_module(module: nn.Module, path: str, plan: FamilyPlan, group: TensorGroup) -> nn.Module:
-    """``module``, called ``path`` in the model, with its layers in the plan's table replaced by this rank's parts."""
+def split_module(module: nn.Module, path: str, outline: Outline, group: TensorGroup) -> nn.Module:
+    """``module``, called ``path`` in the model, its layers in the outline's table replaced by this rank's parts."""
     if group.size == 1:
         return module
     for name, inner in list(module.named_modules()):
-        for attribute in plan.divided.get(type(inner).__name__, ()):
+        for attribute in outline.divided.get(type(inner).__name__, ()):
             setattr(inner, attribute, getattr(inner, attribute) // group.size)
         whole_name = f"{path}.{name}" if name else path
-        cut = _find_cut(plan, whole_name)
-        if cut is None:
+        split = _find_split(outline, whole_name)
+        if split is None:
             continue
-        replacement = _cut_layer(inner, cut, group)
+        replacement = _split_layer(inner, split, group)
         if not name:
             return replacement
         parent, _, leaf = name.rpartition(".")
@@ -140,15 +85,15 @@ def cut_module(module: nn.Module, path: str, plan: FamilyPlan, group: TensorGrou
     return module
 
 
-def _cut_layer(layer: nn.Module, cut: Cut, group: TensorGroup) -> nn.Module:
-    if cut.kind == "row":
+def _split_layer(layer: nn.Module, split: Split, group: TensorGroup) -> nn.Module:
+    if split.kind == "row":
         return RowParallel(layer, group)
-    if cut.kind == "heads":
+    if split.kind == "heads":
         layer.weight = part_of(layer.weight, cut_evenly(tuple(layer.weight.shape), 1, group.rank, group.size))
         return layer
     if isinstance(layer, nn.Embedding):
         return VocabularyEmbedding(layer, group)
-    return ColumnParallel(layer, group, cut.parts, last=cut.kind == "vocabulary")
+    return ColumnParallel(layer, group, split.parts, last=split.kind == "vocabulary")
 
 
 def balanced_stages(steps: Steps, weights: list[float], stages: int) -> list[int]:

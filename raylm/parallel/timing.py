@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from raylm.models.families.base import Outline
 from raylm.models.weights import Weights
 from raylm.parallel.filling import fill
-from raylm.parallel.stages import FamilyPlan, StageLayer
+from raylm.parallel.stages import StageLayer
 from raylm.parallel.tensor import TensorGroup, vocabulary_cross_entropy
 from raylm.tasks.objective import Batch
 
@@ -37,7 +38,7 @@ class _LoneGroup(TensorGroup):
 
 def step_seconds(
     model: PreTrainedModel,
-    plan: FamilyPlan,
+    plan: Outline,
     weights: Weights,
     inputs: Any,
     batch: Batch,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from raylm.config.model import ENCODERS, FAMILY_TASKS, ObjectiveSection
+from raylm.config.families import ENCODERS, FAMILY_TASKS
+from raylm.config.model import ObjectiveSection
 from raylm.config.tasks import TASKS, tasks_of
 from raylm.errors import UserError
 

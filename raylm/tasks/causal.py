@@ -16,7 +16,7 @@ import torch
 from raylm.config.model import ObjectiveSection
 from raylm.data.documents import Split
 from raylm.data.samples import IGNORED, PairSamples, Samples, open_samples
-from raylm.models.families import FAMILIES
+from raylm.models.families import find_family
 from raylm.models.heads import CAUSAL, Head
 from raylm.tasks.base import GENERATION, Task
 from raylm.tasks.objective import Batch, Objective
@@ -49,7 +49,7 @@ class CausalObjective(Objective):
     def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """See :class:`Objective`; of pairs only the answers' tokens go through the head, which costs a small model as
         much as all its blocks."""
-        family = FAMILIES.get(model.config.model_type)
+        family = find_family(model.config.model_type)
         if not self._answers_only or family is None or not family.plain_head:
             return super().summed_loss(model, batch)
         counted = batch["targets"] != IGNORED

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig
 
 from raylm.data.loading import load_tokenizer
-from raylm.models.families import build_empty
+from raylm.models.families.build import build_empty
 from raylm.models.heads import CAUSAL, Head
 from raylm.models.loading import load_model
 from raylm.tasks.objective import Batch, Objective

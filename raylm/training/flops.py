@@ -14,9 +14,10 @@ import time
 import torch
 from transformers import PreTrainedModel
 
+from raylm.models.families import find_family
+from raylm.models.structure import lookup_names
+
 FORMULA = "6*N_matmul + 12*layers*width*sequence_length FLOPs a token (causal attention at half)"
-# What is looked up rather than multiplied, beside the input embedding: positions, token types, relative biases.
-LOOKED_UP = (".wpe.", ".position_embeddings.", ".token_type_embeddings.", ".relative_attention_bias.")
 MATRIX_SIZE = 1024
 
 # Dense bf16 peaks, FLOP/s, from NVIDIA's data sheets; the first name that the device's name contains.
@@ -31,25 +32,22 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int, target_length:
         target_length: tokens of the decoder, where the model has both.
     """
     config = model.config
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
+    head, looked_up = model.get_output_embeddings(), lookup_names(model)
     products = {
         name: p.numel()
         for name, p in model.named_parameters()
-        if p.ndim >= 2 and p is not embedding and not any(part in f".{name}" for part in LOOKED_UP)
-        and not (head is not None and p is head.weight)
-    }  # fmt: skip
+        if p.ndim >= 2 and name not in looked_up and not (head is not None and p is head.weight)
+    }
     out = head.weight.numel() if head is not None else 0
     width = config.hidden_size
     if (head_width := getattr(config, "head_dim", None)) is not None:
         width = head_width * config.num_attention_heads
     if config.is_encoder_decoder:
         long, short = sequence_length, target_length
+        family = find_family(config.model_type)
         # A decoder's cross-attention reads keys and values of the encoder's tokens.
-        reading = ("encoder.", ".EncDecAttention.k.", ".EncDecAttention.v.")
-        encoded = sum(
-            n for name, n in products.items() if name.startswith(reading[0]) or any(r in name for r in reading[1:])
-        )
+        reading = (".encoder.", *(family.reads_encoder if family is not None else ()))
+        encoded = sum(n for name, n in products.items() if any(part in f".{name}" for part in reading))
         decoded = sum(products.values()) - encoded + out
         attention = 12.0 * width * (config.num_hidden_layers * long * long)
         attention += width * config.num_decoder_layers * (6.0 * short * short + 12.0 * short * long)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from raylm.data.loading import load_tokenizer
 from raylm.errors import RunFailure
-from raylm.models.families import build_config
+from raylm.models.families.build import build_config
 from raylm.models.loading import load_config
 from raylm.models.weights import DrawnWeights, Weights, make_outline, saved_weights
 from raylm.parallel.compilation import check_compilation
@@ -139,7 +139,7 @@ class TrainingLoop:
         )
 
         def optimizer(named):
-            return make_optimizer(training, named, model.config.model_type)
+            return make_optimizer(training, named, model)
 
         if parallel.cut == 1:
             return DataParallelEngine(ObjectiveModule(model, self.objective), optimizer, settings)

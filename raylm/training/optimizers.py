@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from raylm.config.training import TrainingSection
-from raylm.models.families import fused_parts
+from raylm.models.families.build import fused_parts
+from raylm.models.structure import lookup_names, read_out_names
 from raylm.training.muon import Muon
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-# Matrices that are looked up or read out rather than multiplied between layers.
-EMBEDDINGS = ("embed_tokens", "wte", "wpe", "lm_head", "embed_in", "embed_out", "shared", "word_embeddings",
-              "position_embeddings", "token_type_embeddings", "relative_attention_bias", "predictions")  # fmt: skip
 
 
 def _dimensions(parameter: torch.Tensor) -> int:
@@ -24,13 +23,19 @@ def _dimensions(parameter: torch.Tensor) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether ``parameter`` is a weight matrix between hidden layers: what Muon is for."""
-    return _dimensions(parameter) == 2 and not any(part in EMBEDDINGS for part in name.split("."))
+def hidden_matrices(named: dict[str, nn.Parameter], model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Those of the parameters ``named`` that are matrices between hidden layers of ``model``: what Muon is for.
+
+    Weights that are looked up, and all of the head that makes logits of tokens, are not.
+    """
+    outer = lookup_names(model) | read_out_names(model)
+    return {name: p for name, p in named.items() if _dimensions(p) == 2 and name not in outer}
 
 
-def make_optimizer(training: TrainingSection, named: dict[str, nn.Parameter], model_type: str) -> torch.optim.Optimizer:
-    """The optimizer of ``training`` over the parameters ``named`` by their Hugging Face names."""
+def make_optimizer(
+    training: TrainingSection, named: dict[str, nn.Parameter], model: PreTrainedModel
+) -> torch.optim.Optimizer:
+    """The optimizer of ``training`` over the parameters ``named`` by their names in ``model``."""
     rate, decay = training.learning_rate, training.weight_decay
     if training.optimizer == "sgd":
         groups = _decay_groups(named, decay, rate, ("momentum_buffer",) if training.momentum else ())
@@ -38,14 +43,14 @@ def make_optimizer(training: TrainingSection, named: dict[str, nn.Parameter], mo
     adam = {"lr": rate, "betas": tuple(training.betas), "eps": training.epsilon, "fused": True}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(_decay_groups(named, decay, rate, ADAM_MOMENTS), **adam)
-    matrices = {name: p for name, p in named.items() if is_hidden_matrix(name, p)}
+    matrices = hidden_matrices(named, model)
     rest = {name: p for name, p in named.items() if name not in matrices}
     groups = [{**group, "orthogonal": False} for group in _decay_groups(rest, decay, rate, ADAM_MOMENTS)]
     groups.append(
         {
             "params": list(matrices.values()),
             "names": list(matrices),
-            "parts": {name: fused_parts(name, model_type) for name in matrices},
+            "parts": {name: fused_parts(name, model.config.model_type) for name in matrices},
             "orthogonal": True,
             "dtype": torch.bfloat16 if training.precision == "bf16" else torch.float32,
             "momentum": training.momentum,

@@ -58,7 +58,7 @@ def validate(config: TrainConfig) -> Checked:
         UserError: one line.
     """
     from raylm.data.loading import load_tokenizer
-    from raylm.models.families import check_head
+    from raylm.models.families.build import check_head
     from raylm.models.loading import load_config
     from raylm.parallel.compilation import check_compilation
     from raylm.parallel.plan import check_model

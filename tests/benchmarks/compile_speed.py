@@ -46,7 +46,8 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
     for kind in ("eager", "compiled"):
         outline = make_outline(config)
         engines[kind] = DataParallelEngine(
-            ObjectiveModule(outline.model, CausalObjective()), lambda named: make_optimizer(training, named, "gpt2"),
+            ObjectiveModule(outline.model, CausalObjective()),
+            lambda named, model=outline.model: make_optimizer(training, named, model),
             EngineSettings(
                 zero_stage=1, micro_batch_size=BATCH // 2, accumulation=1, clipping=1.0, bf16=False,
                 device=torch.device("cpu"), weights=DrawnWeights(outline, 0), compiled=kind == "compiled",

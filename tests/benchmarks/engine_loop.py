@@ -14,7 +14,7 @@ import torch.distributed as dist
 from raylm.config import load_config
 from raylm.data.loading import load_tokenizer
 from raylm.data.samples import open_samples
-from raylm.models.families import build_config
+from raylm.models.families.build import build_config
 from raylm.models.weights import DrawnWeights, make_outline
 from raylm.parallel.engines.base import EngineSettings
 from raylm.parallel.engines.data_parallel import DataParallelEngine
@@ -43,7 +43,7 @@ def main() -> None:
     device = torch.device("cpu")
     engine = DataParallelEngine(
         ObjectiveModule(outline.model, CausalObjective()),
-        lambda named: make_optimizer(training, named, model_config.model_type),
+        lambda named: make_optimizer(training, named, outline.model),
         EngineSettings(
             zero_stage=config.parallel.zero_stage,
             micro_batch_size=micro,

@@ -104,15 +104,15 @@ def rank(layout: str, directory: str) -> None:
         "weights": DrawnWeights(outline, 0),
     }
 
-    def optimizer(named):
-        return make_optimizer(config.training, named, plan.model_config.model_type)
+    def optimizer(named, model=model):
+        return make_optimizer(config.training, named, model)
 
     if parallel.cut == 1:
         engine = DataParallelEngine(ObjectiveModule(model, objective), optimizer, EngineSettings(**settings))
     else:
         cuts = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
         engine = PipelineTensorEngine(model, objective, optimizer, EngineSettings(**settings), **cuts)
-    del model
+    del model, optimizer
     held = {"built": status("VmRSS") - baseline, "peak_built": status("VmHWM") - baseline}
     inputs, outputs = objective.lengths(TIME)
     for step in range(STEPS):

@@ -79,7 +79,7 @@ def make_engine(chosen: argparse.Namespace, bf16: bool):
     training = TrainingSection(steps=1, optimizer=chosen.optimizer, precision="bf16" if bf16 else "fp32")
     outline = make_outline(config)
     return DataParallelEngine(
-        ObjectiveModule(outline.model, CausalObjective()), lambda named: make_optimizer(training, named, "gpt2"),
+        ObjectiveModule(outline.model, CausalObjective()), lambda named: make_optimizer(training, named, outline.model),
         EngineSettings(
             zero_stage=chosen.zero_stage, micro_batch_size=chosen.batch // chosen.workers // chosen.accumulation,
             accumulation=chosen.accumulation, clipping=1.0, bf16=bf16, device=torch.device("cpu"),

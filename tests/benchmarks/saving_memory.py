@@ -40,10 +40,10 @@ def main() -> None:
         hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers, vocab_size=vocabulary,
         num_attention_heads=8, num_key_value_heads=8,
     )  # fmt: skip
-    training = TrainingSection(steps=1)
+    training, model = TrainingSection(steps=1), LlamaForCausalLM(config)
     engine = DataParallelEngine(
-        ObjectiveModule(LlamaForCausalLM(config), CausalObjective()),
-        lambda named: make_optimizer(training, named, "llama"),
+        ObjectiveModule(model, CausalObjective()),
+        lambda named: make_optimizer(training, named, model),
         EngineSettings(
             zero_stage=1, micro_batch_size=1, accumulation=1, clipping=1.0, bf16=False, device=torch.device("cpu"),
         ),

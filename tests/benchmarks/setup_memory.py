@@ -64,7 +64,7 @@ class Peak:
 
 def rank_main(rank: int, store: str, layout: str, kind: str, saved: str, output: str) -> None:
     from raylm.config.training import TrainingSection
-    from raylm.models.families import build_model
+    from raylm.models.families.build import build_model
     from raylm.models.weights import DrawnWeights, make_outline, saved_weights
     from raylm.parallel.engines.base import EngineSettings
     from raylm.parallel.engines.data_parallel import DataParallelEngine
@@ -92,8 +92,8 @@ def rank_main(rank: int, store: str, layout: str, kind: str, saved: str, output:
         drawn = kind == "parts, drawn"
         settings["weights"] = DrawnWeights(outline, 0) if drawn else saved_weights(saved, outline, "causal", 0)
 
-    def optimizer(named):
-        return make_optimizer(training, named, "llama")
+    def optimizer(named, model=model):
+        return make_optimizer(training, named, model)
 
     if tensor * pipeline == 1:
         engine: Any = DataParallelEngine(ObjectiveModule(model, objective), optimizer, EngineSettings(**settings))
@@ -101,7 +101,7 @@ def rank_main(rank: int, store: str, layout: str, kind: str, saved: str, output:
         engine = PipelineTensorEngine(
             model, objective, optimizer, EngineSettings(**settings), tensor=tensor, pipeline=pipeline
         )
-    del model
+    del model, optimizer
     found = {"peak_bytes": peak.end(), "seconds": time.perf_counter() - began, "held_bytes": anonymous() - peak.first}
     found["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.parameters.values())
     ranks: list[Any] = [None, None]
@@ -115,7 +115,7 @@ def rank_main(rank: int, store: str, layout: str, kind: str, saved: str, output:
 def main() -> None:
     prepare_deepspeed(use_gpu=False)
     import raylm.parallel.engines.pipeline  # noqa: F401 - imported once, before the fork
-    from raylm.models.families import build_model
+    from raylm.models.families.build import build_model
 
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

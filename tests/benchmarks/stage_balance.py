@@ -52,7 +52,7 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
     for kind in ("parameters", "time"):
         outline, began = make_outline(config), time.perf_counter()
         engines[kind] = PipelineTensorEngine(
-            outline.model, CausalObjective(), lambda named: make_optimizer(training, named, "llama"),
+            outline.model, CausalObjective(), lambda named, model=outline.model: make_optimizer(training, named, model),
             EngineSettings(
                 zero_stage=1, micro_batch_size=MICRO, accumulation=ACCUMULATION, clipping=1.0, bf16=False,
                 device=torch.device("cpu"), weights=DrawnWeights(outline, 0),

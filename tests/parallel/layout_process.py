@@ -91,7 +91,7 @@ def make_engine(case: dict[str, Any]):
 
     def optimizer(named):
         precision = {"precision": "bf16" if settings.bf16 else "fp32"}
-        return make_optimizer(section.model_copy(update=precision), named, model_type)
+        return make_optimizer(section.model_copy(update=precision), named, model)
 
     if case["tensor"] * case["pipeline"] == 1:
         return DataParallelEngine(ObjectiveModule(model, objective), optimizer, settings), accumulation

@@ -16,7 +16,7 @@ from raylm.config.model import ObjectiveSection
 from raylm.config.stages import PretrainConfig
 from raylm.config.training import ParallelSection
 from raylm.errors import UserError
-from raylm.models.families import build_model
+from raylm.models.families.build import build_model
 from raylm.parallel.cut import Cut
 from raylm.parallel.memory import ModelMemory
 from raylm.parallel.plan import Plan, apply_layout, make_plan, plan_training, recorded

@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from raylm.parallel.stages import Step, Steps, balanced_stages
+from raylm.models.families.base import Step, Steps
+from raylm.parallel.stages import balanced_stages
 from raylm.parallel.tensor import (
     ColumnParallel,
     DropoutStreams,

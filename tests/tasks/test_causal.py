@@ -17,7 +17,7 @@ from raylm.data.prepare import prepare_directory
 from raylm.data.samples import IGNORED
 from raylm.data.shards import TokenShards
 from raylm.errors import UserError
-from raylm.models.families import build_model
+from raylm.models.families.build import build_model
 from raylm.tasks import make_objective
 from raylm.tasks.objective import ObjectiveModule
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from raylm.config.training import TrainingSection
 from raylm.training.muon import orthogonalize
@@ -36,7 +37,9 @@ def test_fused_parts_are_orthogonalised_apart() -> None:
     fused = torch.nn.Parameter(torch.randn(8, 24))
     single = [torch.nn.Parameter(fused.detach()[:, i * 8 : i * 8 + 8].clone()) for i in range(3)]
     training = TrainingSection(steps=1, optimizer="muon", weight_decay=0.1)
-    optimizer = make_optimizer(training, dict(zip(names, [fused, *single], strict=True)), "gpt2")
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16))
+    optimizer = make_optimizer(training, dict(zip(names, [fused, *single], strict=True)), model)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     gradient = torch.randn(8, 24)

@@ -24,7 +24,9 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 from transformers import PreTrainedModel
 
-from raylm.models.families import has_dropout
+from raylm.models.families import find_outline
+from raylm.models.families.base import Step
+from raylm.models.families.build import has_dropout
 from raylm.parallel.attention import attend_in_fp32
 from raylm.parallel.compilation import compile_blocks
 from raylm.parallel.engines.base import (
@@ -38,11 +40,10 @@ from raylm.parallel.engines.base import (
     select_trained,
     set_steps,
 )
-from raylm.parallel.families import PLANS
 from raylm.parallel.filling import fill
 from raylm.parallel.fragments import Fragment, frozen_fragments, partition_fragments, replicated_fragments
 from raylm.parallel.slicing import Slicing
-from raylm.parallel.stages import StageLayer, Step, balanced_stages, step_weights
+from raylm.parallel.stages import StageLayer, balanced_stages, step_weights
 from raylm.parallel.stopwatch import Stopwatch
 from raylm.parallel.tensor import DropoutStreams, TensorGroup, vocabulary_cross_entropy
 from raylm.parallel.timing import step_seconds
@@ -145,7 +146,7 @@ class PipelineTensorEngine:
         self.random_stream, self.random_streams = place.data * pipeline + place.pipe, replicas * pipeline
         self.leads = self.stage == 0 and self.tensor.rank == 0
         self.objective, self.model_config = objective, model.config
-        self.plan = PLANS[model.config.model_type]
+        self.plan = find_outline(model.config.model_type)
         self._loss = _ScaledLoss(objective, self.tensor, model.config.vocab_size)
         if settings.bf16 and device.type == "cpu":
             attend_in_fp32(model)

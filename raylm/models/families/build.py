@@ -1,4 +1,4 @@
-"""Model families: a Hugging Face configuration and a freshly initialised model by family name.
+"""A Hugging Face configuration and a freshly initialised model by the name of a family.
 
 ``model.config`` in the YAML holds the Hugging Face configuration's own keys. What raylm adds: the vocabulary size and
 special tokens come from the tokenizer, the number of positions defaults to the training context, and dropout is off
@@ -8,89 +8,14 @@ by default, as is usual in pretraining.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylm.errors import UserError
-from raylm.models.heads import CAUSAL, Head, Network
+from raylm.models.families import all_families, find_family
+from raylm.models.heads import CAUSAL, Head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Family:
-    """What raylm knows about one architecture.
-
-    Attributes:
-        model_type: the name that transformers has for it.
-        positions_key: configuration key of the longest context; None where positions are relative.
-        heads_key: configuration key of the number of attention heads.
-        width_key: configuration key of the width of the residual stream.
-        defaults: configuration values that differ from the Hugging Face ones.
-        fused_matrices: suffix of a weight's name -> number of matrices side by side in its last dimension.
-        network: what kind of network it is, and so which heads it takes (:mod:`raylm.models.heads`).
-        head_width_key: configuration key of the width of an attention head, where width / heads is not assumed.
-        plain_head: whether the logits are the last hidden states times the output embedding, and nothing else.
-    """
-
-    model_type: str
-    positions_key: str | None
-    heads_key: str
-    width_key: str
-    defaults: dict[str, Any]
-    fused_matrices: dict[str, int]
-    network: Network = "decoder"
-    head_width_key: str | None = None
-    plain_head: bool = False
-
-
-FAMILIES = {
-    "gpt2": Family(
-        model_type="gpt2",
-        positions_key="n_positions",
-        heads_key="n_head",
-        width_key="n_embd",
-        # gelu_pytorch_tanh is gelu_new (the same formula) in one fused kernel instead of eight.
-        defaults={
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "activation_function": "gelu_pytorch_tanh",
-        },
-        fused_matrices={"attn.c_attn.weight": 3},
-        plain_head=True,
-    ),
-    "llama": Family(
-        model_type="llama",
-        positions_key="max_position_embeddings",
-        heads_key="num_attention_heads",
-        width_key="hidden_size",
-        defaults={"attention_dropout": 0.0},
-        fused_matrices={},
-        head_width_key="head_dim",
-        plain_head=True,
-    ),
-    "bert": Family(
-        model_type="bert",
-        positions_key="max_position_embeddings",
-        heads_key="num_attention_heads",
-        width_key="hidden_size",
-        defaults={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        fused_matrices={},
-        network="encoder",
-    ),
-    "t5": Family(
-        model_type="t5",
-        positions_key=None,
-        heads_key="num_heads",
-        width_key="d_model",
-        defaults={"dropout_rate": 0.0},
-        fused_matrices={},
-        network="encoder_decoder",
-        head_width_key="d_kv",
-    ),
-}
 
 
 def build_config(
@@ -99,7 +24,7 @@ def build_config(
     """The Hugging Face configuration of a new model.
 
     Args:
-        family: a key of :data:`FAMILIES`.
+        family: a key of :data:`raylm.config.families.FAMILY_TASKS`.
         values: the user's ``model.config``.
         tokenizer: source of the vocabulary size and the special tokens.
         sequence_length: tokens a training sequence; the default for the number of positions.
@@ -110,7 +35,8 @@ def build_config(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    known = FAMILIES[family]
+    known = find_family(family)
+    assert known is not None, family
     reference = AutoConfig.for_model(known.model_type)
     # attribute_map holds the generic names (hidden_size for n_embd), which the configuration takes as well.
     names = set(reference.to_dict()) | set(reference.attribute_map)
@@ -169,9 +95,9 @@ def check_head(config: PretrainedConfig, head: Head, path: str, key: str = "mode
     Raises:
         UserError: names ``key``, ``path`` and the model's type.
     """
-    family = FAMILIES.get(config.model_type)
+    family = find_family(config.model_type)
     if family is not None and head.network != family.network:
-        allowed = sorted(name for name, known in FAMILIES.items() if known.network == head.network)
+        allowed = sorted(known.model_type for known in all_families() if known.network == head.network)
         raise UserError(
             f"{key}: found {path}, a {config.model_type} model, allowed: a {head.what}, whose family is "
             f"{' or '.join(allowed)} or another {head.network.replace('_', '-')}"
@@ -211,6 +137,6 @@ def parameter_count(config: PretrainedConfig, head: Head = CAUSAL) -> int:
 
 def fused_parts(name: str, model_type: str) -> int:
     """How many matrices lie side by side in the last dimension of the weight ``name``; 1 for most."""
-    family = FAMILIES.get(model_type)
+    family = find_family(model_type)
     fused = family.fused_matrices if family else {}
     return next((parts for suffix, parts in fused.items() if name.endswith(suffix)), 1)

@@ -1,0 +1,130 @@
+"""The record of a family, and the words in which it says how its models are split over ranks.
+
+To add a family, write a module with its record as ``FAMILY`` and a line in :mod:`raylm.config.families`. For tensor and
+pipeline parallelism the record has an :class:`Outline`, of which two parts are work:
+
+1. the table ``splits``: the end of a module's name -> how its weight is split over tensor-parallel ranks.
+   ``Split("column")`` for what widens (queries, keys, values, the first matrix of a feed-forward network; ``parts=3``
+   where three matrices lie side by side), ``Split("row")`` for what comes back to the residual stream,
+   ``Split("vocabulary")`` for embedding and head, ``Split("heads")`` for an embedding with a number for each attention
+   head. What is not in the table is the same on every rank. ``divided`` names attributes of attention modules that
+   count heads or widths and must be divided too.
+2. the function ``steps``: the forward pass as a list of :class:`Step` objects, in order: what comes before the blocks,
+   the blocks (between which pipeline stages may be cut), what comes after. What passes from step to step is one tensor,
+   or a tuple of tensors of which every float one must get a gradient. What several families do is in
+   :mod:`raylm.models.families.steps`.
+
+``shared_out`` and ``block_count`` say, from a configuration alone, what the splits must divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from raylm.models.heads import Network
+
+Values = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class Layer(Protocol):
+    """What a step's function is given: the step's modules and what it shares, as attributes of their names there."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def copy_to_parts(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden``, any shape, as the input of a weight that each rank holds a part of.
+
+        A split module does so itself. A step that multiplies with a bare weight has to call this first.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a layer is split: along outputs, inputs, vocabulary or heads; ``parts`` matrices lie side by side."""
+
+    kind: Literal["column", "row", "vocabulary", "heads"]
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a model's forward pass.
+
+    Attributes:
+        modules: name inside the step -> name in the model, of modules and of single parameters.
+        forward: from the :class:`Layer` that holds the modules, and what came in, to what goes on.
+        tied: where the step's one module is used again in another step: its weight's name inside the step.
+        shared: modules without parameters, and configurations, that several steps use.
+    """
+
+    modules: dict[str, str]
+    forward: Callable[[Any, Any], Values]
+    tied: str | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A model's forward pass: what comes first, the blocks, and what comes after them."""
+
+    before: list[Step]
+    blocks: list[Step]
+    after: list[Step]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """How a family's models are split over ranks; the top of this file explains it.
+
+    Attributes:
+        splits: end of a module's name -> its split.
+        steps: from a whole model to its steps.
+        shared_out: what is shared out over tensor-parallel ranks, by name -> its number in a configuration.
+        block_count: from a configuration to the number of blocks that ``steps`` gives.
+        divided: class of a module -> attributes that are divided by the number of tensor-parallel ranks.
+        inputs: entries of a batch that the first step takes; a tuple of them where there are several.
+    """
+
+    splits: dict[str, Split]
+    steps: Callable[[PreTrainedModel], Steps]
+    shared_out: dict[str, Callable[[PretrainedConfig], int]]
+    block_count: Callable[[PretrainedConfig], int]
+    divided: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ("input_ids",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What raylm knows about one architecture.
+
+    Attributes:
+        model_type: the name that transformers has for it, and the module's (with _ for -).
+        heads_key: configuration key of the number of attention heads.
+        width_key: configuration key of the width of the residual stream.
+        positions_key: configuration key of the longest context; None where positions are relative.
+        head_width_key: configuration key of the width of an attention head, where width / heads is not assumed.
+        defaults: configuration values that differ from the Hugging Face ones.
+        network: what kind of network it is, and so which heads it takes (:mod:`raylm.models.heads`).
+        plain_head: whether the logits are the last hidden states times the output embedding, and nothing else.
+        fused_matrices: suffix of a weight's name -> number of matrices side by side in its last dimension.
+        reads_encoder: parts of the names of a decoder's weights that are multiplied with the encoder's tokens.
+        outline: how its models are split over ranks; None for a family that trains with data parallelism only.
+    """
+
+    model_type: str
+    heads_key: str
+    width_key: str
+    positions_key: str | None = None
+    head_width_key: str | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    network: Network = "decoder"
+    plain_head: bool = False
+    fused_matrices: dict[str, int] = field(default_factory=dict)
+    reads_encoder: tuple[str, ...] = ()
+    outline: Outline | None = None
