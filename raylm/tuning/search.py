@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
     from raylm.cluster.capacity import Capacity
+    from raylm.parallel.plan import Layout
 
-# Longer than a launch takes to end its workers (raylm.training.fitting.END_SECONDS).
-STOP_SECONDS = 15.0
+# Within which a stopped trial is to end; a launch gives up on its workers before (raylm.training.fitting.END_SECONDS).
+UNWIND_SECONDS = 15.0
 # A sliver of the head node's own marker resource: places the trial without taking a CPU from its workers.
 HEAD_NODE_SHARE = {"node:__internal_head__": 0.001}
 
@@ -67,20 +68,37 @@ def concurrency(config: TuneConfig, cpus: float, gpus: float, use_gpu: bool, wor
     return wanted
 
 
-def resolve_trial(config: TuneConfig, candidate: dict[str, Any], capacity: Capacity) -> tuple[FinetuneConfig, bool]:
-    """The configuration that a trial trains with on a cluster of ``capacity``, and whether on GPUs.
+@dataclasses.dataclass
+class Planner:
+    """How the configuration of a trial follows from its candidate; travels to the trials by pickle.
 
-    Raises:
-        UserError: the candidate is not allowed, or its layout does not fit.
+    Attributes:
+        config: of the search.
+        capacity: of the cluster.
+        layouts: those that are planned already, by what they follow from.
     """
-    from raylm.parallel.plan import apply_layout, plan_training
 
-    # A search runs many trials; one worker (or one copy of the model) each is what uses a small machine best.
-    workers = config.parallel.cut if config.resources.workers == "auto" else config.resources.workers
-    one = trial_config(config, candidate)
-    one = one.model_copy(update={"resources": config.resources.model_copy(update={"workers": workers})})
-    layout = plan_training(one, capacity).layout
-    return apply_layout(one, layout), layout.use_gpu
+    config: TuneConfig
+    capacity: Capacity
+    layouts: dict[tuple, Layout] = dataclasses.field(default_factory=dict)
+
+    def resolve(self, candidate: dict[str, Any]) -> tuple[FinetuneConfig, bool]:
+        """The configuration that the trial trains with, and whether on GPUs.
+
+        Raises:
+            UserError: the candidate is not allowed, or its layout does not fit.
+        """
+        from raylm.parallel.plan import apply_layout, plan_training
+
+        # A search runs many trials; one worker (or one copy of the model) each is what uses a small machine best.
+        resources, cut = self.config.resources, self.config.parallel.cut
+        single = resources.model_copy(update={"workers": cut if resources.workers == "auto" else resources.workers})
+        one = trial_config(self.config, candidate).model_copy(update={"resources": single})
+        section = one.training
+        key = (section.batch_size, section.sequence_length, section.optimizer, section.precision)
+        if key not in self.layouts:
+            self.layouts[key] = plan_training(one, self.capacity).layout
+        return apply_layout(one, self.layouts[key]), self.layouts[key].use_gpu
 
 
 def trial_name(trial: Trial) -> str:
@@ -96,11 +114,11 @@ class EndsFirst:
     """
 
     def cleanup(self) -> None:
-        """Let the function end, up to ``STOP_SECONDS``."""
+        """Let the function end, up to ``UNWIND_SECONDS``."""
         try:
             super().cleanup()
         finally:
-            _ended.wait(STOP_SECONDS)
+            _ended.wait(UNWIND_SECONDS)
 
 
 # Of the one trial that a process runs.
@@ -108,16 +126,16 @@ _ended = threading.Event()
 _ended.set()
 
 
-def run_trial(candidate: dict[str, Any], base: TrainingJob, config: TuneConfig, capacity: Capacity) -> None:
+def run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -> None:
     """One trial, called by Ray Tune with what it drew."""
     _ended.clear()
     try:
-        _run_trial(candidate, base, config, capacity)
+        _run_trial(candidate, base, planner)
     finally:
         _ended.set()
 
 
-def _run_trial(candidate: dict[str, Any], base: TrainingJob, config: TuneConfig, capacity: Capacity) -> None:
+def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -> None:
     from ray import tune
 
     from raylm.parallel.environment import prepare_deepspeed
@@ -127,7 +145,7 @@ def _run_trial(candidate: dict[str, Any], base: TrainingJob, config: TuneConfig,
         prepare_deepspeed(base.use_gpu)
     directory = base.directory / "trials" / tune.get_context().get_trial_name()
     directory.mkdir(parents=True, exist_ok=True)
-    resolved, _ = resolve_trial(config, candidate, capacity)
+    resolved, _ = planner.resolve(candidate)
     job = dataclasses.replace(base, config=resolved, directory=directory, storage=str(directory), progress=None)
     # Ray Tune writes down what has finished some time later: after an interrupt it may ask for a finished trial again.
     outcome = Outcome(directory, resolved)

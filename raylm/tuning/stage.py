@@ -11,14 +11,14 @@ from raylm.cluster.capacity import cluster_capacity
 from raylm.cluster.groups import groups_given_back
 from raylm.cluster.session import ray_session
 from raylm.config.run_directory import RunDirectory
-from raylm.config.stages import FinetuneConfig, TuneConfig
+from raylm.config.stages import TuneConfig
 from raylm.errors import RunFailure, UserError
 from raylm.progress import Activity
 from raylm.tuning.progress import SearchProgress
 from raylm.tuning.search import (
     HEAD_NODE_SHARE,
+    Planner,
     concurrency,
-    resolve_trial,
     run_trial,
     trial_config,
     trial_directory,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ray.tune import Tuner
     from ray.tune.schedulers import TrialScheduler
 
-    from raylm.cluster.capacity import Capacity
     from raylm.training.worker import TrainingJob
 
 
@@ -61,13 +60,16 @@ def tune(config: TuneConfig) -> None:
     from raylm.training.precision import note_precision, run_precision
     from raylm.training.worker import TrainingJob
 
-    # Without the dashboard, stopped trials leak their placement groups.
+    # Without the dashboard, trials that are killed leak their placement groups.
     with ray_session(dashboard=True):
         capacity = cluster_capacity()
         # One for all trials, which the search is to tell apart.
         precision = run_precision(run, config, checked.model.config, capacity)
         planned = with_precision(config, precision)
-        first, at_a_time, use_gpu = _resolve(planned, candidates, capacity)
+        planner = Planner(planned, capacity)
+        resolved = [planner.resolve(candidate) for candidate in candidates]
+        first, use_gpu = resolved[0]
+        at_a_time = concurrency(config, capacity.cpus, capacity.gpus, use_gpu, first.resources.workers)
         run.create(planned)
         note_precision(run, precision)
         with exclusive(run.path):
@@ -84,7 +86,7 @@ def tune(config: TuneConfig) -> None:
                 attempt=new_attempt(),
             )
             with groups_given_back():
-                rows = _search(planned, base, capacity, len(candidates), at_a_time)
+                rows = _search(planner, base, len(candidates), at_a_time)
     best = _export_best(run, rows)
     report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
     run.write_report(report)
@@ -116,21 +118,10 @@ def _refuse_older(run: RunDirectory) -> None:
         )
 
 
-def _resolve(
-    config: TuneConfig, candidates: list[dict[str, Any]], capacity: Capacity
-) -> tuple[FinetuneConfig, int, bool]:
-    """The first candidate's configuration, the trials at a time and whether on GPUs; every candidate is checked."""
-    resolved = [resolve_trial(config, candidate, capacity) for candidate in candidates]
-    first, use_gpu = resolved[0]
-    return first, concurrency(config, capacity.cpus, capacity.gpus, use_gpu, first.resources.workers), use_gpu
-
-
-def _search(
-    config: TuneConfig, base: TrainingJob, capacity: Capacity, trials: int, at_a_time: int
-) -> list[dict[str, Any]]:
+def _search(planner: Planner, base: TrainingJob, trials: int, at_a_time: int) -> list[dict[str, Any]]:
     # The setting of Tune's newer output prints its tables whatever ``verbose`` says; the older one keeps silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    tuner = _tuner(config, base, capacity, at_a_time)
+    tuner = _tuner(planner, base, at_a_time)
     with SearchProgress(base.directory / "trials", trials):
         results = tuner.fit()
     rows = []
@@ -139,7 +130,7 @@ def _search(
         rows.append(
             {
                 "trial": int(Path(result.path).name.split("-")[1]),
-                **{key: result.config[key] for key in config.tuning.space},
+                **{key: result.config[key] for key in planner.config.tuning.space},
                 "step": metrics.get("step"),
                 "validation_loss": metrics.get("validation_loss"),
                 "status": "failed" if result.error else "finished" if metrics.get("finished") else "stopped",
@@ -148,15 +139,15 @@ def _search(
     return sorted(rows, key=lambda row: row["trial"])
 
 
-def _tuner(config: TuneConfig, base: TrainingJob, capacity: Capacity, at_a_time: int) -> Tuner:
+def _tuner(planner: Planner, base: TrainingJob, at_a_time: int) -> Tuner:
     """Ray Tune over the space: of a search that was interrupted, or a new one."""
     from ray import tune
 
+    config = planner.config
     resources, tuning, workers = config.resources, config.tuning, base.config.resources.workers
     share = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if base.use_gpu else {})}
-    parameters = {"base": base, "config": config, "capacity": capacity}
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, **parameters), share if workers == 1 else HEAD_NODE_SHARE
+        tune.with_parameters(run_trial, base=base, planner=planner), share if workers == 1 else HEAD_NODE_SHARE
     )
     algorithm, space = SEARCHERS[tuning.searcher](config.run.seed, at_a_time), param_space(tuning)
     # A search that was interrupted goes on, unless trials now take another share of the cluster.
