@@ -1,8 +1,8 @@
 """Placement groups that a library of Ray leaves behind.
 
-Where Ray Tune stops a trial that runs workers of its own, the trial's process ends before it can give their placement
-group back. Ray Train has a cleaner for it, which asks whatever Ray instance on the machine is the newest. A group that
-stays keeps its CPUs until the job ends: what comes next in the same job waits for them.
+Where the process of a Ray Tune trial that runs workers of its own is killed, it cannot give their placement group back.
+Ray Train has a cleaner for it, which asks whatever Ray instance on the machine is the newest. A group that stays keeps
+its CPUs until the job ends: what comes next in the same job waits for them.
 """
 
 from __future__ import annotations

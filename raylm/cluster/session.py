@@ -28,8 +28,8 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     """Hold a connection to Ray; a local instance ends with the block, a joined cluster stays.
 
     Args:
-        dashboard: start the dashboard of a local instance. Ray Tune needs it: without it stopped trials leak their
-            placement groups.
+        dashboard: start the dashboard of a local instance. Ray Tune needs it: without it trials that are killed leak
+            their placement groups.
 
     Raises:
         UserError: ``RAY_ADDRESS`` names a cluster that does not answer.

@@ -44,6 +44,8 @@ class TuningSection(Section):
     """Dotted key, for example training.learning_rate, to a distribution."""
     trials: int = Field(default=8, ge=1)
     """Draws from the space; with a grid, draws for each of its points."""
+    searcher: Literal["random", "grid"] = "random"
+    """random draws from the space; grid tries every combination of its values once, whatever ``trials`` says."""
     metric: Literal["validation_loss"] = "validation_loss"
     """Metric to minimise."""
     scheduler: Literal["asha", "none"] = "asha"
@@ -62,3 +64,12 @@ class TuningSection(Section):
             if not key.startswith(("training.", "objective.")):
                 raise ValueError(f"space: found '{key}', allowed: keys of training and objective")
         return value
+
+    @model_validator(mode="after")
+    def _countable(self) -> TuningSection:
+        endless = [key for key, d in self.space.items() if d.uniform is not None or d.log_uniform is not None]
+        if self.searcher == "grid" and endless:
+            raise ValueError(
+                f"searcher: found grid with a range of {', '.join(endless)}, allowed with grid: choice, grid, integer"
+            )
+        return self

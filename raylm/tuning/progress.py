@@ -19,12 +19,13 @@ class SearchProgress:
     """A bar over the steps of all trials, used as a context manager around the search.
 
     Args:
-        directories: of the trials, by number; they need not be there yet.
+        directory: of the trials; it need not be there yet.
+        trials: how many there will be.
     """
 
-    def __init__(self, directories: list[Path]) -> None:
-        self._directories = directories
-        self._bar = ProgressBar(f"tune, {len(directories)} trials", None, "steps")
+    def __init__(self, directory: Path, trials: int) -> None:
+        self._directory, self._trials = directory, trials
+        self._bar = ProgressBar(f"tune, {trials} trials", None, "steps")
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="raylm-search-progress", daemon=True)
 
@@ -46,15 +47,15 @@ class SearchProgress:
             self._look()
 
     def _look(self) -> None:
-        steps, begun, best = 0, 0, (float("inf"), -1)
-        for number, directory in enumerate(self._directories):
-            lines = read_metrics(directory / "metrics.jsonl")
+        steps, begun, best = 0, 0, (float("inf"), "")
+        for path in sorted(self._directory.glob("*/metrics.jsonl")):
+            lines, name = read_metrics(path), path.parent.name
             if not lines:
                 continue
             begun, steps = begun + 1, steps + lines[-1]["step"]
             found = [line["validation_loss"] for line in lines if "validation_loss" in line]
-            best = min(best, *((loss, number) for loss in found)) if found else best
-        note = f"{begun} of {len(self._directories)} trials begun" if begun else "starting the first trials"
-        if best[1] >= 0:
-            note += f", best validation loss {best[0]:.4f} (trial {best[1]})"
+            best = min(best, *((loss, name) for loss in found)) if found else best
+        note = f"{begun} of {self._trials} trials begun" if begun else "starting the first trials"
+        if best[1]:
+            note += f", best validation loss {best[0]:.4f} ({best[1]})"
         self._bar.update(steps, note)

@@ -1,4 +1,4 @@
-"""Ray Tune over training: search spaces, how many trials fit at a time, and the trial itself.
+"""Ray Tune over training: how many trials fit at a time, and the trial itself.
 
 A trial is a real training run in its own directory, ``<run>/trials/<trial>/``. With one worker it trains inside the
 trial's own process; with several it starts a nested Ray Train run and reserves nothing itself, and as many trials run
@@ -9,47 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import random
+import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylm.config.loading import set_key, validate
 from raylm.config.run_directory import write_atomically
 from raylm.config.stages import FinetuneConfig, TuneConfig
-from raylm.config.tuning import Distribution
 from raylm.errors import UserError
 from raylm.training.worker import TrainingJob, Worker, join_single_process_group
 
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+
+    from raylm.cluster.capacity import Capacity
+    from raylm.parallel.plan import Layout
+
+# Within which a stopped trial is to end; a launch gives up on its workers before (raylm.training.fitting.END_SECONDS).
+UNWIND_SECONDS = 15.0
 # A sliver of the head node's own marker resource: places the trial without taking a CPU from its workers.
 HEAD_NODE_SHARE = {"node:__internal_head__": 0.001}
-
-
-def draw_candidates(space: dict[str, Distribution], trials: int, seed: int) -> list[dict[str, Any]]:
-    """``trials`` draws from ``space`` for each point of its grids; a pure function of ``seed``."""
-    grids: list[dict[str, Any]] = [{}]
-    for key, distribution in space.items():
-        if distribution.grid is not None:
-            grids = [{**point, key: value} for point in grids for value in distribution.grid]
-    generator = random.Random(seed)
-    rounds = trials if any(d.grid is None for d in space.values()) else 1
-    candidates = []
-    for _ in range(rounds):
-        for point in grids:
-            drawn = {key: _draw(d, generator) for key, d in space.items() if d.grid is None}
-            candidates.append({key: {**point, **drawn}[key] for key in space})
-    return candidates
-
-
-def _draw(distribution: Distribution, generator: random.Random) -> Any:
-    if distribution.choice is not None:
-        return generator.choice(distribution.choice)
-    if distribution.integer is not None:
-        return generator.randint(*distribution.integer)
-    if distribution.uniform is not None:
-        return generator.uniform(*distribution.uniform)
-    low, high = distribution.log_uniform
-    return math.exp(generator.uniform(math.log(low), math.log(high)))
 
 
 def trial_config(config: TuneConfig, candidate: dict[str, Any], origin: str = "tuning.space") -> FinetuneConfig:
@@ -89,23 +68,91 @@ def concurrency(config: TuneConfig, cpus: float, gpus: float, use_gpu: bool, wor
     return wanted
 
 
-def run_trial(candidate: dict[str, Any], base: TrainingJob, configs: list[FinetuneConfig]) -> None:
-    """One trial, called by Ray Tune with ``{"candidate": index}``."""
+@dataclasses.dataclass
+class Planner:
+    """How the configuration of a trial follows from its candidate; travels to the trials by pickle.
+
+    Attributes:
+        config: of the search.
+        capacity: of the cluster.
+        layouts: those that are planned already, by what they follow from.
+    """
+
+    config: TuneConfig
+    capacity: Capacity
+    layouts: dict[tuple, Layout] = dataclasses.field(default_factory=dict)
+
+    def resolve(self, candidate: dict[str, Any]) -> tuple[FinetuneConfig, bool]:
+        """The configuration that the trial trains with, and whether on GPUs.
+
+        Raises:
+            UserError: the candidate is not allowed, or its layout does not fit.
+        """
+        from raylm.parallel.plan import apply_layout, plan_training
+
+        # A search runs many trials; one worker (or one copy of the model) each is what uses a small machine best.
+        resources, cut = self.config.resources, self.config.parallel.cut
+        single = resources.model_copy(update={"workers": cut if resources.workers == "auto" else resources.workers})
+        one = trial_config(self.config, candidate).model_copy(update={"resources": single})
+        section = one.training
+        key = (section.batch_size, section.sequence_length, section.optimizer, section.precision)
+        if key not in self.layouts:
+            self.layouts[key] = plan_training(one, self.capacity).layout
+        return apply_layout(one, self.layouts[key]), self.layouts[key].use_gpu
+
+
+def trial_name(trial: Trial) -> str:
+    """Name of a trial and of its directory: Ray Tune's own count, which a resumed search goes on with."""
+    return f"trial-{int(trial.experiment_tag.split('_')[0]):03d}"
+
+
+class EndsFirst:
+    """Added to Ray Tune's trainable: a trial that is stopped gives back its workers before its process ends.
+
+    Ray Tune ends the function of a stopped trial where it reports, and its process without waiting for the function:
+    what the function still has to do, such as removing the workers' placement group, would be lost.
+    """
+
+    def cleanup(self) -> None:
+        """Let the function end, up to ``UNWIND_SECONDS``."""
+        try:
+            super().cleanup()
+        finally:
+            _ended.wait(UNWIND_SECONDS)
+
+
+# Of the one trial that a process runs.
+_ended = threading.Event()
+_ended.set()
+
+
+def run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -> None:
+    """One trial, called by Ray Tune with what it drew."""
+    _ended.clear()
+    try:
+        _run_trial(candidate, base, planner)
+    finally:
+        _ended.set()
+
+
+def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -> None:
     from ray import tune
 
-    index = candidate["candidate"]
-    directory = trial_directory(base.directory, index)
+    from raylm.parallel.environment import prepare_deepspeed
+
+    inside = base.config.resources.workers == 1
+    if inside:
+        prepare_deepspeed(base.use_gpu)
+    directory = base.directory / "trials" / tune.get_context().get_trial_name()
     directory.mkdir(parents=True, exist_ok=True)
-    job = dataclasses.replace(base, config=configs[index], directory=directory, storage=str(directory), progress=None)
+    resolved, _ = planner.resolve(candidate)
+    job = dataclasses.replace(base, config=resolved, directory=directory, storage=str(directory), progress=None)
     # Ray Tune writes down what has finished some time later: after an interrupt it may ask for a finished trial again.
-    outcome = Outcome(directory, configs[index])
+    outcome = Outcome(directory, resolved)
     if (final := outcome.read()) is not None:
         tune.report(final)
         return
-    if job.config.resources.workers == 1:
-        from raylm.parallel.environment import prepare_deepspeed
-
-        prepare_deepspeed(job.use_gpu)
+    if inside:
         join_single_process_group()
         from raylm.training.loop import TrainingLoop
 
@@ -113,9 +160,13 @@ def run_trial(candidate: dict[str, Any], base: TrainingJob, configs: list[Finetu
     else:
         from raylm.training.launch import launch
 
-        final = launch(job, job.config.resources.cpus_per_worker, job.config.resources.max_failures, _report)
+        final = launch(job, resolved.resources.cpus_per_worker, resolved.resources.max_failures, _report)
     outcome.write(final)
     tune.report(final)
+
+
+# What Ray Tune adds to the trainable that it makes of a function.
+run_trial.__mixins__ = (EndsFirst,)
 
 
 def _report(metrics: dict[str, Any]) -> None:
@@ -143,6 +194,6 @@ class Outcome:
             write_atomically(self._path, json.dumps({"config": self._config, "metrics": metrics}) + "\n")
 
 
-def trial_directory(run: Path, index: int) -> Path:
-    """Where the ``index``-th candidate trained."""
-    return run / "trials" / f"trial-{index:03d}"
+def trial_directory(run: Path, number: int) -> Path:
+    """Where the trial of that number trained."""
+    return run / "trials" / f"trial-{number:03d}"

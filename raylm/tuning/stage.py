@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.cluster.capacity import cluster_capacity
@@ -11,27 +12,32 @@ from raylm.cluster.groups import groups_given_back
 from raylm.cluster.session import ray_session
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import TuneConfig
-from raylm.errors import RunFailure
+from raylm.errors import RunFailure, UserError
 from raylm.progress import Activity
 from raylm.tuning.progress import SearchProgress
 from raylm.tuning.search import (
     HEAD_NODE_SHARE,
+    Planner,
     concurrency,
-    draw_candidates,
     run_trial,
     trial_config,
     trial_directory,
+    trial_name,
 )
+from raylm.tuning.space import SEARCHERS, draw_candidates, param_space, rounds
 
 if TYPE_CHECKING:
-    from raylm.cluster.capacity import Capacity
+    from ray.tune import Tuner
+    from ray.tune.schedulers import TrialScheduler
+
+    from raylm.training.worker import TrainingJob
 
 
 def tune(config: TuneConfig) -> None:
     """Search ``tuning.space``; the best trial's model becomes ``<run>/model``.
 
     Raises:
-        UserError: configuration or input is wrong; nothing was started.
+        UserError: configuration or input is wrong, or the run is an older raylm's; nothing was started.
         RunFailure: no trial finished.
     """
     from raylm.training.stage import ensure_data, validate
@@ -41,9 +47,10 @@ def tune(config: TuneConfig) -> None:
     if (done := run.report()) is not None:
         print(f"tune: {run.path} is done already\n{describe(run, done, list(config.tuning.space))}")
         return
+    _refuse_older(run)
     with Activity("tune: checking the data and the model"):
         checked = validate(config)
-        candidates = draw_candidates(config.tuning.space, config.tuning.trials, config.run.seed)
+        candidates = draw_candidates(config.tuning, config.run.seed)
         for candidate in candidates:
             trial_config(config, candidate)
 
@@ -53,19 +60,22 @@ def tune(config: TuneConfig) -> None:
     from raylm.training.precision import note_precision, run_precision
     from raylm.training.worker import TrainingJob
 
-    # Without the dashboard, stopped trials leak their placement groups.
+    # Without the dashboard, trials that are killed leak their placement groups.
     with ray_session(dashboard=True):
         capacity = cluster_capacity()
         # One for all trials, which the search is to tell apart.
         precision = run_precision(run, config, checked.model.config, capacity)
         planned = with_precision(config, precision)
-        configs, at_a_time, use_gpu = _resolve(planned, candidates, capacity)
+        planner = Planner(planned, capacity)
+        resolved = [planner.resolve(candidate) for candidate in candidates]
+        first, use_gpu = resolved[0]
+        at_a_time = concurrency(config, capacity.cpus, capacity.gpus, use_gpu, first.resources.workers)
         run.create(planned)
         note_precision(run, precision)
         with exclusive(run.path):
             data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
             base = TrainingJob(
-                config=configs[0],
+                config=first,
                 stage="finetune",
                 directory=run.path,
                 storage=str(run.path),
@@ -76,7 +86,7 @@ def tune(config: TuneConfig) -> None:
                 attempt=new_attempt(),
             )
             with groups_given_back():
-                rows = _search(planned, base, configs, candidates, at_a_time)
+                rows = _search(planner, base, len(candidates), at_a_time)
     best = _export_best(run, rows)
     report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
     run.write_report(report)
@@ -98,81 +108,91 @@ def _export_best(run: RunDirectory, rows: list[dict[str, Any]]) -> dict[str, Any
     return best
 
 
-def _resolve(config: TuneConfig, candidates: list[dict[str, Any]], capacity: Capacity):
-    from raylm.parallel.plan import Layout, apply_layout, plan_training
-
-    # A search runs many trials; one worker (or one copy of the model) each is what uses a small machine best.
-    workers = config.parallel.cut if config.resources.workers == "auto" else config.resources.workers
-    single = config.resources.model_copy(update={"workers": workers})
-    configs = []
-    layouts: dict[tuple, Layout] = {}
-    for candidate in candidates:
-        one = trial_config(config, candidate).model_copy(update={"resources": single})
-        # What of a trial a layout follows from.
-        section = one.training
-        key = (section.batch_size, section.sequence_length, section.optimizer, section.precision)
-        if key not in layouts:
-            layouts[key] = plan_training(one, capacity).layout
-        configs.append(apply_layout(one, layouts[key]))
-    use_gpu = layouts[key].use_gpu
-    return configs, concurrency(config, capacity.cpus, capacity.gpus, use_gpu, workers), use_gpu
+def _refuse_older(run: RunDirectory) -> None:
+    """Refuse to go on with a search of an older raylm, which drew other candidates from the same seed."""
+    saved = run.saved()
+    if saved is not None and "searcher" not in saved["tuning"]:
+        raise UserError(
+            f"run.name: {run.path} was begun by an older raylm, whose candidates cannot be drawn again; choose another "
+            "run.name to search anew"
+        )
 
 
-def _search(config: TuneConfig, base, configs, candidates, at_a_time: int) -> list[dict[str, Any]]:
+def _search(planner: Planner, base: TrainingJob, trials: int, at_a_time: int) -> list[dict[str, Any]]:
     # The setting of Tune's newer output prints its tables whatever ``verbose`` says; the older one keeps silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-
-    resources, tuning = config.resources, config.tuning
-    inside = configs[0].resources.workers == 1
-    share = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if base.use_gpu else {})} if inside else HEAD_NODE_SHARE
-    trainable = tune.with_resources(tune.with_parameters(run_trial, base=base, configs=configs), share)
-    scheduler = None
-    if tuning.scheduler == "asha":
-        scheduler = ASHAScheduler(
-            # Steps, not reports: a trial that goes on after an interrupt reports from where it stood.
-            time_attr="step",
-            # Larger than any number of steps, so that no trial is cut off at the end.
-            max_t=10**9,
-            grace_period=tuning.grace_evaluations * (config.training.evaluate_every_steps or 1),
-            reduction_factor=tuning.reduction_factor,
-        )
-    # A search that was interrupted goes on, unless trials now take another share of the cluster.
-    name = f"search-{configs[0].resources.workers}-workers-{at_a_time}-at-a-time"
-    storage = base.directory / "ray-tune"
-    if tune.Tuner.can_restore(storage / name):
-        tuner = tune.Tuner.restore(str(storage / name), trainable, resume_unfinished=True, restart_errored=True)
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"candidate": tune.grid_search(list(range(len(candidates))))},
-            tune_config=tune.TuneConfig(
-                metric=tuning.metric, mode="min", scheduler=scheduler, max_concurrent_trials=at_a_time
-            ),
-            run_config=tune.RunConfig(
-                name=name,
-                storage_path=str(storage),
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=resources.max_failures),
-            ),
-        )
-    with SearchProgress([trial_directory(base.directory, index) for index in range(len(candidates))]):
+    tuner = _tuner(planner, base, at_a_time)
+    with SearchProgress(base.directory / "trials", trials):
         results = tuner.fit()
     rows = []
     for result in results:
-        metrics, index = result.metrics or {}, result.config["candidate"]
-        finished = bool(metrics.get("finished"))
+        metrics = result.metrics or {}
         rows.append(
             {
-                "trial": index,
-                **candidates[index],
+                "trial": int(Path(result.path).name.split("-")[1]),
+                **{key: result.config[key] for key in planner.config.tuning.space},
                 "step": metrics.get("step"),
                 "validation_loss": metrics.get("validation_loss"),
-                "status": "failed" if result.error else "finished" if finished else "stopped",
+                "status": "failed" if result.error else "finished" if metrics.get("finished") else "stopped",
             }
         )
     return sorted(rows, key=lambda row: row["trial"])
+
+
+def _tuner(planner: Planner, base: TrainingJob, at_a_time: int) -> Tuner:
+    """Ray Tune over the space: of a search that was interrupted, or a new one."""
+    from ray import tune
+
+    config = planner.config
+    resources, tuning, workers = config.resources, config.tuning, base.config.resources.workers
+    share = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if base.use_gpu else {})}
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, base=base, planner=planner), share if workers == 1 else HEAD_NODE_SHARE
+    )
+    algorithm, space = SEARCHERS[tuning.searcher](config.run.seed, at_a_time), param_space(tuning)
+    # A search that was interrupted goes on, unless trials now take another share of the cluster.
+    name = f"search-{workers}-workers-{at_a_time}-at-a-time"
+    storage = base.directory / "ray-tune"
+    # Without the algorithm's state Ray Tune would draw nothing more.
+    if tune.Tuner.can_restore(storage / name) and algorithm.has_checkpoint(str(storage / name)):
+        return tune.Tuner.restore(
+            str(storage / name), trainable, resume_unfinished=True, restart_errored=True, param_space=space
+        )
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=tuning.metric,
+            mode="min",
+            search_alg=algorithm,
+            num_samples=rounds(tuning),
+            scheduler=_scheduler(config),
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(storage),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
+        ),
+    )
+
+
+def _scheduler(config: TuneConfig) -> TrialScheduler | None:
+    from ray.tune.schedulers import ASHAScheduler
+
+    tuning = config.tuning
+    if tuning.scheduler == "none":
+        return None
+    return ASHAScheduler(
+        # Steps, not reports: a trial that goes on after an interrupt reports from where it stood.
+        time_attr="step",
+        # Larger than any number of steps, so that no trial is cut off at the end.
+        max_t=10**9,
+        grace_period=tuning.grace_evaluations * (config.training.evaluate_every_steps or 1),
+        reduction_factor=tuning.reduction_factor,
+    )
 
 
 def describe(run: RunDirectory, report: dict[str, Any], keys: list[str]) -> str:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from raylm.config import load_config
-from raylm.config.tuning import Distribution
+from raylm.config.tuning import Distribution, TuningSection
 from raylm.errors import UserError
-from raylm.tuning.search import concurrency, draw_candidates
+from raylm.tuning.search import concurrency
+from raylm.tuning.space import draw_candidates
 from raylm.tuning.stage import tune
 from tests.conftest import holders_of_cpus
 
@@ -42,13 +45,28 @@ def test_draws_are_a_function_of_the_seed_and_stay_inside() -> None:
     space = {
         "training.learning_rate": Distribution(log_uniform=[1e-5, 1e-2]),
         "training.weight_decay": Distribution(grid=[0.0, 0.1]),
-        "training.batch_size": Distribution(integer=[1, 4]),
+        "training.batch_size": Distribution(integer=[1, 2]),
+        "training.optimizer": Distribution(choice=["adamw", None, [1, 2]]),
+        "training.warmup_steps": Distribution(uniform=[3, 4]),
     }
-    drawn = draw_candidates(space, 5, seed=3)
-    assert drawn == draw_candidates(space, 5, seed=3) != draw_candidates(space, 5, seed=4)
-    assert len(drawn) == 10
-    assert [c["training.weight_decay"] for c in drawn] == [0.0, 0.1] * 5
-    assert all(1e-5 <= c["training.learning_rate"] <= 1e-2 and 1 <= c["training.batch_size"] <= 4 for c in drawn)
+    tuning = TuningSection(space=space, trials=20)
+    drawn = draw_candidates(tuning, seed=3)
+    assert drawn == draw_candidates(tuning, seed=3) != draw_candidates(tuning, seed=4)
+    assert len(drawn) == 40
+    assert [c["training.weight_decay"] for c in drawn] == [0.0, 0.1] * 20
+    assert all(1e-5 <= c["training.learning_rate"] <= 1e-2 and 3 <= c["training.warmup_steps"] <= 4 for c in drawn)
+    assert {c["training.batch_size"] for c in drawn} == {1, 2}
+    assert all(c["training.optimizer"] in ("adamw", None, [1, 2]) for c in drawn)
+
+
+def test_grid_tries_every_combination_once() -> None:
+    space = {
+        "training.batch_size": Distribution(integer=[1, 3]),
+        "training.weight_decay": Distribution(choice=[0.0, 0.1]),
+        "training.optimizer": Distribution(grid=["adamw", "muon"]),
+    }
+    drawn = draw_candidates(TuningSection(space=space, searcher="grid", trials=5), seed=0)
+    assert len(drawn) == len({tuple(sorted(c.items())) for c in drawn}) == 12
 
 
 def test_concurrency_comes_from_the_resources(tiny_model: Path, tmp_path: Path) -> None:
@@ -80,13 +98,20 @@ def test_search_exports_the_best_trial(
 
 @pytest.mark.slow
 def test_trials_of_several_workers_are_stopped_early(ray_instance, tiny_model: Path, tmp_path: Path) -> None:
-    """Two trials, nested Ray Train runs of two workers each: the second, which is behind the first, is cut short."""
+    """Three trials, nested Ray Train runs of two workers each: those that are behind the first are cut short.
+
+    The workers of one trial take all CPUs of the cluster: a group that the second trial left would stop the third.
+    """
     path = write_config(tmp_path, tiny_model, max_concurrent=1)
-    overrides = ["resources.workers=2", "training.steps=60", "training.learning_rate=1.0e-4"]
-    tune(load_config("tune", path, [*overrides, "tuning.space={training.learning_rate: {grid: [1.0e-2, 1.0e-7]}}"]))
+    share = ray_instance.cluster_resources()["CPU"] / 2
+    overrides = ["resources.workers=2", f"resources.cpus_per_worker={share}", "training.steps=60"]
+    space = "tuning.space={training.learning_rate: {grid: [1.0e-2, 1.0e-7, 2.0e-7]}}"
+    with most_groups_at_a_time() as most:
+        tune(load_config("tune", path, [*overrides, space]))
+    assert most() == 1
     report = json.loads((tmp_path / "search" / "report.json").read_text())
-    assert [row["status"] for row in report["trials"]] == ["finished", "stopped"]
-    assert report["trials"][0]["step"] == 60 > report["trials"][1]["step"] > 0
+    assert [row["status"] for row in report["trials"]] == ["finished", "stopped", "stopped"]
+    assert all(60 > row["step"] > 0 for row in report["trials"][1:])
     assert report["best"]["training.learning_rate"] == 1e-2
     assert (tmp_path / "search" / "model" / "model.safetensors").is_file()
     # What the stopped trial's workers held is free again.
@@ -119,6 +144,78 @@ def test_interrupted_search_keeps_finished_trials(tiny_model: Path, tmp_path: Pa
     assert (trials / "trial-000" / "model" / "model.safetensors").stat().st_mtime_ns == finished
 
 
+@pytest.mark.slow
+def test_drawn_candidates_outlive_an_interrupt(tiny_model: Path, tmp_path: Path) -> None:
+    """What a search draws after it was killed is what it would have drawn, and what was checked before it began."""
+    space = {"training.learning_rate": {"log_uniform": [1e-5, 1e-2]}, "training.batch_size": {"choice": [2, 4]}}
+    path = write_config(tmp_path, tiny_model, scheduler="none", max_concurrent=1, space=space, trials=3)
+    command = [sys.executable, "-m", "raylm.cli", "tune", str(path), "training.steps=40"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        wait_until(lambda: (tmp_path / "search" / "trials" / "trial-001" / "metrics.jsonl").exists(), first)
+    finally:
+        first.kill()
+    first.communicate(timeout=60)
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert again.returncode == 0, again.stderr[-2000:]
+    report = json.loads((tmp_path / "search" / "report.json").read_text())
+    assert [row["step"] for row in report["trials"]] == [40, 40, 40]
+    tuning = load_config("tune", path).tuning
+    assert [{key: row[key] for key in space} for row in report["trials"]] == draw_candidates(tuning, seed=0)
+    # One of Ray Tune's own searches, which went on.
+    (search,) = (tmp_path / "search" / "ray-tune").iterdir()
+    assert len(list(search.glob("trial-*"))) == 3
+
+
+def test_search_of_an_older_raylm_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, tiny_model)
+    config = load_config("tune", path)
+    saved = config.model_dump(mode="json")
+    del saved["tuning"]["searcher"]
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "config.yaml").write_text(yaml.safe_dump({"stage": "tune", **saved}))
+    with pytest.raises(UserError, match=r"begun by an older raylm.*choose another run\.name to search anew"):
+        tune(config)
+
+
+def test_done_search_of_an_older_raylm_is_shown(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("tune", write_config(tmp_path, tiny_model))
+    saved = config.model_dump(mode="json")
+    del saved["tuning"]["searcher"]
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "config.yaml").write_text(yaml.safe_dump({"stage": "tune", **saved}))
+    row = {"trial": 0, "training.learning_rate": 0.01, "step": 12, "validation_loss": 2.0, "status": "finished"}
+    (tmp_path / "search" / "report.json").write_text(json.dumps({"best": row, "trials": [row]}))
+    tune(config)
+    assert "is done already" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def most_groups_at_a_time() -> Iterator[Callable[[], int]]:
+    """Watch the placement groups with bundles that hold CPUs; the result gives the most of them at a time."""
+    import ray
+
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.5):
+            groups = ray.util.placement_group_table().values()
+            holding = [g for g in groups if g["state"] == "CREATED" and "CPU" in g["bundles"].get(0, {})]
+            most = max(most, len(holding))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: most
+    finally:
+        done.set()
+        thread.join()
+
+
 def wait_until(reached: Callable[[], bool], process: subprocess.Popen) -> None:
     """Wait at most four minutes for ``reached`` while ``process`` runs."""
     until = time.monotonic() + 240
@@ -135,6 +232,11 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen) -> None:
         ("tuning.space={run.name: {grid: [a]}}", "found 'run.name', allowed: keys of training and objective"),
         ("tuning.space={training.learning_rate: {uniform: [2.0, 1.0]}}", "allowed: [low, high] with low < high"),
         ("tuning.space={training.learning_rate: {grid: [-1.0]}}", "training.learning_rate: found -1.0"),
+        ("tuning={searcher: tpe, space: {training.steps: {grid: [1]}}}", "tuning.searcher"),
+        (
+            "tuning={searcher: grid, space: {training.learning_rate: {uniform: [1.0, 2.0]}}}",
+            "allowed with grid: choice",
+        ),
     ],
 )
 def test_refused(tiny_model: Path, tmp_path: Path, override: str, expected: str) -> None:
