@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from raylm.cluster.capacity import PROCESS_BYTES
+from raylm.cluster.hardware import CPU, GPU
 from raylm.config.layout import batch_refusal, cutting_refusal, micro_batch_refusal, workers_refusal, zero_refusal
 from raylm.config.stages import TrainConfig
 from raylm.parallel.cut import Cut
@@ -34,27 +35,6 @@ if TYPE_CHECKING:
 MICRO_BATCH_TOKENS = 16384
 # Estimates that differ by less do not tell layouts apart.
 CLOSE = 1.1
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Round figures of a kind of worker.
-
-    Attributes:
-        flops: matrix products that training reaches, FLOP/s.
-        near: bytes/s to another worker of the node.
-        far: bytes/s to other nodes, each worker's share of what its node has.
-        half_full: tokens of a micro-batch at which a worker reaches half of its speed.
-    """
-
-    flops: float
-    near: float
-    far: float
-    half_full: float
-
-
-# A core; and a data-centre GPU of 2022 at less than half of its data sheet, with NVLink, and 400 Gbit/s for eight.
-CPU, GPU = Machine(40e9, 1e9, 0.5e9, 16), Machine(400e12, 200e9, 5e9, 256)
 
 
 @dataclass(frozen=True)
