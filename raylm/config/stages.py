@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import MayChange, Section
 from raylm.config.compression import CompressionSection
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.evaluation import EvaluationSection
@@ -25,7 +25,7 @@ class PrepareConfig(Section):
     run: LocalRunSection
     data: DataSection
     tokenizer: TokenizerSection = TokenizerSection()
-    resources: ResourcesSection = ResourcesSection()
+    resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
 
 class TrainConfig(Section):
@@ -36,10 +36,10 @@ class TrainConfig(Section):
     tokenizer: TokenizerSection | None = None
     model: ModelSection
     objective: ObjectiveSection = ObjectiveSection()
-    parallel: ParallelSection = ParallelSection()
+    parallel: Annotated[ParallelSection, MayChange()] = ParallelSection()
     training: TrainingSection
-    checkpoint: CheckpointSection = CheckpointSection()
-    resources: ResourcesSection = ResourcesSection()
+    checkpoint: Annotated[CheckpointSection, MayChange()] = CheckpointSection()
+    resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
     @model_validator(mode="after")
     def _objective(self) -> TrainConfig:
@@ -113,7 +113,7 @@ class EvaluateConfig(Section):
     data: DataSection
     model: ModelSection
     evaluation: EvaluationSection = EvaluationSection()
-    resources: ResourcesSection = ResourcesSection()
+    resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
 
 class CompressConfig(Section):
@@ -131,7 +131,7 @@ class ServeConfig(Section):
 
     run: LocalRunSection
     model: ModelSection
-    serving: ServingSection = ServingSection()
+    serving: Annotated[ServingSection, MayChange()] = ServingSection()
 
 
 STAGES: dict[str, type[Section]] = {
