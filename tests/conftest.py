@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cpus import become_free, free_cpus, holders_of_cpus
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -92,35 +94,10 @@ def cpus_are_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     if (ray := sys.modules.get("ray")) is None or not ray.is_initialized():
         return
     expected = ray.cluster_resources()["CPU"] if before is None else before
-    deadline = time.monotonic() + GIVING_BACK_SECONDS
-    while free_cpus() < expected:
-        if time.monotonic() > deadline:
-            warnings.warn(f"after {request.path.name} these still held CPUs of Ray: {holders_of_cpus()}", stacklevel=1)
-            ray.shutdown()
-            start_ray()
-            return
-        time.sleep(0.1)
-
-
-def free_cpus() -> float | None:
-    """CPUs that nothing holds in the Ray that this process is in, or None where it is in none."""
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return None
-    return ray.available_resources().get("CPU", 0.0)
-
-
-def holders_of_cpus() -> str:
-    """The living actors and the placement groups, in words."""
-    import ray
-    from ray.util import state
-
-    # Without its address, the newest Ray instance on the machine is asked.
-    address = ray.get_runtime_context().gcs_address
-    actors = state.list_actors(address, filters=[("state", "!=", "DEAD")], detail=True)
-    groups = state.list_placement_groups(address, filters=[("state", "!=", "REMOVED")], detail=True)
-    found = [f"{a.class_name} ({a.state}, {a.required_resources})" for a in actors]
-    return "; ".join(found + [f"placement group {g.name or g.placement_group_id} ({g.state})" for g in groups])
+    if not become_free(expected, GIVING_BACK_SECONDS):
+        warnings.warn(f"after {request.path.name} these still held CPUs of Ray: {holders_of_cpus()}", stacklevel=1)
+        ray.shutdown()
+        start_ray()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from raylm.cluster.hardware import GPUS
 from raylm.config.run import ResourcesSection
 
 # A worker holds this before it builds anything: on a CPU the imported libraries (measured), on a GPU CUDA's context and
@@ -13,11 +14,6 @@ from raylm.config.run import ResourcesSection
 PROCESS_BYTES = {False: 0.6e9, True: 1.5e9}
 # Ray keeps the rest of a node's memory for its object store.
 SHARE_OF_NODE = 0.7
-# Ray's names of GPUs (ray.util.accelerators) -> GiB of memory, the smallest that is sold under the name.
-GPU_MEMORY = {
-    "K80": 12, "P4": 8, "P100": 12, "V100": 16, "T4": 16, "L4": 24, "A10G": 24, "L40S": 48, "A100": 40, "A100-40G": 40,
-    "A100-80G": 80, "H100": 80, "H200": 141, "B200": 180,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,4 +130,4 @@ def cluster_capacity() -> Capacity:
 def _gpu_memory(resources: dict[str, float]) -> float | None:
     """Of a GPU of a node, by the name of it that Ray gives; None if it is not known."""
     named = (name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
-    return next((GPU_MEMORY[name] * 2.0**30 for name in named if name in GPU_MEMORY), None)
+    return next((GPUS[name].gib * 2.0**30 for name in named if name in GPUS), None)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raylm.config.base import Section
+from raylm.config.base import Section, may_change, nested_section
 from raylm.config.stages import STAGES
 from raylm.errors import UserError
 
@@ -174,13 +174,8 @@ def _walk(model: type[BaseModel], location: list[str]) -> tuple[type[BaseModel] 
             # The unknown key itself: its holder is what the caller wants.
             return section, keys
         if position < len(location) - 1:
-            section = _nested(section.model_fields[part].annotation)
+            section = nested_section(section.model_fields[part].annotation)
     return section, keys
-
-
-def _nested(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _kind(value: Any) -> str:
@@ -192,32 +187,13 @@ def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-# What may differ between the first start of a run and its resumption.
-_FREE_SECTIONS = {"parallel", "resources", "checkpoint", "serving"}
-_FREE_KEYS = {
-    "run.storage",
-    "training.steps",
-    "training.tokens",
-    "training.epochs",
-    "training.log_every_steps",
-    "training.evaluate_every_steps",
-    "training.evaluation_batches",
-    "training.early_stopping",
-    "training.anomalies",
-    "training.log_samples",
-    "training.compile",
-}
-
-
-def differing_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Dotted keys, with both values, in which two resolved configurations differ and may not."""
-    differences = []
-    for key, (old, new) in sorted(_compare(saved, current, "").items()):
-        free = key.split(".")[0] in _FREE_SECTIONS or any(key == k or key.startswith(k + ".") for k in _FREE_KEYS)
-        # auto stays with what the run began with.
-        if not free and (key, new) != ("training.precision", "auto"):
-            differences.append(f"{key} (was {old!r}, now {new!r})")
-    return differences
+def differing_keys(model: type[Section], saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Dotted keys, with both values, in which two resolved configurations differ and may not; the fields say which."""
+    return [
+        f"{key} (was {old!r}, now {new!r})"
+        for key, (old, new) in sorted(_compare(saved, current, "").items())
+        if not may_change(model, key, new)
+    ]
 
 
 def _compare(old: Any, new: Any, prefix: str) -> dict[str, tuple[Any, Any]]:

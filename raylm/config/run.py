@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import MayChange, Section
 
 
 class RunSection(Section):
@@ -16,7 +16,7 @@ class RunSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Directory name of the run. The same name in the same storage resumes."""
-    storage: str = "./runs"
+    storage: Annotated[str, MayChange()] = "./runs"
     """Directory that holds the runs; on several hosts it must be shared by all of them. pretrain and finetune also take
     any URI that Ray Train's storage does, such as ``s3://bucket/runs``."""
     seed: int = Field(default=0, ge=0)

@@ -56,7 +56,7 @@ class RunDirectory:
         # A run of an older raylm has none of the keys that came later: they were what they are by default.
         with contextlib.suppress(ValidationError):
             saved = type(self._config).model_validate(saved).model_dump(mode="json")
-        differences = differing_keys(saved, self._config.model_dump(mode="json"))
+        differences = differing_keys(type(self._config), saved, self._config.model_dump(mode="json"))
         if differences:
             raise UserError(
                 f"run.name: {self.path} was started with another configuration: {'; '.join(differences)}. "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import MayChange, Section
 from raylm.config.compression import CompressionSection
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.evaluation import EvaluationSection
 from raylm.config.families import FAMILY_TASKS
+from raylm.config.layout import layout_refusal
 from raylm.config.model import ModelSection, ObjectiveSection
 from raylm.config.run import LocalRunSection, ResourcesSection, RunSection
 from raylm.config.serving import ServingSection
@@ -25,7 +26,7 @@ class PrepareConfig(Section):
     run: LocalRunSection
     data: DataSection
     tokenizer: TokenizerSection = TokenizerSection()
-    resources: ResourcesSection = ResourcesSection()
+    resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
 
 class TrainConfig(Section):
@@ -36,10 +37,10 @@ class TrainConfig(Section):
     tokenizer: TokenizerSection | None = None
     model: ModelSection
     objective: ObjectiveSection = ObjectiveSection()
-    parallel: ParallelSection = ParallelSection()
+    parallel: Annotated[ParallelSection, MayChange()] = ParallelSection()
     training: TrainingSection
-    checkpoint: CheckpointSection = CheckpointSection()
-    resources: ResourcesSection = ResourcesSection()
+    checkpoint: Annotated[CheckpointSection, MayChange()] = CheckpointSection()
+    resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
     @model_validator(mode="after")
     def _objective(self) -> TrainConfig:
@@ -78,59 +79,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _layout(self) -> TrainConfig:
-        workers, data = self.resources.workers, self.parallel.data
-        if self.resources.elastic is not None:
-            for name in ("data", "tensor", "pipeline"):
-                if (found := getattr(self.parallel, name)) not in ("auto", 1) or (name == "data" and found == 1):
-                    raise ValueError(
-                        f"parallel.{name}: found {found}, allowed with resources.elastic: "
-                        f"{'auto' if name == 'data' else 1}, as the number of data-parallel workers changes"
-                    )
-        cut = self.parallel.cut
-        if isinstance(workers, int) and workers % cut:
-            raise ValueError(
-                f"resources.workers: found {workers}, allowed: auto or a multiple of parallel.tensor x "
-                f"parallel.pipeline ({cut})"
-            )
-        automatic = "auto" in (self.parallel.tensor, self.parallel.pipeline)
-        if isinstance(workers, int) and isinstance(data, int) and automatic and workers % (data * cut):
-            raise ValueError(
-                f"parallel.data: found {data}, allowed: auto or a divisor of {workers // cut}, as data x tensor x "
-                f"pipeline must equal resources.workers ({workers})"
-            )
-        if isinstance(workers, int) and isinstance(data, int) and not automatic and workers != data * cut:
-            raise ValueError(
-                f"parallel.data: found {data}, allowed: auto or {workers // cut}, as data x tensor x pipeline must "
-                f"equal resources.workers ({workers})"
-            )
-        if cut > 1 and self.parallel.zero_stage in (2, 3):
-            raise ValueError(
-                f"parallel.zero_stage: found {self.parallel.zero_stage}, allowed with parallel.tensor or "
-                "parallel.pipeline above 1: 0, 1, as gradients stay whole until the last micro-batch"
-            )
-        if cut > 1 and self.training.optimizer == "muon":
-            raise ValueError(
-                "training.optimizer: found muon, allowed with parallel.tensor or parallel.pipeline above 1: adamw, "
-                "sgd, as muon needs whole matrices"
-            )
-        if cut > 1 and self.objective.document_boundaries != "ignore":
-            raise ValueError(
-                f"objective.document_boundaries: found {self.objective.document_boundaries}, allowed with "
-                "parallel.tensor or parallel.pipeline above 1: ignore, as pipeline stages do not pass positions on"
-            )
-        known = workers // cut if isinstance(workers, int) and not automatic else data
-        if isinstance(known, int):
-            if self.training.batch_size % known:
-                raise ValueError(
-                    f"training.batch_size: found {self.training.batch_size}, allowed: a multiple of the "
-                    f"{known} data-parallel workers"
-                )
-            micro = self.parallel.micro_batch_size
-            if isinstance(micro, int) and (self.training.batch_size // known) % micro:
-                raise ValueError(
-                    f"parallel.micro_batch_size: found {micro}, allowed: a divisor of each worker's share of the "
-                    f"batch ({self.training.batch_size // known})"
-                )
+        if refusal := layout_refusal(self):
+            raise ValueError(refusal)
         return self
 
 
@@ -164,7 +114,7 @@ class EvaluateConfig(Section):
     data: DataSection
     model: ModelSection
     evaluation: EvaluationSection = EvaluationSection()
-    resources: ResourcesSection = ResourcesSection()
+    resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
 
 class CompressConfig(Section):
@@ -182,7 +132,7 @@ class ServeConfig(Section):
 
     run: LocalRunSection
     model: ModelSection
-    serving: ServingSection = ServingSection()
+    serving: Annotated[ServingSection, MayChange()] = ServingSection()
 
 
 STAGES: dict[str, type[Section]] = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import MayChange, Section
 
 
 class EarlyStoppingSection(Section):
@@ -38,11 +38,11 @@ class AnomaliesSection(Section):
 class TrainingSection(Section):
     """``training``: length, batch, optimizer, schedule, precision, logging."""
 
-    steps: int | None = Field(default=None, ge=1)
+    steps: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
     """Optimizer steps. Give one of steps, tokens and epochs."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
     """Tokens to train on; rounded up to whole steps."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: Annotated[float | None, MayChange()] = Field(default=None, gt=0)
     """Passes over the training set; rounded up to whole steps."""
     batch_size: int = Field(default=32, ge=1)
     """Sequences in a step, all workers together."""
@@ -72,23 +72,23 @@ class TrainingSection(Section):
     """Learning rate at the end, as a share of the peak."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient; 0 does not clip."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16"], MayChange(to=("auto",))] = "auto"
     """bf16 keeps fp32 master weights (parallel.zero_stage 1 to 3). auto: bf16 on a GPU; on CPUs what is measured to be
     faster when the run first starts, and fp32 where parallel.zero_stage is 0. A run stays with what it began with."""
-    compile: bool = False
+    compile: Annotated[bool, MayChange()] = False
     """Run the model through torch.compile: the first step takes a minute or so longer, the others less; needs a C++
     compiler on every node."""
-    log_every_steps: int = Field(default=10, ge=1)
+    log_every_steps: Annotated[int, MayChange()] = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
-    evaluate_every_steps: int | None = Field(default=None, ge=1)
+    evaluate_every_steps: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
     """Steps between two evaluations. By default only the end of training is evaluated."""
-    evaluation_batches: int | None = Field(default=None, ge=1)
+    evaluation_batches: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
     """Batches of an evaluation; by default the whole validation set."""
-    early_stopping: EarlyStoppingSection | None = None
+    early_stopping: Annotated[EarlyStoppingSection | None, MayChange()] = None
     """Stop when a metric no longer improves; off by default."""
-    anomalies: AnomaliesSection = AnomaliesSection()
+    anomalies: Annotated[AnomaliesSection, MayChange()] = AnomaliesSection()
     """What to do about a gradient that is not finite, or a loss that jumps."""
-    log_samples: bool = False
+    log_samples: Annotated[bool, MayChange()] = False
     """Write the sample numbers of every step to samples/, one file for each worker."""
 
     @model_validator(mode="after")

@@ -18,8 +18,8 @@ from raylm.config.data import DataSection
 from raylm.data.array_sets import SPLITS, ArraySamples, write_set
 from raylm.data.blocks import Block
 from raylm.data.documents import Split, hash_share
+from raylm.data.padding import encoder_batch
 from raylm.data.readers import read_block
-from raylm.data.samples import PAD_MULTIPLE
 from raylm.data.sources import open_sources
 from raylm.data.streams import InputErrors
 from raylm.errors import UserError
@@ -151,27 +151,6 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], most: int
     return [np.array(ids, dtype=np.int64) for ids in found]
 
 
-def pad_ids(rows: Sequence[np.ndarray], pad_id: int, most: int | None = None) -> dict[str, np.ndarray]:
-    """Token ids as one batch, padded on the right to a multiple of 8, at most to ``most`` tokens.
-
-    Returns:
-        input_ids, token_type_ids (all 0), attention_mask: int64 [n, T].
-    """
-    longest = max(map(len, rows))
-    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
-    if most is not None:
-        width = max(longest, min(width, most))
-    batch = {
-        "input_ids": np.full((len(rows), width), pad_id, dtype=np.int64),
-        "token_type_ids": np.zeros((len(rows), width), dtype=np.int64),
-        "attention_mask": np.zeros((len(rows), width), dtype=np.int64),
-    }
-    for place, ids in enumerate(rows):
-        batch["input_ids"][place, : len(ids)] = ids
-        batch["attention_mask"][place, : len(ids)] = 1
-    return batch
-
-
 class LabelledSamples(ArraySamples):
     """Texts with the number of their class, out of what :meth:`LabelledInput.write` wrote."""
 
@@ -179,10 +158,10 @@ class LabelledSamples(ArraySamples):
         super().__init__(directory, split, seed, ARRAYS)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """What :func:`pad_ids` returns, and ``targets`` int64 [n, 1]."""
+        """What :func:`raylm.data.padding.encoder_batch` returns, and ``targets`` int64 [n, 1]."""
         tokens, rows = self.arrays[0], self.rows(indices)
         ids = [np.asarray(tokens[start : start + length], dtype=np.int64) for start, length, _ in rows.tolist()]
-        return {**pad_ids(ids, self.pad_id, self.length), "targets": rows[:, 2:]}
+        return {**encoder_batch(ids, self.pad_id, self.length), "targets": rows[:, 2:]}
 
 
 def _named(labels: Sequence[str]) -> str:

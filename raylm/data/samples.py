@@ -13,12 +13,12 @@ from typing import Protocol
 import numpy as np
 
 from raylm.data.documents import Split
+from raylm.data.padding import padded_length
 from raylm.data.permutation import epoch_keys, permute
 from raylm.data.shards import TokenShards
 from raylm.errors import UserError
 
 IGNORED = -100
-PAD_MULTIPLE = 8
 _SHIFT = 1 << 32  # purpose number of an epoch's shift, apart from the rounds of the permutation
 
 
@@ -183,7 +183,7 @@ class PairSamples:
             places = permute(places, epochs, self.count, self._seed)
         starts, kept, answers, cut_at, cut = (column[:, None] for column in self._pairs[places].T)
         longest = int(kept.max(initial=2)) - 1
-        width = min(self._length, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
+        width = padded_length(longest, self._length)
         columns = np.arange(width + 1)
         sources = starts + columns + np.where(columns >= cut_at, cut, 0)
         present = columns < kept

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raylm.data.samples import PAD_MULTIPLE
+from raylm.data.padding import encoder_batch, pad_right
 from raylm.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,18 +121,7 @@ def pad(windows: list[Window], pad_id: int, most: int | None = None) -> dict[str
     Returns:
         input_ids, token_type_ids, attention_mask: int64 [n, T]; candidates: bool [n, T].
     """
-    longest = max(len(window.input_ids) for window in windows)
-    width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, most or 2 * longest + PAD_MULTIPLE)
-    batch = {
-        "input_ids": np.full((len(windows), width), pad_id, dtype=np.int64),
-        "token_type_ids": np.zeros((len(windows), width), dtype=np.int64),
-        "attention_mask": np.zeros((len(windows), width), dtype=np.int64),
-        "candidates": np.zeros((len(windows), width), dtype=bool),
-    }
-    for row, window in enumerate(windows):
-        length = len(window.input_ids)
-        batch["input_ids"][row, :length] = window.input_ids
-        batch["token_type_ids"][row, :length] = window.token_types
-        batch["attention_mask"][row, :length] = 1
-        batch["candidates"][row, :length] = window.candidates()
-    return batch
+    ids, types = [window.input_ids for window in windows], [window.token_types for window in windows]
+    batch = encoder_batch(ids, pad_id, most, types)
+    length = batch["input_ids"].shape[1]
+    return {**batch, "candidates": pad_right([window.candidates() for window in windows], length, False)}

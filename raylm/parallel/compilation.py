@@ -7,6 +7,7 @@ import shutil
 
 from torch import nn
 
+from raylm.config.layout import compiled_refusal
 from raylm.errors import UserError
 
 
@@ -18,11 +19,8 @@ def check_compilation(zero_stage: int) -> None:
     Raises:
         UserError: one line.
     """
-    if zero_stage == 3:
-        raise UserError(
-            "training.compile: found true, allowed with parallel.zero_stage 0, 1 and 2: ZeRO 3 gathers weights in "
-            "hooks of every layer, which leaves nothing to compile"
-        )
+    if refusal := compiled_refusal(zero_stage):
+        raise UserError(refusal)
     wanted = os.environ.get("CXX", "g++")
     if shutil.which(wanted) is None:
         raise UserError(

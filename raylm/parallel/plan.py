@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from raylm.cluster.capacity import Capacity, planned_cluster, this_machine
 from raylm.config.data import BYTE_ALPHABET
+from raylm.config.layout import bf16_refusal, compiled_refusal, micro_batch_refusal
 from raylm.config.stages import TrainConfig
 from raylm.data.loading import load_tokenizer
 from raylm.data.sources import open_sources
@@ -237,13 +238,12 @@ def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel |
             f"{places}, as the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs"
         )
     precision = training.precision if training.precision != "auto" else ("bf16" if use_gpu else "fp32")
-    if precision == "bf16" and parallel.zero_stage == 0:
+    if precision == "bf16" and (refusal := bf16_refusal(parallel.zero_stage)):
         if training.precision == "bf16":
-            raise UserError(
-                "parallel.zero_stage: found 0, allowed with training.precision bf16: 1, 2, 3, as ZeRO keeps the fp32 "
-                "master weights"
-            )
+            raise UserError(refusal)
         precision = "fp32"
+    if training.compile and (refusal := compiled_refusal(parallel.zero_stage)):
+        raise UserError(refusal)
     space = Space(
         config=config,
         model_config=model_config,
@@ -257,11 +257,9 @@ def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel |
     )
     for replicas in space.replicas(cut) if "auto" not in (parallel.tensor, parallel.pipeline) else []:
         share = -(-training.batch_size // replicas)
-        if parallel.micro_batch_size != "auto" and share % parallel.micro_batch_size and resources.elastic is None:
-            raise UserError(
-                f"parallel.micro_batch_size: found {parallel.micro_batch_size}, allowed: a divisor of each worker's "
-                f"share ({share})"
-            )
+        refusal = micro_batch_refusal(parallel.micro_batch_size, share)
+        if refusal and resources.elastic is None:
+            raise UserError(refusal)
     memory = ModelMemory(model_config, objective, training.sequence_length, bf16=space.bf16)
     found = candidates(space, memory)
     if not found:

@@ -22,24 +22,31 @@ def check_cuts(config: PretrainedConfig, parallel: ParallelSection, objective: O
     Raises:
         UserError: names the key, what was found and what is allowed.
     """
-    if parallel.cut == 1:
-        return
+    tensor, pipeline = (1 if n == "auto" else n for n in (parallel.tensor, parallel.pipeline))
+    if refusal := model_refusal(config, objective, tensor, pipeline):
+        raise UserError(refusal)
+
+
+def model_refusal(config: PretrainedConfig, objective: Objective, tensor: int, pipeline: int) -> str:
+    """Why the model cannot be cut so, as one line; empty where it can be."""
+    if tensor * pipeline == 1:
+        return ""
     from raylm.models.families import all_families, find_outline
 
-    tensor, pipeline = (1 if n == "auto" else n for n in (parallel.tensor, parallel.pipeline))
     found = f"parallel.tensor: found {tensor}" if tensor > 1 else f"parallel.pipeline: found {pipeline}"
     plan = find_outline(config.model_type)
     if plan is None:
-        raise UserError(
+        return (
             f"{found}, allowed for {config.model_type}: 1; tensor and pipeline parallelism are for "
             f"{', '.join(sorted(family.model_type for family in all_families() if family.outline))}"
         )
     if not objective.predicts_tokens:
-        raise UserError(f"{found}, allowed with objective.type {objective.name}: 1")
+        return f"{found}, allowed with objective.type {objective.name}: 1"
     for name in plan.shared_out:
         value = plan.shared_out[name](config)
         if value % tensor:
-            raise UserError(f"parallel.tensor: found {tensor}, allowed: a divisor of the model's {name} ({value})")
+            return f"parallel.tensor: found {tensor}, allowed: a divisor of the model's {name} ({value})"
     blocks = plan.block_count(config)
     if pipeline > blocks:
-        raise UserError(f"parallel.pipeline: found {pipeline}, allowed: at most the model's {blocks} blocks")
+        return f"parallel.pipeline: found {pipeline}, allowed: at most the model's {blocks} blocks"
+    return ""

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from math import gcd
 from typing import TYPE_CHECKING
 
 from raylm.cluster.capacity import PROCESS_BYTES
+from raylm.cluster.hardware import CPU, GPU
+from raylm.config.layout import batch_refusal, cutting_refusal, micro_batch_refusal, workers_refusal, zero_refusal
 from raylm.config.stages import TrainConfig
 from raylm.parallel.cut import Cut
+from raylm.parallel.refusals import model_refusal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,27 +35,6 @@ if TYPE_CHECKING:
 MICRO_BATCH_TOKENS = 16384
 # Estimates that differ by less do not tell layouts apart.
 CLOSE = 1.1
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Round figures of a kind of worker.
-
-    Attributes:
-        flops: matrix products that training reaches, FLOP/s.
-        near: bytes/s to another worker of the node.
-        far: bytes/s to other nodes, each worker's share of what its node has.
-        half_full: tokens of a micro-batch at which a worker reaches half of its speed.
-    """
-
-    flops: float
-    near: float
-    far: float
-    half_full: float
-
-
-# A core; and a data-centre GPU of 2022 at less than half of its data sheet, with NVLink, and 400 Gbit/s for eight.
-CPU, GPU = Machine(40e9, 1e9, 0.5e9, 16), Machine(400e12, 200e9, 5e9, 256)
 
 
 @dataclass(frozen=True)
@@ -119,71 +99,64 @@ class Space:
         """Bytes that are left of a worker's memory for training."""
         return None if self.limit is None else self.limit - PROCESS_BYTES[self.use_gpu]
 
-    @cached_property
-    def _cuttable(self) -> bool:
-        from raylm.models.families import find_outline
-
-        plain = self.config.training.optimizer != "muon" and self.config.resources.elastic is None
-        plain = plain and self.config.objective.document_boundaries == "ignore"
-        return plain and find_outline(self.model_config.model_type) is not None and self.objective.predicts_tokens
+    def _allows(self, tensor: int, pipeline: int) -> bool:
+        """Whether the model may be cut so."""
+        cut = tensor * pipeline
+        if cut > 1 and self.config.resources.elastic is not None:
+            return False
+        if cutting_refusal(self.config, cut):
+            return False
+        return not model_refusal(self.model_config, self.objective, tensor, pipeline)
 
     def tensors(self) -> list[int]:
         """Numbers of tensor-parallel ranks."""
         given = self.config.parallel.tensor
         if given != "auto":
             return [given]
-        if not self._cuttable:
-            return [1]
-        from raylm.models.families import find_outline
-
-        shared = gcd(
-            *(count(self.model_config) for count in find_outline(self.model_config.model_type).shared_out.values())
-        )
         # Tensor parallelism waits for each sum: not over a network.
-        return [n for n in range(1, min(self.places, self.per_node) + 1) if shared % n == 0 and self.per_node % n == 0]
+        most = min(self.places, self.per_node)
+        return [n for n in range(1, most + 1) if self.per_node % n == 0 and self._allows(n, 1)]
 
     def pipelines(self, tensor: int) -> list[int]:
         """Numbers of stages."""
         given = self.config.parallel.pipeline
         if given != "auto":
             return [given]
-        if not self._cuttable:
-            return [1]
-        from raylm.models.families import find_outline
-
-        most = min(self.places // tensor, find_outline(self.model_config.model_type).block_count(self.model_config))
-        return [n for n in range(1, most + 1) if (self.places // tensor) % n == 0 or n & (n - 1) == 0]
+        most = self.places // tensor
+        shared = [n for n in range(1, most + 1) if most % n == 0 or n & (n - 1) == 0]
+        return [n for n in shared if self._allows(tensor, n)]
 
     def replicas(self, cut: int) -> list[int]:
         """The largest number of replicas that the batch divides over, of ``cut`` workers each; none if not even one."""
-        parallel, resources, batch = self.config.parallel, self.config.resources, self.config.training.batch_size
+        resources, data, batch = self.config.resources, self.config.parallel.data, self.config.training.batch_size
         if resources.elastic is not None:
             return [max(resources.elastic[0], min(resources.elastic[1], self.places))]
         if isinstance(resources.workers, int):
-            replicas, rest = divmod(resources.workers, cut)
-            fits = rest == 0 and batch % max(1, replicas) == 0 and parallel.data in ("auto", replicas)
-            return [replicas] if fits and replicas else []
-        if parallel.data != "auto":
-            return [parallel.data] if parallel.data * cut <= self.places and batch % parallel.data == 0 else []
-        return next(([n] for n in range(self.places // cut, 0, -1) if batch % n == 0), [])
+            if workers_refusal(resources.workers, data, cut, settled=True):
+                return []
+            sizes = [resources.workers // cut]
+        elif data != "auto":
+            sizes = [data] if data * cut <= self.places else []
+        else:
+            sizes = list(range(self.places // cut, 0, -1))
+        return next(([n] for n in sizes if not batch_refusal(batch, n)), [])
 
     def zero_stages(self, cut: int) -> list[int]:
         """ZeRO stages that go with ``cut`` workers a replica."""
-        given = self.config.parallel.zero_stage
-        if given != "auto":
-            return [given]
-        # Without ZeRO nothing keeps fp32 weights beside the bf16 ones.
-        most = 1 if cut > 1 else 2 if self.config.training.compile else 3
-        return list(range(1 if self.bf16 else 0, most + 1))
+        given, compiled = self.config.parallel.zero_stage, self.config.training.compile
+        stages = [0, 1, 2, 3] if given == "auto" else [given]
+        return [n for n in stages if not zero_refusal(n, cut, bf16=self.bf16, compiled=compiled)]
 
     def micro_batch_sizes(self, replicas: int) -> list[int]:
         """Sizes that divide a replica's share of the batch, the largest first."""
         training, given = self.config.training, self.config.parallel.micro_batch_size
-        if given != "auto":
-            return [given]
         share = -(-training.batch_size // replicas)
+        if given != "auto":
+            # The shares of an elastic run change: its last micro-batch may be a smaller one.
+            elastic = self.config.resources.elastic is not None
+            return [given] if elastic or not micro_batch_refusal(given, share) else []
         limit = max(1, MICRO_BATCH_TOKENS // training.sequence_length)
-        return [n for n in range(min(share, limit), 0, -1) if share % n == 0]
+        return [n for n in range(min(share, limit), 0, -1) if not micro_batch_refusal(n, share)]
 
     def checkpointings(self) -> list[bool]:
         """Whether activations are recomputed."""
@@ -196,14 +169,15 @@ class Space:
             for pipeline in self.pipelines(tensor):
                 for replicas in self.replicas(tensor * pipeline):
                     share = -(-self.config.training.batch_size // replicas)
-                    for zero_stage in self.zero_stages(tensor * pipeline):
+                    sizes = self.micro_batch_sizes(replicas)
+                    for zero_stage in self.zero_stages(tensor * pipeline) if sizes else []:
                         yield [
                             Cut(
                                 replicas, tensor, pipeline, zero_stage, micro, -(-share // micro), checkpointing,
                                 self.bf16, self.config.training.optimizer,
                             )
                             for checkpointing in self.checkpointings()
-                            for micro in self.micro_batch_sizes(replicas)
+                            for micro in sizes
                         ]  # fmt: skip
 
 

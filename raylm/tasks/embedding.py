@@ -11,8 +11,9 @@ import numpy as np
 
 from raylm.config.stages import CompressConfig, EvaluateConfig
 from raylm.data.evaluation_texts import evaluation_texts
-from raylm.data.labelled import encode_texts, pad_ids
+from raylm.data.labelled import encode_texts
 from raylm.data.loading import load_tokenizer
+from raylm.data.padding import encoder_batch
 from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions, sentence_length
 from raylm.models.heads import NONE
@@ -36,7 +37,7 @@ class EmbeddedTexts:
         self.count, self.length, self.vocabulary_size = len(texts), length, len(tokenizer)
         ids, pad_id = encode_texts(tokenizer, texts, length), tokenizer.pad_token_id or 0
         numbers = by_length([len(row) for row in ids], batch_size)
-        self.batches = Batches(numbers, lambda batch: pad_ids([ids[number] for number in batch], pad_id, length))
+        self.batches = Batches(numbers, lambda batch: encoder_batch([ids[number] for number in batch], pad_id, length))
 
     def figures(self, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
         """None."""

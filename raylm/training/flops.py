@@ -14,14 +14,12 @@ import time
 import torch
 from transformers import PreTrainedModel
 
+from raylm.cluster.hardware import known_peak
 from raylm.models.families import find_family
 from raylm.models.structure import lookup_names
 
 FORMULA = "6*N_matmul + 12*layers*width*sequence_length FLOPs a token (causal attention at half)"
 MATRIX_SIZE = 1024
-
-# Dense bf16 peaks, FLOP/s, from NVIDIA's data sheets; the first name that the device's name contains.
-GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
 
 
 def flops_per_token(model: PreTrainedModel, sequence_length: int, target_length: int = 0) -> float:
@@ -60,10 +58,9 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int, target_length:
 def peak_flops(device: torch.device, seconds: float = 0.5) -> float:
     """Matrix-product peak of this process, FLOP/s: from the data sheet on a known GPU, else measured in fp32."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, peak in GPU_PEAKS.items():
-            if known in name:
-                return peak
+        peak = known_peak(torch.cuda.get_device_name(device))
+        if peak is not None:
+            return peak
     a = torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device)
     b = torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device)
     a @ b

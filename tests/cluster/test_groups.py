@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from raylm.cluster.groups import groups_given_back
-
-
-def free() -> float:
-    return ray.available_resources().get("CPU", 0.0)
-
-
-def wait_for(cpus: float) -> None:
-    deadline = time.monotonic() + 30
-    while free() != cpus:
-        assert time.monotonic() < deadline, free()
-        time.sleep(0.1)
+from tests.cpus import become_free, holders_of_cpus
 
 
 def test_what_is_left_is_given_back(ray_instance: object) -> None:
@@ -28,7 +16,7 @@ def test_what_is_left_is_given_back(ray_instance: object) -> None:
     with groups_given_back():
         left = placement_group([{"CPU": 1}] * 2)
         ray.get(left.ready(), timeout=60)
-        wait_for(whole - 3)
-    wait_for(whole - 1)
+        assert become_free(whole - 3, exactly=True), holders_of_cpus()
+    assert become_free(whole - 1, exactly=True), holders_of_cpus()
     remove_placement_group(older)
-    wait_for(whole)
+    assert become_free(whole, exactly=True), holders_of_cpus()

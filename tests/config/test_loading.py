@@ -12,6 +12,7 @@ import pytest
 from raylm.config import load_config
 from raylm.config.loading import differing_keys, to_yaml
 from raylm.config.run_directory import RunDirectory
+from raylm.config.stages import PretrainConfig
 from raylm.errors import UserError
 
 PRETRAIN = """
@@ -93,9 +94,11 @@ def test_resolved_configuration_round_trips(pretrain_file: Path, tmp_path: Path)
 def test_resuming_may_change_layout_and_length_only(pretrain_file: Path) -> None:
     saved = load_config("pretrain", pretrain_file).model_dump(mode="json")
     free = load_config("pretrain", pretrain_file, ["training.steps=20", "parallel.zero_stage=3", "resources.workers=2"])
-    assert differing_keys(saved, free.model_dump(mode="json")) == []
+    assert differing_keys(PretrainConfig, saved, free.model_dump(mode="json")) == []
     other = load_config("pretrain", pretrain_file, ["training.learning_rate=0.5"])
-    assert differing_keys(saved, other.model_dump(mode="json")) == ["training.learning_rate (was 0.001, now 0.5)"]
+    assert differing_keys(type(other), saved, other.model_dump(mode="json")) == [
+        "training.learning_rate (was 0.001, now 0.5)"
+    ]
 
 
 def test_run_directory_refuses_another_configuration(pretrain_file: Path, tmp_path: Path) -> None:

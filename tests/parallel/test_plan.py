@@ -71,8 +71,21 @@ def test_auto_takes_what_the_batch_divides_over(config: PretrainConfig) -> None:
 def test_micro_batches_are_accumulated(config: PretrainConfig) -> None:
     layout = planned(changed(config, "parallel", micro_batch_size=3), 2).layout
     assert (layout.workers, layout.cut.micro_batch_size, layout.cut.accumulation) == (2, 3, 2)
-    with pytest.raises(UserError, match=r"parallel\.micro_batch_size: found 4, allowed: a divisor of .* share \(6\)"):
+    with pytest.raises(UserError, match=r"parallel\.micro_batch_size: found 4, allowed: a divisor of .* batch \(6\)"):
         planned(changed(config, "parallel", micro_batch_size=4), 2)
+
+
+def test_the_search_keeps_to_the_rules_of_the_file(config: PretrainConfig) -> None:
+    """What a file may not say with tensor and pipeline in numbers is not found for auto either."""
+    searched = changed(config, "parallel", tensor="auto", pipeline="auto", zero_stage=2)
+    assert {(c.cut.tensor, c.cut.pipeline) for c in planned(searched, 4).candidates} == {(1, 1)}
+    searched = changed(config, "parallel", tensor="auto", pipeline="auto", micro_batch_size=4)
+    assert all(c.cut.data * c.cut.accumulation * 4 == 12 for c in planned(searched, 4).candidates)
+    with pytest.raises(UserError, match=r"training\.batch_size: found 12, allowed: a multiple"):
+        planned(changed(searched, "parallel", micro_batch_size=5), 4)
+    both = changed(changed(config, "parallel", zero_stage=3), "training", compile=True)
+    with pytest.raises(UserError, match=r"training\.compile: found true, allowed with parallel\.zero_stage 0, 1 and 2"):
+        planned(both, 2)
 
 
 def test_fractions_of_a_cpu_hold_more_workers(config: PretrainConfig) -> None:

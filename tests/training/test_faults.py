@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from raylm.training.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.events import read_events
 from raylm.training.metrics import read_metrics
 from raylm.training.stage import pretrain
+from tests.cpus import become_free, holders_of_cpus
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -83,10 +83,7 @@ def test_interrupt_leaves_nothing_of_ray_train(ray_instance, make_run: Callable)
         pretrain(load_config("pretrain", run.config))
     # A thread that waits in Ray while Ray shuts down ends the process.
     assert "raylm-fit" not in [thread.name for thread in threading.enumerate()]
-    deadline = time.monotonic() + 20
-    while ray_instance.available_resources()["CPU"] < ray_instance.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline, "the workers' CPUs are not free again"
-        time.sleep(0.2)
+    assert become_free(), f"the workers' CPUs are not free again: {holders_of_cpus()}"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from collections import deque
 
 import numpy as np
 
+from raylm.data.padding import encoder_batch
 from raylm.models.encoders import Encoder
 from raylm.serving.engines.base import Backend, Embed, Encode, Event, Generate, Reading, Score
 
@@ -61,21 +62,9 @@ class EncoderBackend(Backend):
 
     def encode(self, batch: list[Encode | Embed]) -> list[np.ndarray]:
         """What the encoder says of each text: scores [T, 2], logits [labels] or hidden states [T, width]."""
-        longest = max(len(command.ids) for command in batch)
-        width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        if self._most is not None:
-            width = max(longest, min(width, self._most))
-        arrays = {
-            "input_ids": np.full((len(batch), width), self._pad_id, dtype=np.int64),
-            "token_type_ids": np.zeros((len(batch), width), dtype=np.int64),
-            "attention_mask": np.zeros((len(batch), width), dtype=np.int64),
-        }
-        for row, command in enumerate(batch):
-            length = len(command.ids)
-            arrays["input_ids"][row, :length] = command.ids
-            arrays["attention_mask"][row, :length] = 1
-            if isinstance(command, Encode) and command.types is not None:
-                arrays["token_type_ids"][row, :length] = command.types
+        types = [command.types if isinstance(command, Encode) else None for command in batch]
+        ids = [command.ids for command in batch]
+        arrays = encoder_batch(ids, self._pad_id, self._most, types, multiple=WIDTH_MULTIPLE)
         outputs = self._encoder.outputs(arrays)
         if outputs.ndim == 2:
             return list(outputs)

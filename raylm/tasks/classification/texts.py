@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.config.stages import CompressConfig, EvaluateConfig
-from raylm.data.labelled import LabelledText, encode_texts, evaluation_labelled, pad_ids
+from raylm.data.labelled import LabelledText, encode_texts, evaluation_labelled
 from raylm.data.loading import load_tokenizer
+from raylm.data.padding import encoder_batch
 from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions, label_names
 from raylm.models.loading import load_config
@@ -61,7 +62,7 @@ class TextSet:
         pad_id = tokenizer.pad_token_id
         self.batches = Batches(
             by_length([len(row) for row in ids], batch_size),
-            lambda batch: pad_ids([ids[number] for number in batch], pad_id),
+            lambda batch: encoder_batch([ids[number] for number in batch], pad_id),
         )
 
     def logits(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
