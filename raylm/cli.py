@@ -40,7 +40,7 @@ INTERRUPTED = 130
 
 # Stage -> module and function that run it; imported only when the stage is called.
 STAGE_FUNCTIONS = {
-    "prepare": ("raylm.data.prepare", "prepare"),
+    "prepare": ("raylm.data.prepare.stage", "prepare"),
     "pretrain": ("raylm.training.stage", "pretrain"),
     "finetune": ("raylm.training.stage", "finetune"),
     "tune": ("raylm.tuning.stage", "tune"),
@@ -193,7 +193,7 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
       raylm plan jobs/recipes/encoders/bert.yaml resources.workers=4 parallel.tensor=2
     """
     from raylm.config import load_config
-    from raylm.parallel.plan import make_plan
+    from raylm.parallel.plan.planning import make_plan
 
     print(make_plan(load_config("pretrain", config, overrides or [])).describe())
 

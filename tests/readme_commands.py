@@ -300,7 +300,7 @@ def find_route(method: str, path: str) -> str | None:
 def routes() -> dict[tuple[str, str], str | None]:
     """(method, path) -> class of the body, read from the source of the routes."""
     found: dict[tuple[str, str], str | None] = {("GET", "/openapi.json"): None}
-    for name in ("routes", "collections"):
+    for name in ("http/routes", "retrieval/collections"):
         tree = ast.parse((ROOT / "raylm" / "serving" / f"{name}.py").read_text(encoding="utf-8"))
         prefixes = [
             ast.literal_eval(keyword.value)
@@ -322,7 +322,7 @@ def routes() -> dict[tuple[str, str], str | None]:
 
 def body_model(name: str | None) -> type[BaseModel]:
     """The class of a request's body."""
-    for module in ("requests", "collections", "classification"):
+    for module in ("http.requests", "retrieval.collections", "tasks.classification"):
         found = getattr(importlib.import_module(f"raylm.serving.{module}"), name or "", None)
         if found is not None:
             return found

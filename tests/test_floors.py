@@ -62,7 +62,7 @@ def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
 
 
 def room(module: str) -> str:
-    """``raylm.data.readers`` is in ``data``."""
+    """``raylm.data.sources.readers`` is in ``data``."""
     return module.split(".")[1]
 
 

@@ -3,7 +3,7 @@
 The configuration asks when it is read, the plan and the search of :mod:`raylm.parallel` ask about the layouts that
 they weigh. Each function returns the refusal as one line, empty where the layout is allowed. ``cut`` is the number of
 workers that hold one copy of the model: tensor x pipeline. What the model itself does not allow stands in
-:mod:`raylm.parallel.refusals`.
+:mod:`raylm.parallel.plan.refusals`.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def open_text(data: DataSection, split: str, tokenizer) -> TextStream:
     Raises:
         UserError: there is no text.
     """
-    from raylm.data.evaluation_texts import evaluation_texts
+    from raylm.data.samples.evaluation_texts import evaluation_texts
 
     stream = make_stream(evaluation_texts(data, split), tokenizer)
     if not stream.document_count:

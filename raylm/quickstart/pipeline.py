@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config import load_config
-from raylm.data.stdlib import question_about
+from raylm.data.sources.stdlib import question_about
 from raylm.doctor.network import holder, port_error
 from raylm.errors import RunFailure, UserError
 from raylm.quickstart.display import Display, choose_display

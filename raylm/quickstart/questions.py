@@ -19,8 +19,8 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from raylm.data.documents import Document, hash_share, read_documents
-from raylm.data.stdlib import opening_sentence, question_about
+from raylm.data.sources.documents import Document, hash_share, read_documents
+from raylm.data.sources.stdlib import opening_sentence, question_about
 from raylm.data.words import normalized, words_of
 from raylm.errors import RunFailure
 

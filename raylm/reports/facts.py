@@ -8,7 +8,7 @@ from typing import Any
 from raylm.compression.table import notes, rows
 from raylm.pages import folded, number, size, table
 from raylm.reports.runs import Run, scalar
-from raylm.training.summary import clock, facts, interval_seconds, peak_memory, utilisation, validation_losses
+from raylm.training.reports.summary import clock, facts, interval_seconds, peak_memory, utilisation, validation_losses
 
 MOST_ROWS = 64
 MEASURES = {

@@ -35,7 +35,7 @@ def write_report(paths: list[Path], output: Path | None = None) -> Path:
     if len(runs) == 1:
         target = output or runs[0].path / NAME
         if runs[0].stage == "prepare":
-            from raylm.data.card_page import write_card
+            from raylm.data.prepare.card_page import write_card
 
             if runs[0].report is not None:
                 return write_card(runs[0].path, runs[0].report, target)

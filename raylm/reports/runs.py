@@ -12,8 +12,8 @@ import yaml
 
 from raylm.config.stages import STAGES
 from raylm.errors import UserError
-from raylm.training.events import read_events
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.events import read_events
+from raylm.training.reports.metrics import read_metrics
 
 # Optimizer or schedule -> keys of ``training`` that only others read.
 UNUSED_BY_OPTIMIZER = {

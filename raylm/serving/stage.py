@@ -23,7 +23,7 @@ from raylm.errors import RunFailure, UserError, first_line
 from raylm.models.heads import NONE
 from raylm.models.loading import load_config
 from raylm.progress import Activity
-from raylm.serving.access import ENVIRONMENT_VARIABLE, load_key_hashes
+from raylm.serving.http.access import ENVIRONMENT_VARIABLE, load_key_hashes
 from raylm.tasks import task_of
 
 APPLICATION = "raylm"
@@ -144,7 +144,7 @@ def _report(run: RunDirectory, url: str, last: dict[str, Any], start_seconds: fl
 
 
 def _announce(config: ServeConfig, url: str) -> None:
-    from raylm.serving.app import model_name
+    from raylm.serving.deploy.app import model_name
 
     name = model_name(config)
     print(f"serving {name} at {url} (Ctrl-C stops it)")
@@ -185,7 +185,7 @@ def check_access(serving: ServingSection) -> None:
 
 def check_model(config: ServeConfig) -> None:
     """Refuse a model directory that is missing, incomplete or damaged; reads headers, not weights."""
-    from raylm.serving.app import model_sources
+    from raylm.serving.deploy.app import model_sources
 
     for name, model in model_sources(config).items():
         key = f"serving.models.{name}.path" if name in config.serving.models else "model.path"
@@ -248,7 +248,7 @@ def example_request(config: ServeConfig, url: str, name: str) -> str:
 def _start(config: ServeConfig) -> None:
     from ray import serve as ray_serve
 
-    from raylm.serving.app import build_application
+    from raylm.serving.deploy.app import build_application
 
     serving = config.serving
     quiet = {"log_level": "WARNING", "enable_access_log": False}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from raylm.config.model import ObjectiveSection
-from raylm.data.documents import Split
-from raylm.data.samples import IGNORED, PairSamples, Samples, open_samples
+from raylm.data.samples.token_samples import IGNORED, PairSamples, Samples, open_samples
+from raylm.data.sources.documents import Split
 from raylm.models.families import find_family
 from raylm.models.heads import CAUSAL, Head
 from raylm.tasks.base import GENERATION, Task

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.config.stages import CompressConfig, EvaluateConfig
-from raylm.data.evaluation_texts import evaluation_texts
-from raylm.data.labelled import encode_texts
 from raylm.data.loading import load_tokenizer
 from raylm.data.padding import encoder_batch
+from raylm.data.samples.evaluation_texts import evaluation_texts
+from raylm.data.samples.labelled import encode_texts
 from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions, sentence_length
 from raylm.models.heads import NONE

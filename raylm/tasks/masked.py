@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
-from raylm.data.documents import Split
 from raylm.data.loading import load_tokenizer
-from raylm.data.noise import choose, draw
-from raylm.data.samples import IGNORED, PackedSamples, Samples
-from raylm.data.shards import TokenShards
+from raylm.data.samples.noise import choose, draw
+from raylm.data.samples.token_samples import IGNORED, PackedSamples, Samples
+from raylm.data.sources.documents import Split
+from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
 from raylm.models.heads import MASKED, Head
 from raylm.tasks.base import GENERATION, Task
@@ -63,7 +63,7 @@ class MaskedObjective(Objective):
 
 
 class MaskedSamples:
-    """Windows of text with tokens hidden; see :class:`raylm.data.samples.Samples`.
+    """Windows of text with tokens hidden; see :class:`raylm.data.samples.token_samples.Samples`.
 
     Args:
         directory: a prepared directory of documents.

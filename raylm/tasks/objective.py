@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from raylm.config.model import ObjectiveSection
-from raylm.data.documents import Split
-from raylm.data.samples import IGNORED, Samples
+from raylm.data.samples.token_samples import IGNORED, Samples
+from raylm.data.sources.documents import Split
 from raylm.errors import UserError
 from raylm.models.heads import Head
 from raylm.tasks.rows import RowReader

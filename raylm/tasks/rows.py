@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from raylm.config.data import DataSection
 from raylm.config.model import ObjectiveSection
-from raylm.data.array_sets import verify_set
-from raylm.data.sources import MANIFEST
+from raylm.data.samples.array_sets import verify_set
+from raylm.data.sources.segments import MANIFEST
 from raylm.errors import UserError
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from raylm.config.data import SENTINEL_TOKEN
-from raylm.data.documents import Split
 from raylm.data.loading import load_tokenizer
-from raylm.data.noise import choose, draw
-from raylm.data.samples import IGNORED, PackedSamples, Samples
-from raylm.data.shards import TokenShards
+from raylm.data.samples.noise import choose, draw
+from raylm.data.samples.token_samples import IGNORED, PackedSamples, Samples
+from raylm.data.sources.documents import Split
+from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
 from raylm.models.heads import SEQUENCE_TO_SEQUENCE, Head
 from raylm.tasks.base import GENERATION, Task
@@ -110,7 +110,7 @@ def corruption(sequence_length: int, fraction: float, span_length: float) -> tup
 
 
 class SpanSamples:
-    """Windows of text with spans hidden; see :class:`raylm.data.samples.Samples`.
+    """Windows of text with spans hidden; see :class:`raylm.data.samples.token_samples.Samples`.
 
     Args:
         directory: a prepared directory of documents.

@@ -1,7 +1,8 @@
 """What a run computes in: measured when it begins on CPUs, kept for all its starts.
 
-In: the configuration and the joined cluster. Out: the decision of :mod:`raylm.parallel.precision`, from measurements on
-every node, or what the run began with. ``config.yaml`` holds the precision, ``precision.json`` the figures.
+In: the configuration and the joined cluster. Out: the decision of :mod:`raylm.parallel.plan.precision`, from
+measurements on every node, or what the run began with. ``config.yaml`` holds the precision, ``precision.json`` the
+figures.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylm.config.run_directory import RunDirectory, write_atomically
 from raylm.config.stages import TrainConfig
-from raylm.parallel.precision import LayerTimes, Precision, decide, measure, settled, width_of
+from raylm.parallel.plan.precision import LayerTimes, Precision, decide, measure, settled, width_of
 
 if TYPE_CHECKING:
     from raylm.cluster.capacity import Capacity

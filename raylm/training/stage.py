@@ -13,19 +13,19 @@ from raylm.cluster.session import ray_session
 from raylm.config.data import TokenizerSection
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
-from raylm.data.sources import MANIFEST
+from raylm.data.sources.segments import MANIFEST
 from raylm.errors import UserError
 from raylm.progress import Activity
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from raylm.data.prepare import Input
-    from raylm.parallel.plan import TrainedModel
-    from raylm.parallel.precision import Precision
+    from raylm.data.prepare.stage import Input
+    from raylm.parallel.plan.planning import TrainedModel
+    from raylm.parallel.plan.precision import Precision
     from raylm.tasks.objective import Objective
     from raylm.tasks.rows import Rows
-    from raylm.training.mirror import Mirror
+    from raylm.training.checkpoints.mirror import Mirror
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -60,8 +60,8 @@ def validate(config: TrainConfig) -> Checked:
     from raylm.data.loading import load_tokenizer
     from raylm.models.families.build import check_head
     from raylm.models.loading import load_config
-    from raylm.parallel.compilation import check_compilation
-    from raylm.parallel.plan import check_model
+    from raylm.parallel.engines.compilation import check_compilation
+    from raylm.parallel.plan.planning import check_model
     from raylm.tasks import make_objective
 
     if config.training.compile:
@@ -82,8 +82,8 @@ def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfi
     Raises:
         UserError: one line.
     """
-    from raylm.data.prepare import Input, prepared_directory
-    from raylm.data.shards import verify_prepared
+    from raylm.data.prepare.stage import Input, prepared_directory
+    from raylm.data.tokens.shards import verify_prepared
 
     source, own = prepared_directory(config.data), config.run.directory / "data"
     if objective.rows is not None:
@@ -116,7 +116,7 @@ def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
     """
     if config.model.path is None:
         return
-    from raylm.data.tokenizers import reused_hash
+    from raylm.data.tokens.tokenizers import reused_hash
 
     found, expected = manifest["tokenizer_hash"], reused_hash(tokenizer_section(config).path)
     if found != expected:
@@ -154,7 +154,7 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple
         checked: what :func:`validate` returned.
     """
     from raylm.data.loading import load_tokenizer
-    from raylm.data.prepare import prepare_directory, prepared_directory
+    from raylm.data.prepare.stage import prepare_directory, prepared_directory
 
     objective, own = checked.model.objective, directory / "data"
     if objective.rows is not None:
@@ -171,7 +171,7 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple
 def shared_inputs(config: TrainConfig) -> dict[str, Path]:
     """The folders of this machine that every worker reads, by key of the configuration."""
     from raylm.data.loading import resolve_model
-    from raylm.data.prepare import prepared_directory
+    from raylm.data.prepare.stage import prepared_directory
 
     inputs = {}
     if (source := prepared_directory(config.data)) is not None:
@@ -189,7 +189,7 @@ def bits_per_byte(
     The windows of the packed validation stream do not overlap, so ``raylm evaluate``, which gives each token more
     context, finds less on the same bytes.
     """
-    from raylm.data.shards import TokenShards
+    from raylm.data.tokens.shards import TokenShards
 
     if not objective.counts_text:
         return {}
@@ -209,11 +209,11 @@ def run_training(stage: str, config: TrainConfig) -> None:
         UserError: configuration or input is wrong; nothing was started.
         RunFailure: the run failed; the same command goes on from its last checkpoint.
     """
-    from raylm.training.events import EVENTS
-    from raylm.training.metrics import read_metrics
-    from raylm.training.mirror import METRICS, SUMMARY, Mirror
-    from raylm.training.storage import Storage
-    from raylm.training.summary import summarize
+    from raylm.training.checkpoints.mirror import METRICS, SUMMARY, Mirror
+    from raylm.training.checkpoints.storage import Storage
+    from raylm.training.reports.events import EVENTS
+    from raylm.training.reports.metrics import read_metrics
+    from raylm.training.reports.summary import summarize
 
     run = RunDirectory(stage, config)
     mirror = Mirror(Storage(config.run.uri), run.path)
@@ -241,12 +241,12 @@ def _train(
 ) -> tuple[dict[str, Any], Path, Precision]:
     """Plan on the joined cluster and train there; returns the last figures, the data's directory and the precision."""
     from raylm.data.loading import resolve_model
-    from raylm.parallel.plan import apply_layout, plan_training, recorded
-    from raylm.parallel.precision import with_precision
-    from raylm.training.launch import exclusive, launch, new_attempt
+    from raylm.parallel.plan.planning import apply_layout, plan_training, recorded
+    from raylm.parallel.plan.precision import with_precision
+    from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
-    from raylm.training.sharing import check_shared
-    from raylm.training.worker import TrainingJob
+    from raylm.training.ray_train.launch import exclusive, launch, new_attempt
+    from raylm.training.ray_train.sharing import check_shared
 
     capacity, model_config = cluster_capacity(), checked.model.config
     resumed = run.saved() is not None

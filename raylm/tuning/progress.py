@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from raylm.progress import ProgressBar
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.metrics import read_metrics
 
 LOOK_SECONDS = 2.0
 

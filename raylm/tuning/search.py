@@ -17,15 +17,15 @@ from raylm.config.loading import set_key, validate
 from raylm.config.run_directory import write_atomically
 from raylm.config.stages import FinetuneConfig, TuneConfig
 from raylm.errors import UserError
-from raylm.training.worker import TrainingJob, Worker, join_single_process_group
+from raylm.training.loop.worker import TrainingJob, Worker, join_single_process_group
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
     from raylm.cluster.capacity import Capacity
-    from raylm.parallel.plan import Layout
+    from raylm.parallel.plan.planning import Layout
 
-# Within which a stopped trial is to end; a launch gives up on its workers before (raylm.training.fitting.END_SECONDS).
+# Within which a stopped trial is to end; a launch gives up on its workers before (END_SECONDS of its Fitting).
 UNWIND_SECONDS = 15.0
 # A sliver of the head node's own marker resource: places the trial without taking a CPU from its workers.
 HEAD_NODE_SHARE = {"node:__internal_head__": 0.001}
@@ -88,7 +88,7 @@ class Planner:
         Raises:
             UserError: the candidate is not allowed, or its layout does not fit.
         """
-        from raylm.parallel.plan import apply_layout, plan_training
+        from raylm.parallel.plan.planning import apply_layout, plan_training
 
         # A search runs many trials; one worker (or one copy of the model) each is what uses a small machine best.
         resources, cut = self.config.resources, self.config.parallel.cut
@@ -138,7 +138,7 @@ def run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) ->
 def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -> None:
     from ray import tune
 
-    from raylm.parallel.environment import prepare_deepspeed
+    from raylm.parallel.engines.environment import prepare_deepspeed
 
     inside = base.config.resources.workers == 1
     if inside:
@@ -154,11 +154,11 @@ def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -
         return
     if inside:
         join_single_process_group()
-        from raylm.training.loop import TrainingLoop
+        from raylm.training.loop.training_loop import TrainingLoop
 
         final = TrainingLoop(job, Worker(0, 1, _report)).run()
     else:
-        from raylm.training.launch import launch
+        from raylm.training.ray_train.launch import launch
 
         final = launch(job, resolved.resources.cpus_per_worker, resolved.resources.max_failures, _report)
     outcome.write(final)

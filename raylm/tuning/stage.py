@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ray.tune import Tuner
     from ray.tune.schedulers import TrialScheduler
 
-    from raylm.training.worker import TrainingJob
+    from raylm.training.loop.worker import TrainingJob
 
 
 def tune(config: TuneConfig) -> None:
@@ -55,10 +55,10 @@ def tune(config: TuneConfig) -> None:
             trial_config(config, candidate)
 
     from raylm.data.loading import resolve_model
-    from raylm.parallel.precision import with_precision
-    from raylm.training.launch import exclusive, new_attempt
+    from raylm.parallel.plan.precision import with_precision
+    from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import note_precision, run_precision
-    from raylm.training.worker import TrainingJob
+    from raylm.training.ray_train.launch import exclusive, new_attempt
 
     # Without the dashboard, trials that are killed leak their placement groups.
     with ray_session(dashboard=True):

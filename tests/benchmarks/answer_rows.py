@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raylm.data.samples import IGNORED
+from raylm.data.samples.token_samples import IGNORED
 from raylm.tasks.causal import CausalObjective
 from raylm.tasks.objective import ObjectiveModule
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from raylm.parallel.environment import prepare_deepspeed
+from raylm.parallel.engines.environment import prepare_deepspeed
 
 VOCABULARY, LENGTH, LAYERS, WIDTH, HEADS, BATCH, STEPS = 2048, 256, 12, 256, 8, 16, 4
 
@@ -33,7 +33,7 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
     from raylm.parallel.engines.data_parallel import DataParallelEngine
     from raylm.tasks.causal import CausalObjective
     from raylm.tasks.objective import ObjectiveModule
-    from raylm.training.optimizers import make_optimizer
+    from raylm.training.optimizers.build import make_optimizer
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """raylm pretraining against a plain DDP loop under torchrun: same GPT-2, batch and threads, two workers, interleaved.
 
 ``python tests/benchmarks/ddp_throughput.py [ROUNDS] [OUTPUT.json]`` writes every round's tokens per second, the ratio
-of the medians, and model FLOPs utilisation (formula: raylm.training.flops) against the machine's own fp32
+of the medians, and model FLOPs utilisation (formula: raylm.training.loop.flops) against the machine's own fp32
 matrix-product peak on two threads, measured beside each round.
 """
 
@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raylm.training.flops import FORMULA, flops_per_token
+from raylm.training.loop.flops import FORMULA, flops_per_token
 
 STEPS, BATCH_SIZE, LENGTH, LAYERS, WIDTH, HEADS = 20, 16, 256, 12, 256, 8
 HERE = Path(__file__).parent
@@ -80,7 +80,7 @@ def ours(directory: Path, number: int) -> float:
 def machine_peak() -> float:
     """FLOP/s of fp32 matrix products on two threads, in a process of its own."""
     code = (
-        "import torch; from raylm.training.flops import peak_flops; torch.set_num_threads(2); "
+        "import torch; from raylm.training.loop.flops import peak_flops; torch.set_num_threads(2); "
         "print(peak_flops(torch.device('cpu'), seconds=3.0))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}

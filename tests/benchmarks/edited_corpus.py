@@ -22,7 +22,7 @@ def base_documents(text: Path | None = None) -> list[str]:
         found = text.read_text(encoding="utf-8").split("\n\n")
         joined = ["\n\n".join(found[start : start + 8]) for start in range(0, len(found), 8)]
         return [document for document in joined if len(document) >= 200]
-    from raylm.data.stdlib import stdlib_documents
+    from raylm.data.sources.stdlib import stdlib_documents
 
     return [document.text for document in stdlib_documents() if len(document.text) >= 200]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 from small_run import finish, start, wait_until, write_recipes
 
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.metrics import read_metrics
 
 BATCH_SIZE = 6
 

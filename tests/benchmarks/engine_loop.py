@@ -13,17 +13,17 @@ import torch.distributed as dist
 
 from raylm.config import load_config
 from raylm.data.loading import load_tokenizer
-from raylm.data.samples import open_samples
+from raylm.data.samples.token_samples import open_samples
 from raylm.models.families.build import build_config
 from raylm.models.weights import DrawnWeights, make_outline
 from raylm.parallel.engines.base import EngineSettings
 from raylm.parallel.engines.data_parallel import DataParallelEngine
-from raylm.parallel.environment import prepare_deepspeed
+from raylm.parallel.engines.environment import prepare_deepspeed
 from raylm.tasks.causal import CausalObjective
 from raylm.tasks.objective import ObjectiveModule
-from raylm.training.batches import micro_batches, step_batches
-from raylm.training.optimizers import make_optimizer
-from raylm.training.schedules import learning_rate_factor
+from raylm.training.loop.batches import micro_batches, step_batches
+from raylm.training.loop.schedules import learning_rate_factor
+from raylm.training.optimizers.build import make_optimizer
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from small_run import finish, start, wait_until, write_recipes
 
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.metrics import read_metrics
 
 
 def workers(driver: subprocess.Popen) -> list[psutil.Process]:

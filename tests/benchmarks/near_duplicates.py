@@ -21,8 +21,8 @@ from pathlib import Path
 from edited_corpus import base_documents
 
 from raylm.config.cleaning import DeduplicationSection
-from raylm.data.duplicates import dropped_documents, duplicate_jobs, find_duplicates
-from raylm.data.signatures import Signatures
+from raylm.data.cleaning.duplicates import dropped_documents, duplicate_jobs, find_duplicates
+from raylm.data.cleaning.signatures import Signatures
 from raylm.data.words import normalized, words_of
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)

@@ -71,12 +71,12 @@ def rank(layout: str, directory: str) -> None:
     from raylm.models.weights import DrawnWeights, make_outline
     from raylm.parallel.engines.base import EngineSettings
     from raylm.parallel.engines.data_parallel import DataParallelEngine
+    from raylm.parallel.engines.environment import prepare_deepspeed
     from raylm.parallel.engines.pipeline import PipelineTensorEngine
-    from raylm.parallel.environment import prepare_deepspeed
-    from raylm.parallel.plan import make_plan
+    from raylm.parallel.plan.planning import make_plan
     from raylm.tasks import make_objective
     from raylm.tasks.objective import ObjectiveModule
-    from raylm.training.optimizers import make_optimizer
+    from raylm.training.optimizers.build import make_optimizer
 
     torch.set_num_threads(1)
     prepare_deepspeed(use_gpu=False)
@@ -144,7 +144,7 @@ def rank(layout: str, directory: str) -> None:
 def run(layout: str) -> dict:
     """Run ``layout`` and compare."""
     from raylm.cluster.environment import training_environment
-    from raylm.parallel.plan import make_plan
+    from raylm.parallel.plan.planning import make_plan
 
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "text.txt").write_text("text")

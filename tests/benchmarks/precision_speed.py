@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from raylm.parallel.environment import prepare_deepspeed
+from raylm.parallel.engines.environment import prepare_deepspeed
 
 VOCABULARY = 2048
 KINDS = ("fp32", "bf16")
@@ -69,7 +69,7 @@ def make_engine(chosen: argparse.Namespace, bf16: bool):
     from raylm.parallel.engines.data_parallel import DataParallelEngine
     from raylm.tasks.causal import CausalObjective
     from raylm.tasks.objective import ObjectiveModule
-    from raylm.training.optimizers import make_optimizer
+    from raylm.training.optimizers.build import make_optimizer
 
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=chosen.length, n_layer=chosen.layers, n_embd=chosen.width,
@@ -89,7 +89,7 @@ def make_engine(chosen: argparse.Namespace, bf16: bool):
 
 
 def rank_main(rank: int, store: str, chosen: argparse.Namespace, output: str) -> None:
-    from raylm.parallel.precision import decide, measure
+    from raylm.parallel.plan.precision import decide, measure
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(chosen.workers)}
     torch.set_num_threads(1)

@@ -29,9 +29,9 @@ from edited_corpus import write_corpus
 from tokenizers import Tokenizer
 
 from raylm.config.cleaning import CleaningSection, DeduplicationSection
-from raylm.data.cleaning import Account, Cleaner
-from raylm.data.documents import Document
-from raylm.data.signatures import band_keys, shingle_sets, word_hashes
+from raylm.data.cleaning.cleaner import Account, Cleaner
+from raylm.data.cleaning.signatures import band_keys, shingle_sets, word_hashes
+from raylm.data.sources.documents import Document
 from raylm.data.words import WordTable, normalized
 
 CLEANING = {"unicode": "NFC", "control_characters": True, "length": {"min_words": 5}, "repetition": True}

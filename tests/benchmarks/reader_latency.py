@@ -24,7 +24,7 @@ import numpy as np
 from raylm.config.loading import validate
 from raylm.config.stages import ServeConfig
 from raylm.data.loading import load_tokenizer, resolve_model
-from raylm.data.windows import Window, Windows, pad
+from raylm.data.samples.windows import Window, Windows, pad
 from raylm.models.encoders import open_encoder
 from raylm.models.heads import READER
 from raylm.serving.stage import running_server

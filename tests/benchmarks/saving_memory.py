@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from raylm.parallel.environment import prepare_deepspeed
-from raylm.training.worker import join_single_process_group
+from raylm.parallel.engines.environment import prepare_deepspeed
+from raylm.training.loop.worker import join_single_process_group
 
 
 def status(field: str) -> int:
@@ -33,8 +33,8 @@ def main() -> None:
     from raylm.parallel.engines.data_parallel import DataParallelEngine
     from raylm.tasks.causal import CausalObjective
     from raylm.tasks.objective import ObjectiveModule
-    from raylm.training.checkpoints import CheckpointWriter
-    from raylm.training.optimizers import make_optimizer
+    from raylm.training.checkpoints.store import CheckpointWriter
+    from raylm.training.optimizers.build import make_optimizer
 
     config = LlamaConfig(
         hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers, vocab_size=vocabulary,

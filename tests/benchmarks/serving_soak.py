@@ -215,7 +215,7 @@ class Deployment:
             "model": {"path": self._model},
             "serving": serving,
         }
-        application = {"name": "app", "route_prefix": "/", "import_path": "raylm.serving.app:build_app"}
+        application = {"name": "app", "route_prefix": "/", "import_path": "raylm.serving.deploy.app:build_app"}
         values = {
             "proxy_location": "HeadOnly",
             "http_options": {"host": "127.0.0.1", "port": self.port},

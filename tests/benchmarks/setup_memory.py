@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from raylm.parallel.environment import prepare_deepspeed
+from raylm.parallel.engines.environment import prepare_deepspeed
 
 VOCABULARY, WIDTH, LAYERS = 16384, 768, 10
 LAYOUTS = {"2 stages": (1, 2, 1), "2 tensor-parallel": (2, 1, 1), "ZeRO 3 on 2": (1, 1, 3)}
@@ -71,7 +71,7 @@ def rank_main(rank: int, store: str, layout: str, kind: str, saved: str, output:
     from raylm.parallel.engines.pipeline import PipelineTensorEngine
     from raylm.tasks.causal import CausalObjective
     from raylm.tasks.objective import ObjectiveModule
-    from raylm.training.optimizers import make_optimizer
+    from raylm.training.optimizers.build import make_optimizer
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from raylm.parallel.environment import prepare_deepspeed
+from raylm.parallel.engines.environment import prepare_deepspeed
 
 VOCABULARY, WIDTH, LAYERS, LENGTH, MICRO, ACCUMULATION, STEPS = 16384, 192, 8, 128, 2, 8, 2
 
@@ -33,7 +33,7 @@ def rank_main(rank: int, store: str, rounds: int, output: str) -> None:
     from raylm.parallel.engines.base import EngineSettings
     from raylm.parallel.engines.pipeline import PipelineTensorEngine
     from raylm.tasks.causal import CausalObjective
-    from raylm.training.optimizers import make_optimizer
+    from raylm.training.optimizers.build import make_optimizer
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     torch.set_num_threads(1)

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from raylm.config.data import DataSection
-from raylm.data.corpus import Corpus
-from raylm.data.documents import Document, DocumentFile
-from raylm.data.passages import passage_spans
+from raylm.data.samples.passages import passage_spans
+from raylm.data.sources.corpus import Corpus
+from raylm.data.sources.documents import Document, DocumentFile
 from raylm.serving.retrieval.prepared import open_prepared
 from raylm.serving.retrieval.store import StoredCollection
 

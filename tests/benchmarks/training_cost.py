@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.metrics import read_metrics
 
 HERE = Path(__file__).parent
 STEPS, FIRST, LAST, EVERY = 70, 10, 70, 10

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from raylm.compression import stage as compression
 from raylm.config import load_config
 from raylm.evaluation.stage import evaluate
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import finetune
 from tests.reading import JOBS, NAMES, TOWNS, write_encoder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raylm.config.data import DataSection, TokenizerSection
-from raylm.data.prepare import prepare_directory
+from raylm.data.prepare.stage import prepare_directory
 
 WORDS = [
     "the",

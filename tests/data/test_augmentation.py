@@ -11,11 +11,11 @@ import pytest
 from raylm.config.augmentation import AugmentationSection, MethodSection
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.loading import validate
-from raylm.data.documents import Document, make_pair, read_documents, split_of
-from raylm.data.prepare import prepare_directory, prepared_directory
-from raylm.data.samples import open_samples
-from raylm.data.shards import verify_prepared
-from raylm.data.variants import draw_key, make_variant, read_synonyms
+from raylm.data.augmentation.word_edits import draw_key, make_variant, read_synonyms
+from raylm.data.prepare.stage import prepare_directory, prepared_directory
+from raylm.data.samples.token_samples import open_samples
+from raylm.data.sources.documents import Document, make_pair, read_documents, split_of
+from raylm.data.tokens.shards import verify_prepared
 from raylm.errors import UserError
 
 from .conftest import write_jsonl

@@ -15,10 +15,10 @@ from aiohttp import web
 
 from raylm.config.augmentation import MethodSection, ServedModelSection
 from raylm.config.data import DataSection, TokenizerSection
-from raylm.data.documents import make_pair, read_documents
-from raylm.data.prepare import prepare_directory
-from raylm.data.prompts import ask_for_pair, ask_for_text
-from raylm.data.served import AnswerLog, ServedModel, Unanswered, find_model
+from raylm.data.augmentation.prompts import ask_for_pair, ask_for_text
+from raylm.data.augmentation.served_model import AnswerLog, ServedModel, Unanswered, find_model
+from raylm.data.prepare.stage import prepare_directory
+from raylm.data.sources.documents import make_pair, read_documents
 from raylm.errors import RunFailure, UserError
 
 from .conftest import write_jsonl

@@ -6,11 +6,11 @@ import random
 import pytest
 
 from raylm.config.data import DataSection
-from raylm.data.blocks import Block, block_bytes, cut
-from raylm.data.corpus import Corpus
-from raylm.data.readers import read_block
-from raylm.data.sources import open_sources
-from raylm.data.streams import InputErrors, Lines
+from raylm.data.sources.blocks import Block, block_bytes, cut
+from raylm.data.sources.corpus import Corpus
+from raylm.data.sources.readers import read_block
+from raylm.data.sources.segments import open_sources
+from raylm.data.sources.streams import InputErrors, Lines
 
 
 def read(path, size: int, **options) -> list[list[str]]:
@@ -55,7 +55,7 @@ def test_row_groups_of_parquet(tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr("raylm.data.sources.SMALLEST_BLOCK", 100)
+    monkeypatch.setattr("raylm.data.sources.segments.SMALLEST_BLOCK", 100)
     path = tmp_path / "a.parquet"
     texts = [f"text {number}" for number in range(95)]
     pq.write_table(pa.table({"text": texts}), path, row_group_size=10)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from raylm.config.data import DataSection, TokenizerSection
-from raylm.data.documents import read_documents
-from raylm.data.prepare import prepare_directory
-from raylm.data.shards import TokenShards, read_manifest
+from raylm.data.prepare.stage import prepare_directory
+from raylm.data.sources.documents import read_documents
+from raylm.data.tokens.shards import TokenShards, read_manifest
 from raylm.reports.report import write_report
 
 from .conftest import write_jsonl

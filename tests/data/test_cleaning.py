@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from raylm.config.cleaning import CleaningSection, DecontaminationSection
-from raylm.data.changes import chinese_converter, html_to_text, mask_addresses, mask_emails, mask_phones
-from raylm.data.cleaning import Account, Cleaner
-from raylm.data.contamination import Contamination, collect
-from raylm.data.documents import Document, make_pair
-from raylm.data.quality import c4_lines, gopher_quality
+from raylm.data.cleaning.changes import chinese_converter, html_to_text, mask_addresses, mask_emails, mask_phones
+from raylm.data.cleaning.cleaner import Account, Cleaner
+from raylm.data.cleaning.contamination import Contamination, collect
+from raylm.data.cleaning.quality import c4_lines, gopher_quality
+from raylm.data.sources.documents import Document, make_pair
 from raylm.data.words import words_of
 
 PROSE = (

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylm.data.documents import Document, DocumentFile, make_pair, read_documents, split_of
+from raylm.data.sources.documents import Document, DocumentFile, make_pair, read_documents, split_of
 from raylm.errors import UserError
 
 

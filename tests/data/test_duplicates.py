@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from raylm.config.cleaning import DeduplicationSection
-from raylm.data import duplicates
-from raylm.data.duplicates import dropped_documents, duplicate_jobs, find_duplicates, jaccard
-from raylm.data.signatures import Signatures, shingle_hashes
+from raylm.data.cleaning import duplicates
+from raylm.data.cleaning.duplicates import dropped_documents, duplicate_jobs, find_duplicates, jaccard
+from raylm.data.cleaning.signatures import Signatures, shingle_hashes
 from raylm.data.words import normalized
 
 WORDS = [f"w{number}" for number in range(3000)]

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from raylm.config.data import DataSection
-from raylm.data.evaluation_texts import evaluation_texts
-from raylm.data.shards import TokenShards
+from raylm.data.samples.evaluation_texts import evaluation_texts
+from raylm.data.tokens.shards import TokenShards
 
 
 def test_a_prepared_split_has_the_bytes_of_its_manifest(prepared_documents, prepared_pairs):

@@ -18,11 +18,11 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from raylm.config.data import DataSection
-from raylm.data.blocks import Block
-from raylm.data.corpus import Corpus
-from raylm.data.documents import Document
-from raylm.data.readers import read_block
-from raylm.data.streams import InputErrors
+from raylm.data.sources.blocks import Block
+from raylm.data.sources.corpus import Corpus
+from raylm.data.sources.documents import Document
+from raylm.data.sources.readers import read_block
+from raylm.data.sources.streams import InputErrors
 from raylm.errors import UserError
 
 LINES = "one\ntwo 猫\nthree\n"

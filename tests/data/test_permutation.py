@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raylm.data.permutation import permute
+from raylm.data.samples.permutation import permute
 
 
 def order(count: int, epoch: int, seed: int) -> np.ndarray:

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from raylm.config.data import DataSection, TokenizerSection
-from raylm.data.baselines import compressed_sizes
-from raylm.data.documents import read_documents
-from raylm.data.prepare import Input, prepare_directory, prepared_directory
-from raylm.data.samples import open_samples
-from raylm.data.shards import TokenShards, read_manifest, verify_prepared
+from raylm.data.prepare.baselines import compressed_sizes
+from raylm.data.prepare.stage import Input, prepare_directory, prepared_directory
+from raylm.data.samples.token_samples import open_samples
+from raylm.data.sources.documents import read_documents
+from raylm.data.tokens.shards import TokenShards, read_manifest, verify_prepared
 from raylm.errors import UserError
 
 

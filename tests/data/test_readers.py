@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylm.config.data import DataSection
-from raylm.data.corpus import Corpus
+from raylm.data.sources.corpus import Corpus
 from raylm.errors import UserError
 
 

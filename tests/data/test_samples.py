@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from raylm.data.samples import IGNORED, PackedSamples, PairSamples, open_samples
-from raylm.data.shards import TokenShards
+from raylm.data.samples.token_samples import IGNORED, PackedSamples, PairSamples, open_samples
+from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
 
 

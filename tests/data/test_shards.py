@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raylm.data.documents import read_documents
-from raylm.data.shards import TokenShards, token_dtype, verify_prepared
+from raylm.data.sources.documents import read_documents
+from raylm.data.tokens.shards import TokenShards, token_dtype, verify_prepared
 from raylm.errors import UserError
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from raylm.data.documents import split_of
-from raylm.data.passages import passage_spans
-from raylm.data.stdlib import stdlib_documents, stdlib_pairs
+from raylm.data.samples.passages import passage_spans
+from raylm.data.sources.documents import split_of
+from raylm.data.sources.stdlib import stdlib_documents, stdlib_pairs
 
 
 @pytest.fixture(scope="module")

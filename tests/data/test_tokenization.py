@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from raylm.config.data import TokenizerSection
-from raylm.data.documents import Document, DocumentFile, read_documents
-from raylm.data.tasks import run_jobs
-from raylm.data.tokenization import Layout, is_taken, make_files
-from raylm.data.tokenizers import make_tokenizer
+from raylm.data.prepare.jobs import run_jobs
+from raylm.data.sources.documents import Document, DocumentFile, read_documents
+from raylm.data.tokens.tokenization import Layout, is_taken, make_files
+from raylm.data.tokens.tokenizers import make_tokenizer
 from raylm.errors import RunFailure, UserError
 
 LAYOUT = Layout(kind="documents", dtype="<u2", eos_id=0, unknown_id=4)

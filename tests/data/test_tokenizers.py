@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from raylm.config.data import TokenizerSection
 from raylm.data.chat import pair_messages, question_messages
-from raylm.data.documents import Document, make_pair
-from raylm.data.encoding import DocumentEncoder, PairEncoder
-from raylm.data.tokenizers import make_tokenizer, reuse_tokenizer, tokenizer_hash
+from raylm.data.sources.documents import Document, make_pair
+from raylm.data.tokens.encoding import DocumentEncoder, PairEncoder
+from raylm.data.tokens.tokenizers import make_tokenizer, reuse_tokenizer, tokenizer_hash
 from raylm.errors import UserError
 
 TEXTS = [

@@ -6,9 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from raylm.config.data import TokenizerSection
-from raylm.data.encoding import load_backend
-from raylm.data.tokenizers import make_tokenizer, tokenizer_hash
-from raylm.data.vocabulary import describe_vocabulary
+from raylm.data.tokens.encoding import load_backend
+from raylm.data.tokens.tokenizer_statistics import describe_vocabulary
+from raylm.data.tokens.tokenizers import make_tokenizer, tokenizer_hash
 
 ENGLISH = ["the cat sat on the mat, and the dog sat on the log.", "a cat is not a dog"] * 20
 CHINESE = ["我们在图书馆里看书。", "他们明天去北京大学。", "北京大学在北京。ab 12"] * 20

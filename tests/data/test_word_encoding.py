@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from raylm.data import word_encoding
-from raylm.data.word_encoding import WordEncoder, applies_to
+from raylm.data.tokens import word_encoding
+from raylm.data.tokens.word_encoding import WordEncoder, applies_to
 
 PROSE = "It isn't so: we've 2,000 words' worth,  don't we?\n\n\tNaïve café — “quoted” 中文，没有空格。１２ x²\u3000y "
 

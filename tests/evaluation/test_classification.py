@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from raylm.config.data import DataSection
-from raylm.data.labelled import LabelledInput, LabelledSamples, LabelledText, evaluation_labelled, in_order
 from raylm.data.loading import load_tokenizer
+from raylm.data.samples.labelled import LabelledInput, LabelledSamples, LabelledText, evaluation_labelled, in_order
 from raylm.errors import UserError
 from raylm.tasks.classification.texts import TextSet
 from tests.reading import write_encoder

@@ -13,13 +13,13 @@ from transformers import AutoModelForQuestionAnswering
 from raylm.config import load_config
 from raylm.config.data import DataSection
 from raylm.data.loading import load_tokenizer
-from raylm.data.questions import evaluation_questions, read_questions
-from raylm.data.windows import Windows
+from raylm.data.samples.questions import evaluation_questions, read_questions
+from raylm.data.samples.windows import Windows
 from raylm.errors import UserError
 from raylm.evaluation.stage import evaluate
 from raylm.tasks.extractive_qa.answers import compare, convention_of, units
 from raylm.tasks.extractive_qa.spans import best_answer
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import finetune
 from tests.reading import write_encoder, write_questions
 

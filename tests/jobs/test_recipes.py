@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from raylm.config import STAGES, load_config
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "jobs" / "recipes").rglob("*.yaml"))

@@ -17,12 +17,12 @@ from raylm.models.families import all_families, find_family, find_outline, llama
 from raylm.models.families.base import Family, Outline, Split
 from raylm.models.families.build import build_config, build_empty, build_model
 from raylm.models.heads import CAUSAL
-from raylm.parallel.refusals import check_cuts
-from raylm.parallel.stages import StageLayer
-from raylm.parallel.tensor import TensorGroup
+from raylm.parallel.layout.stages import StageLayer
+from raylm.parallel.layout.tensor import TensorGroup
+from raylm.parallel.plan.refusals import check_cuts
 from raylm.tasks import find_task, make_objective
-from raylm.training.flops import flops_per_token
-from raylm.training.optimizers import hidden_matrices
+from raylm.training.loop.flops import flops_per_token
+from raylm.training.optimizers.build import hidden_matrices
 
 LAYER = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 CONFIGS = {

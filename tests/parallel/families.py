@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from raylm.config.training import TrainingSection
-from raylm.data.samples import document_positions
+from raylm.data.samples.token_samples import document_positions
 
 # The vocabulary divides by nothing, the last two targets of the rows count unevenly.
 STEPS, BATCH, TIME, VOCABULARY = 20, 8, 16, 97

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import BATCH, DOCUMENTS, build, step_data, training_section
 
 from raylm.config.model import ObjectiveSection
-from raylm.parallel.environment import prepare_deepspeed
+from raylm.parallel.engines.environment import prepare_deepspeed
 
 
 def world_size(case: dict[str, Any]) -> int:
@@ -72,7 +72,7 @@ def make_engine(case: dict[str, Any]):
     from raylm.parallel.engines.pipeline import PipelineTensorEngine
     from raylm.tasks import make_objective
     from raylm.tasks.objective import ObjectiveModule
-    from raylm.training.optimizers import make_optimizer
+    from raylm.training.optimizers.build import make_optimizer
 
     section = training_section(case["optimizer"])
     whole = build(case["family"], case.get("dropout", 0.0))
@@ -107,7 +107,7 @@ def make_engine(case: dict[str, Any]):
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     from raylm.parallel.engines.base import seed_step
-    from raylm.training.checkpoints import CheckpointReader, CheckpointWriter, newest_whole
+    from raylm.training.checkpoints.store import CheckpointReader, CheckpointWriter, newest_whole
 
     engine, accumulation = make_engine(case)
     section = training_section(case["optimizer"])
@@ -179,8 +179,8 @@ def main() -> None:
     import raylm.parallel.engines.pipeline
     import raylm.tasks.masked
     import raylm.tasks.span
-    import raylm.training.checkpoints
-    import raylm.training.optimizers  # noqa: F401
+    import raylm.training.checkpoints.store
+    import raylm.training.optimizers.build  # noqa: F401
 
     results: list[dict[str, Any]] = []
     for (size, _), group in groupby(cases, start):

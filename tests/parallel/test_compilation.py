@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raylm.errors import UserError
-from raylm.parallel.compilation import check_compilation
+from raylm.parallel.engines.compilation import check_compilation
 
 
 def test_missing_compiler_and_zero_3_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

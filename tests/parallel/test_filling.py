@@ -16,8 +16,8 @@ from families import FAMILIES, build
 from raylm.errors import UserError
 from raylm.models.heads import CAUSAL, MASKED, READER, SEQUENCE_TO_SEQUENCE
 from raylm.models.weights import DrawnWeights, make_outline, saved_weights
-from raylm.parallel.filling import fill
-from raylm.parallel.slicing import cut_evenly
+from raylm.parallel.engines.filling import fill
+from raylm.parallel.layout.slicing import cut_evenly
 
 HEADS = {"bert": MASKED, "t5": SEQUENCE_TO_SEQUENCE}
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from raylm.config.stages import PretrainConfig
 from raylm.config.training import ParallelSection
 from raylm.errors import UserError
 from raylm.models.families.build import build_model
-from raylm.parallel.cut import Cut
-from raylm.parallel.memory import ModelMemory
-from raylm.parallel.plan import Plan, apply_layout, make_plan, plan_training, recorded
-from raylm.parallel.refusals import check_cuts
+from raylm.parallel.plan.cut import Cut
+from raylm.parallel.plan.memory import ModelMemory
+from raylm.parallel.plan.planning import Plan, apply_layout, make_plan, plan_training, recorded
+from raylm.parallel.plan.refusals import check_cuts
 from raylm.tasks import find_task, make_objective
 from raylm.tasks.objective import ObjectiveModule
 

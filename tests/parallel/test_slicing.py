@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylm.parallel.slicing import Slicing, boxes, cut_evenly
+from raylm.parallel.layout.slicing import Slicing, boxes, cut_evenly
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (4, 3, 5), (12, 1)])

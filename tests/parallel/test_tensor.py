@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from raylm.models.families.base import Step, Steps
-from raylm.parallel.stages import balanced_stages
-from raylm.parallel.tensor import (
+from raylm.parallel.layout.stages import balanced_stages
+from raylm.parallel.layout.tensor import (
     ColumnParallel,
     DropoutStreams,
     RowParallel,

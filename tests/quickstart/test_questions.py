@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from raylm.data.documents import Document, DocumentFile, make_pair, split_of
-from raylm.data.stdlib import opening_sentence
+from raylm.data.sources.documents import Document, DocumentFile, make_pair, split_of
+from raylm.data.sources.stdlib import opening_sentence
 from raylm.errors import RunFailure
 from raylm.quickstart.questions import (
     Answer,

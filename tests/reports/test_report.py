@@ -19,9 +19,9 @@ from raylm.errors import UserError
 from raylm.reports.charts import LEAST_SMOOTHED, MOST_POINTS, smoothed, thinned
 from raylm.reports.report import write_report
 from raylm.reports.runs import differing, open_run, open_runs
-from raylm.training.events import append_event
-from raylm.training.launch import exclusive
-from raylm.training.metrics import MetricsRecorder
+from raylm.training.ray_train.launch import exclusive
+from raylm.training.reports.events import append_event
+from raylm.training.reports.metrics import MetricsRecorder
 
 TRAINING = {"steps": 40, "batch_size": 4, "sequence_length": 32, "evaluate_every_steps": 10, "log_every_steps": 1}
 

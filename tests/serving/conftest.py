@@ -88,7 +88,7 @@ def server(
     """
     import openai
 
-    from raylm.serving.access import hash_key
+    from raylm.serving.http.access import hash_key
     from raylm.serving.stage import running_server
 
     keys = tmp_path_factory.mktemp("keys") / "keys"

@@ -10,8 +10,8 @@ import pytest
 from raylm.config.serving import ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.errors import UserError
-from raylm.serving.access import ENVIRONMENT_VARIABLE, hash_key, load_key_hashes
-from raylm.serving.gate import Allowance
+from raylm.serving.http.access import ENVIRONMENT_VARIABLE, hash_key, load_key_hashes
+from raylm.serving.http.gate import Allowance
 from raylm.serving.stage import check
 
 KEY, OTHER = "sixteen-characters-or-more", "another-key-of-some-length"

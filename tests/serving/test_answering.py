@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from raylm.config.data import TokenizerSection
-from raylm.data.documents import Document, DocumentFile
-from raylm.data.encoding import PairEncoder
 from raylm.data.loading import load_tokenizer
-from raylm.data.stdlib import stdlib_documents, stdlib_pairs
-from raylm.data.tokenizers import make_tokenizer
-from raylm.serving.answering import fit_prompt
+from raylm.data.sources.documents import Document, DocumentFile
+from raylm.data.sources.stdlib import stdlib_documents, stdlib_pairs
+from raylm.data.tokens.encoding import PairEncoder
+from raylm.data.tokens.tokenizers import make_tokenizer
+from raylm.serving.deploy.service import ModelService
 from raylm.serving.retrieval.prepared import open_prepared
-from raylm.serving.service import ModelService
+from raylm.serving.tasks.answering import fit_prompt
 
 CONTEXT, ANSWER_TOKENS = 512, 128
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylm.serving.citations import Citer
+from raylm.serving.tasks.citations import Citer
 
 PASSAGES = ["Zebra\nThe zebra has stripes.", "Lion\nThe lion sleeps for twenty hours.", "北京是中国的首都。"]
 ANSWER = "The lion sleeps twenty hours. It is e.g. happy! A zebra has stripes"

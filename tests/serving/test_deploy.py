@@ -59,7 +59,7 @@ class Deployment:
                 {
                     "name": "deployed",
                     "route_prefix": "/",
-                    "import_path": "raylm.serving.app:build_app",
+                    "import_path": "raylm.serving.deploy.app:build_app",
                     "runtime_env": {"env_vars": {"PYTHONPATH": self._environment["PYTHONPATH"]}},
                     "args": {
                         "run": {"name": "deployed", "storage": str(self._storage)},

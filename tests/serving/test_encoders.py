@@ -22,15 +22,15 @@ from raylm.config.loading import validate
 from raylm.config.serving import ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.data.loading import load_tokenizer
-from raylm.data.windows import Windows, pad
+from raylm.data.samples.windows import Windows, pad
 from raylm.errors import UserError
 from raylm.models.encoders import OpenVinoEncoder, TransformersEncoder
 from raylm.models.heads import CLASSIFIER, NONE, READER
 from raylm.serving.engines.base import Encode
 from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.encoder import EncoderBackend
-from raylm.serving.extraction import best_of
 from raylm.serving.stage import check_model, running_server
+from raylm.serving.tasks.extraction import best_of
 from raylm.tasks import find_task
 from raylm.tasks.extractive_qa.spans import Answer, best_answer
 from tests.reading import write_encoder

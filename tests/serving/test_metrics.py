@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from raylm.serving.metrics import DEFINITIONS, ServerMetrics, TextTiming
+from raylm.serving.http.metrics import DEFINITIONS, ServerMetrics, TextTiming
 
 API_KEY = "a-key-for-the-tests-0001"
 DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "grafana.json"

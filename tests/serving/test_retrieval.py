@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from raylm.data.documents import Document, DocumentFile
-from raylm.data.passages import LONGEST_WEIGHT, passage_spans
+from raylm.data.samples.passages import LONGEST_WEIGHT, passage_spans
+from raylm.data.sources.documents import Document, DocumentFile
 from raylm.errors import UserError
 from raylm.serving.retrieval.prepared import collection_files, open_prepared
 from raylm.serving.retrieval.store import StoredCollection

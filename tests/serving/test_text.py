@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raylm.data.loading import load_tokenizer
-from raylm.serving.text import REPLACEMENT, IncrementalDecoder, StopStrings
+from raylm.serving.tasks.text import REPLACEMENT, IncrementalDecoder, StopStrings
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -13,9 +13,9 @@ from transformers import GPT2Config, LlamaConfig
 from raylm.config import load_config
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.model import ObjectiveSection
-from raylm.data.prepare import prepare_directory
-from raylm.data.samples import IGNORED
-from raylm.data.shards import TokenShards
+from raylm.data.prepare.stage import prepare_directory
+from raylm.data.samples.token_samples import IGNORED
+from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
 from raylm.models.families.build import build_model
 from raylm.tasks import make_objective

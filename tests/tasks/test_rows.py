@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raylm.config.data import DataSection
-from raylm.data.labelled import evaluation_labelled
+from raylm.data.samples.labelled import evaluation_labelled
 from raylm.errors import UserError
 from raylm.tasks import all_tasks, find_task
 

@@ -12,9 +12,9 @@ from raylm.config import load_config
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.model import ObjectiveSection
 from raylm.data.loading import load_tokenizer
-from raylm.data.prepare import prepare_directory
-from raylm.data.samples import IGNORED, PackedSamples
-from raylm.data.shards import TokenShards
+from raylm.data.prepare.stage import prepare_directory
+from raylm.data.samples.token_samples import IGNORED, PackedSamples
+from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
 from raylm.tasks import make_objective
 from raylm.tasks.span import corruption, sentinel_ids

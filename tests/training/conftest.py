@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from raylm.config.data import DataSection, TokenizerSection
-from raylm.data.prepare import prepare_directory
-from raylm.training.metrics import read_metrics
+from raylm.data.prepare.stage import prepare_directory
+from raylm.training.reports.metrics import read_metrics
 
 PATIENCE_SECONDS = 150.0
 

@@ -22,19 +22,19 @@ import torch.multiprocessing as multiprocessing
 from raylm.cluster.capacity import Capacity, Node
 from raylm.config import load_config
 from raylm.config.run_directory import RunDirectory
-from raylm.parallel.environment import prepare_deepspeed
+from raylm.parallel.engines.environment import prepare_deepspeed
 
 
 def make_job(case: dict[str, Any]):
     """The run directory and the job, as :func:`raylm.training.stage.run_training` makes them."""
     from raylm.data.loading import resolve_model
-    from raylm.parallel.plan import apply_layout, plan_training, recorded
-    from raylm.parallel.precision import Precision, with_precision
-    from raylm.training.launch import new_attempt
-    from raylm.training.mirror import Mirror
+    from raylm.parallel.plan.planning import apply_layout, plan_training, recorded
+    from raylm.parallel.plan.precision import Precision, with_precision
+    from raylm.training.checkpoints.mirror import Mirror
+    from raylm.training.checkpoints.storage import Storage
+    from raylm.training.loop.worker import TrainingJob
+    from raylm.training.ray_train.launch import new_attempt
     from raylm.training.stage import ensure_data, validate
-    from raylm.training.storage import Storage
-    from raylm.training.worker import TrainingJob
 
     stage = case.get("stage", "pretrain")
     overrides = [*case["overrides"], f"resources.workers={case['workers']}"]
@@ -57,8 +57,8 @@ def make_job(case: dict[str, Any]):
 
 
 def run_rank(rank: int, size: int, store: str, job: Any, output: str) -> None:
-    from raylm.training.loop import TrainingLoop
-    from raylm.training.worker import Worker
+    from raylm.training.loop.training_loop import TrainingLoop
+    from raylm.training.loop.worker import Worker
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def main() -> None:
     output, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     prepare_deepspeed(use_gpu=False)
     # Imported once, before the fork.
-    import raylm.training.loop  # noqa: F401
+    import raylm.training.loop.training_loop  # noqa: F401
 
     results = []
     for case in cases:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from raylm.parallel.fragments import Fragment
-from raylm.training.checkpoints import MANIFEST, CheckpointReader, CheckpointWriter, newest_whole
+from raylm.parallel.layout.fragments import Fragment
+from raylm.training.checkpoints.store import MANIFEST, CheckpointReader, CheckpointWriter, newest_whole
 
 
 def test_damage_is_found_by_either_digest(tmp_path: Path) -> None:

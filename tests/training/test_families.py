@@ -12,11 +12,11 @@ from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from raylm.config import load_config
 from raylm.config.data import TokenizerSection
-from raylm.data.prepare import prepare_directory
+from raylm.data.prepare.stage import prepare_directory
 from raylm.errors import UserError
 from raylm.evaluation.stage import evaluate
 from raylm.models.loading import load_model
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import pretrain
 from tests.training.loops import run_case, run_loops
 

@@ -16,9 +16,9 @@ import pytest
 
 from raylm.config import load_config
 from raylm.config.training import AnomaliesSection
-from raylm.training.anomalies import batch_of_step, find_anomaly, leave_out
-from raylm.training.events import read_events
-from raylm.training.metrics import read_metrics
+from raylm.training.loop.anomalies import batch_of_step, find_anomaly, leave_out
+from raylm.training.reports.events import read_events
+from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import pretrain
 from tests.cpus import become_free, holders_of_cpus
 

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from raylm.config.data import DataSection, TokenizerSection
-from raylm.data.prepare import prepare_directory
-from raylm.training.anomalies import batch_of_step
-from raylm.training.events import read_events
-from raylm.training.metrics import read_metrics
+from raylm.data.prepare.stage import prepare_directory
+from raylm.training.loop.anomalies import batch_of_step
+from raylm.training.reports.events import read_events
+from raylm.training.reports.metrics import read_metrics
 from tests.training.loops import run_case, run_loops
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from raylm.config.stages import PretrainConfig
-from raylm.training.measured_stages import MeasuredStages
+from raylm.training.loop.measured_stages import MeasuredStages
 
 
 def make(directory: Path, micro_batch_size: int) -> MeasuredStages:

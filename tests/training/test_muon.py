@@ -6,8 +6,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raylm.config.training import TrainingSection
-from raylm.training.muon import orthogonalize
-from raylm.training.optimizers import make_optimizer
+from raylm.training.optimizers.build import make_optimizer
+from raylm.training.optimizers.muon import orthogonalize
 
 
 def test_singular_values_come_near_one() -> None:

@@ -13,8 +13,8 @@ from raylm.config import load_config
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import PretrainConfig
 from raylm.errors import UserError
-from raylm.parallel.plan import make_plan
-from raylm.parallel.precision import LEAST_GAIN, NARROW, LayerTimes, decide, measure, settled, with_precision
+from raylm.parallel.plan.planning import make_plan
+from raylm.parallel.plan.precision import LEAST_GAIN, NARROW, LayerTimes, decide, measure, settled, with_precision
 from raylm.training.precision import note_precision, run_precision, slower_in_bf16
 from raylm.training.stage import pretrain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raylm.config.training import TrainingSection
-from raylm.training.schedules import learning_rate_factor
+from raylm.training.loop.schedules import learning_rate_factor
 
 
 def section(schedule: str, **more) -> TrainingSection:

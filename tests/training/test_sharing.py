@@ -16,7 +16,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from raylm.errors import UserError
-from raylm.training.sharing import check_shared
+from raylm.training.ray_train.sharing import check_shared
 
 folder = Path(sys.argv[1])
 (folder / "data").mkdir()

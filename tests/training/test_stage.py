@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raylm.config import load_config
 from raylm.config.data import DataSection
-from raylm.data.evaluation_texts import evaluation_texts
-from raylm.data.shards import TokenShards
+from raylm.data.samples.evaluation_texts import evaluation_texts
+from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
-from raylm.training.metrics import read_metrics
+from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import finetune, pretrain
 
 STEPS = 24

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from raylm.config import load_config
 from raylm.errors import UserError
+from raylm.training.checkpoints.storage import Storage
 from raylm.training.stage import pretrain
-from raylm.training.storage import Storage
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from raylm.models.weights import Weights
-from raylm.parallel.cut import BUCKET_ELEMENTS
-from raylm.parallel.fragments import Fragment
-from raylm.parallel.slicing import Slicing
+from raylm.parallel.layout.fragments import Fragment
+from raylm.parallel.layout.slicing import Slicing
+from raylm.parallel.plan.cut import BUCKET_ELEMENTS
 from raylm.tasks.objective import Batch
 
 MakeOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raylm.parallel.attention import attend_in_fp32
-from raylm.parallel.compilation import compile_blocks
+from raylm.parallel.engines.attention import attend_in_fp32
 from raylm.parallel.engines.base import (
     EngineSettings,
     MakeOptimizer,
@@ -27,15 +26,16 @@ from raylm.parallel.engines.base import (
     select_trained,
     set_steps,
 )
-from raylm.parallel.filling import fill, share_out_by_deepspeed
-from raylm.parallel.fragments import (
+from raylm.parallel.engines.compilation import compile_blocks
+from raylm.parallel.engines.filling import fill, share_out_by_deepspeed
+from raylm.parallel.layout.fragments import (
     Fragment,
     frozen_fragments,
     partition_fragments,
     pieces,
     replicated_fragments,
 )
-from raylm.parallel.slicing import Slicing
+from raylm.parallel.layout.slicing import Slicing
 from raylm.tasks.objective import IGNORED, Batch, ObjectiveModule
 
 

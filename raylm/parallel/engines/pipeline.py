@@ -27,8 +27,7 @@ from transformers import PreTrainedModel
 from raylm.models.families import find_outline
 from raylm.models.families.base import Step
 from raylm.models.families.build import has_dropout
-from raylm.parallel.attention import attend_in_fp32
-from raylm.parallel.compilation import compile_blocks
+from raylm.parallel.engines.attention import attend_in_fp32
 from raylm.parallel.engines.base import (
     EngineSettings,
     MakeOptimizer,
@@ -40,13 +39,14 @@ from raylm.parallel.engines.base import (
     select_trained,
     set_steps,
 )
-from raylm.parallel.filling import fill
-from raylm.parallel.fragments import Fragment, frozen_fragments, partition_fragments, replicated_fragments
-from raylm.parallel.slicing import Slicing
-from raylm.parallel.stages import StageLayer, balanced_stages, step_weights
-from raylm.parallel.stopwatch import Stopwatch
-from raylm.parallel.tensor import DropoutStreams, TensorGroup, vocabulary_cross_entropy
-from raylm.parallel.timing import step_seconds
+from raylm.parallel.engines.compilation import compile_blocks
+from raylm.parallel.engines.filling import fill
+from raylm.parallel.engines.stopwatch import Stopwatch
+from raylm.parallel.layout.fragments import Fragment, frozen_fragments, partition_fragments, replicated_fragments
+from raylm.parallel.layout.slicing import Slicing
+from raylm.parallel.layout.stages import StageLayer, balanced_stages, step_weights
+from raylm.parallel.layout.tensor import DropoutStreams, TensorGroup, vocabulary_cross_entropy
+from raylm.parallel.layout.timing import step_seconds
 from raylm.tasks.objective import IGNORED, Batch, Objective
 
 # What a stage does that is not waiting for another one.

@@ -113,8 +113,9 @@ class OpenVinoBackend(Backend):
     def _refuse_unproven(self, error: RuntimeError) -> list[Event]:
         """End the requests whose schema may have made the step fail.
 
-        Schemas were checked before (:mod:`raylm.serving.structured`), by the nearest release of the same library. Where
-        other requests are in work too, the pipeline does not recover: the next step fails, and the engine with it.
+        Schemas were checked before (:mod:`raylm.serving.tasks.structured`), by the nearest release of the same library.
+        Where other requests are in work too, the pipeline does not recover: the next step fails, and the engine with
+        it.
         """
         reason = f"response_format: cannot be followed by this engine: {reason_of(error)}"
         events = [Event(number, error=reason, refused=True) for number in self._unproven]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from raylm.config.run_directory import write_atomically
-from raylm.data.passages import passage_spans
+from raylm.data.samples.passages import passage_spans
 from raylm.serving.retrieval.index import Hit, Index
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from bm25s.stopwords import STOPWORDS_CHINESE, STOPWORDS_EN_PLUS
 
-from raylm.data.passages import UNSPACED
+from raylm.data.samples.passages import UNSPACED
 
 _DOTTED = re.compile(r"\w+(?:\.\w+)*")
 _RUNS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|[^\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")

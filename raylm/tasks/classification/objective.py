@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from raylm.config.data import DataSection
 from raylm.config.model import ObjectiveSection
-from raylm.data.documents import Split
-from raylm.data.labelled import KIND, LabelledInput, LabelledSamples
-from raylm.data.samples import IGNORED, Samples
-from raylm.data.shards import read_manifest
+from raylm.data.samples.labelled import KIND, LabelledInput, LabelledSamples
+from raylm.data.samples.token_samples import IGNORED, Samples
+from raylm.data.sources.documents import Split
+from raylm.data.tokens.shards import read_manifest
 from raylm.errors import UserError
 from raylm.models.encoders import label_names
 from raylm.models.heads import CLASSIFIER, Head

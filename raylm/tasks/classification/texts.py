@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.config.stages import CompressConfig, EvaluateConfig
-from raylm.data.labelled import LabelledText, encode_texts, evaluation_labelled
 from raylm.data.loading import load_tokenizer
 from raylm.data.padding import encoder_batch
+from raylm.data.samples.labelled import LabelledText, encode_texts, evaluation_labelled
 from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions, label_names
 from raylm.models.loading import load_config

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylm.data.windows import check_reader_tokenizer
+from raylm.data.samples.windows import check_reader_tokenizer
 from raylm.models.encoders import encoder_positions
 from raylm.models.heads import READER
 from raylm.tasks.base import Evaluation, Measure, Service, Task

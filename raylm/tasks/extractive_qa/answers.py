@@ -12,7 +12,7 @@ import difflib
 import re
 from typing import Literal
 
-from raylm.data.questions import Question
+from raylm.data.samples.questions import Question
 
 Convention = Literal["squad", "cmrc"]
 

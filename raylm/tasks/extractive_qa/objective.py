@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from raylm.config.data import DataSection
 from raylm.config.model import ObjectiveSection
-from raylm.data.documents import Split
-from raylm.data.question_sets import KIND, QuestionInput, QuestionSamples
-from raylm.data.samples import IGNORED, Samples
-from raylm.data.windows import check_reader_tokenizer
+from raylm.data.samples.question_sets import KIND, QuestionInput, QuestionSamples
+from raylm.data.samples.token_samples import IGNORED, Samples
+from raylm.data.samples.windows import check_reader_tokenizer
+from raylm.data.sources.documents import Split
 from raylm.errors import UserError
 from raylm.models.heads import READER, Head
 from raylm.tasks.objective import Batch, EncoderObjective

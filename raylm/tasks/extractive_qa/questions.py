@@ -14,8 +14,8 @@ import numpy as np
 from raylm.config.reading import ReadingSection
 from raylm.config.stages import CompressConfig, EvaluateConfig
 from raylm.data.loading import load_tokenizer
-from raylm.data.questions import Question, evaluation_questions
-from raylm.data.windows import Window, Windows, pad
+from raylm.data.samples.questions import Question, evaluation_questions
+from raylm.data.samples.windows import Window, Windows, pad
 from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions
 from raylm.models.loading import load_config

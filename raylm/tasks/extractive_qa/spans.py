@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raylm.data.windows import Window
+from raylm.data.samples.windows import Window
 
 # Logit of what was not there; finite, so that no difference of it is not a number.
 NOTHING = -1e9

@@ -1,0 +1,1 @@
+"""Variants of training documents, made here or asked of a served model."""

@@ -1,0 +1,1 @@
+"""The stage ``prepare``: its passes over the corpus, and the data card."""

@@ -1,0 +1,169 @@
+"""Texts with a class each: from rows of JSONL, CSV or Parquet files, and as training samples on disk.
+
+In: the ``data`` section and a model's tokenizer. Out: :class:`LabelledText`, in the order of the files; or a directory
+with ``tokenizer/``, flat arrays of each split, and ``manifest.json``, which is written last and names the labels. The
+order of the samples is a function of (seed, number of the sample).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylm.config.data import DataSection
+from raylm.data.padding import encoder_batch
+from raylm.data.samples.array_sets import SPLITS, ArraySamples, write_set
+from raylm.data.sources.blocks import Block
+from raylm.data.sources.documents import Split, hash_share
+from raylm.data.sources.readers import read_block
+from raylm.data.sources.segments import open_sources
+from raylm.data.sources.streams import InputErrors
+from raylm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMATS = ("jsonl", "csv", "parquet", "hub")
+ARRAYS = ("tokens", "rows")
+KIND = "labelled"
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text and the name of its class."""
+
+    text: str
+    label: str
+
+
+def read_labelled(data: DataSection) -> Iterator[tuple[Split, LabelledText]]:
+    """All texts with their side; where there is no ``data.validation`` a share is held out by the texts' hash.
+
+    Raises:
+        UserError: a source is wrong or of another format; names the file and the place.
+    """
+    sides: list[tuple[str, list[Any], Split | None]] = [
+        ("data.train", data.train_sections, "train" if data.validation_sources else None),
+        ("data.validation", data.validation_sources, "validation"),
+    ]
+    for key, names, sole in sides:
+        for row in _of_sources(data, names, key):
+            held_out = hash_share(row.text, b"raylm-split") < data.validation_fraction
+            yield sole or ("validation" if held_out else "train"), row
+
+
+def evaluation_labelled(data: DataSection, split: Split = "validation") -> list[LabelledText]:
+    """The texts that a classifier is measured on: ``data.validation`` where it is given, else all of ``data.train``.
+
+    Raises:
+        UserError: a source is wrong, or holds no text.
+    """
+    use_validation = split == "validation" and bool(data.validation_sources)
+    key = "data.validation" if use_validation else "data.train"
+    found = list(_of_sources(data, data.validation_sources if use_validation else data.train_sections, key))
+    if not found:
+        raise UserError(f"{key}: found no text with a label")
+    return found
+
+
+def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[LabelledText]:
+    errors = InputErrors.of(data)
+    fields = data.fields.model_copy(update={"label": data.fields.label or "label"})
+    labelled = data.model_copy(update={"fields": fields})
+    for source in open_sources(data, names, key):
+        for segment in source.segments:
+            if segment.format not in FORMATS:
+                raise UserError(
+                    f"{key}: {source.name}: found the format {segment.format}, allowed with labels: "
+                    f"{', '.join(FORMATS)}"
+                )
+            for document in read_block(Block(0, 0, None, (segment,)), labelled, errors):
+                if document.text.strip() and document.label.strip():
+                    yield LabelledText(document.text, document.label.strip())
+
+
+def in_order(labels: set[str]) -> list[str]:
+    """Labels sorted: numbers by value, others by name."""
+    if all(label.lstrip("-").isdecimal() for label in labels):
+        return sorted(labels, key=int)
+    return sorted(labels)
+
+
+class LabelledInput:
+    """All texts of the ``data`` section, read and checked; make one before anything is written.
+
+    Args:
+        data: the section.
+        known: the labels of a classifier that is trained further; None for a new one.
+
+    Raises:
+        UserError: bad input, a side without a text, fewer than two labels, or labels that are not ``known``.
+    """
+
+    def __init__(self, data: DataSection, known: Sequence[str] | None = None) -> None:
+        self.texts: dict[Split, list[LabelledText]] = {"train": [], "validation": []}
+        for side, text in read_labelled(data):
+            self.texts[side].append(text)
+        for side in SPLITS:
+            if not self.texts[side]:
+                raise UserError(
+                    f"data: no text with a label is left for {side}; allowed: more rows, another "
+                    "data.validation_fraction, or a data.validation source"
+                )
+        found = {text.label for text in self.texts["train"]}
+        self.labels = in_order(found) if known is None else list(known)
+        if len(self.labels) < 2:
+            raise UserError(f"data.train: found one label only ('{self.labels[0]}'), allowed: two or more")
+        for side in SPLITS:
+            unknown = sorted({text.label for text in self.texts[side]} - set(self.labels))
+            if unknown:
+                source = "data.train has" if known is None else "model.path was trained with"
+                raise UserError(
+                    f"data: found the label '{unknown[0]}' in the {side} texts, allowed: the labels that {source} "
+                    f"({_named(self.labels)})"
+                )
+
+    def write(self, directory: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> dict[str, Any]:
+        """Write the directory; returns the manifest."""
+        numbers = {label: number for number, label in enumerate(self.labels)}
+
+        def make_split(split: Split) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+            texts = self.texts[split]
+            ids = encode_texts(tokenizer, [text.text for text in texts], sequence_length)
+            lengths = np.array([len(row) for row in ids], dtype=np.int64)
+            starts = np.cumsum(lengths) - lengths
+            arrays = {
+                "tokens": np.concatenate(ids).astype(np.int32),
+                "rows": np.stack([starts, lengths, np.array([numbers[text.label] for text in texts])], axis=1),
+            }
+            return arrays, {"texts": len(texts), "tokens": int(lengths.sum())}
+
+        return write_set(directory, KIND, tokenizer, make_split, labels=self.labels, sequence_length=sequence_length)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], most: int) -> list[np.ndarray]:
+    """Token ids int64 [T] of each text; what is beyond ``most`` tokens is left out."""
+    found = tokenizer(texts, truncation=True, max_length=most, padding=False, verbose=False)["input_ids"]
+    return [np.array(ids, dtype=np.int64) for ids in found]
+
+
+class LabelledSamples(ArraySamples):
+    """Texts with the number of their class, out of what :meth:`LabelledInput.write` wrote."""
+
+    def __init__(self, directory: Path | str, split: Split, seed: int) -> None:
+        super().__init__(directory, split, seed, ARRAYS)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """What :func:`raylm.data.padding.encoder_batch` returns, and ``targets`` int64 [n, 1]."""
+        tokens, rows = self.arrays[0], self.rows(indices)
+        ids = [np.asarray(tokens[start : start + length], dtype=np.int64) for start, length, _ in rows.tolist()]
+        return {**encoder_batch(ids, self.pad_id, self.length), "targets": rows[:, 2:]}
+
+
+def _named(labels: Sequence[str]) -> str:
+    shown = ", ".join(labels[:20])
+    return f"{shown}, ..." if len(labels) > 20 else shown

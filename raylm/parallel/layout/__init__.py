@@ -1,0 +1,1 @@
+"""Which rank holds which part of which parameter, and the layers and steps cut for it."""

@@ -1,0 +1,1 @@
+"""The layout of a run: what it takes, what is refused, and how ``auto`` is decided."""

@@ -1,0 +1,270 @@
+"""Choosing a layout: what ``auto`` in ``parallel`` becomes.
+
+In: what the model, the file and the cluster allow. Out: the layout that fits into a worker's memory and has the least
+estimated time for a step, and the others with the reason against each. The time of a step is
+
+    6 x parameters x tokens / workers x recomputation x imbalance / (1 - bubble) / FLOP/s  +  bytes sent / bytes/s
+
+with 4/3 for recomputation where it is on (one more forward pass; Chen et al. 2016), stages as slow as the largest, the
+bubble of 1F1B (Narayanan et al. 2021, section 2.2), and each kind of traffic at the speed of the slowest link that it
+takes, within a node or between nodes. Nothing is taken to overlap. The speeds are round figures for kinds of machines,
+which is enough to rank layouts. Of layouts within a tenth the simplest is taken: data parallelism and the lowest
+ZeRO stage, then tensor, then pipeline, without recomputation where there is a choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from raylm.cluster.capacity import PROCESS_BYTES
+from raylm.cluster.hardware import CPU, GPU
+from raylm.config.layout import batch_refusal, cutting_refusal, micro_batch_refusal, workers_refusal, zero_refusal
+from raylm.config.stages import TrainConfig
+from raylm.parallel.plan.cut import Cut
+from raylm.parallel.plan.refusals import model_refusal
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from raylm.parallel.plan.memory import ModelMemory, StageMemory
+    from raylm.tasks.objective import Objective
+
+# Tokens of one micro-batch beyond which a bigger one gains nothing but takes memory.
+MICRO_BATCH_TOKENS = 16384
+# Estimates that differ by less do not tell layouts apart.
+CLOSE = 1.1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with what it takes.
+
+    Attributes:
+        cut: the layout.
+        seconds: estimated time of a step.
+        bytes: of the fullest rank, by kind.
+        bubble: share of a step in which a stage waits.
+        reason: why it was not taken; empty for the one that was.
+    """
+
+    cut: Cut
+    seconds: float
+    bytes: dict[str, float]
+    bubble: float
+    reason: str = ""
+
+    @property
+    def total_bytes(self) -> float:
+        """Of all kinds."""
+        return sum(self.bytes.values())
+
+    @property
+    def simplicity(self) -> tuple:
+        """The smaller, the simpler."""
+        cut = self.cut
+        rank = (cut.pipeline, cut.tensor, cut.zero_stage, cut.activation_checkpointing)
+        return (*rank, -cut.micro_batch_size)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search may choose from.
+
+    Attributes:
+        config: the training file.
+        model_config: of the model.
+        objective: what the model is trained on.
+        places: workers that the cluster holds (or the file wants).
+        per_node: workers of a node.
+        limit: bytes that a worker may hold; None if not known.
+        use_gpu: whether each worker holds a GPU.
+        bf16: whether training computes in bf16.
+        parameters: of the model.
+    """
+
+    config: TrainConfig
+    model_config: PretrainedConfig
+    objective: Objective
+    places: int
+    per_node: int
+    limit: float | None
+    use_gpu: bool
+    bf16: bool
+    parameters: int
+
+    @property
+    def budget(self) -> float | None:
+        """Bytes that are left of a worker's memory for training."""
+        return None if self.limit is None else self.limit - PROCESS_BYTES[self.use_gpu]
+
+    def _allows(self, tensor: int, pipeline: int) -> bool:
+        """Whether the model may be cut so."""
+        cut = tensor * pipeline
+        if cut > 1 and self.config.resources.elastic is not None:
+            return False
+        if cutting_refusal(self.config, cut):
+            return False
+        return not model_refusal(self.model_config, self.objective, tensor, pipeline)
+
+    def tensors(self) -> list[int]:
+        """Numbers of tensor-parallel ranks."""
+        given = self.config.parallel.tensor
+        if given != "auto":
+            return [given]
+        # Tensor parallelism waits for each sum: not over a network.
+        most = min(self.places, self.per_node)
+        return [n for n in range(1, most + 1) if self.per_node % n == 0 and self._allows(n, 1)]
+
+    def pipelines(self, tensor: int) -> list[int]:
+        """Numbers of stages."""
+        given = self.config.parallel.pipeline
+        if given != "auto":
+            return [given]
+        most = self.places // tensor
+        shared = [n for n in range(1, most + 1) if most % n == 0 or n & (n - 1) == 0]
+        return [n for n in shared if self._allows(tensor, n)]
+
+    def replicas(self, cut: int) -> list[int]:
+        """The largest number of replicas that the batch divides over, of ``cut`` workers each; none if not even one."""
+        resources, data, batch = self.config.resources, self.config.parallel.data, self.config.training.batch_size
+        if resources.elastic is not None:
+            return [max(resources.elastic[0], min(resources.elastic[1], self.places))]
+        if isinstance(resources.workers, int):
+            if workers_refusal(resources.workers, data, cut, settled=True):
+                return []
+            sizes = [resources.workers // cut]
+        elif data != "auto":
+            sizes = [data] if data * cut <= self.places else []
+        else:
+            sizes = list(range(self.places // cut, 0, -1))
+        return next(([n] for n in sizes if not batch_refusal(batch, n)), [])
+
+    def zero_stages(self, cut: int) -> list[int]:
+        """ZeRO stages that go with ``cut`` workers a replica."""
+        given, compiled = self.config.parallel.zero_stage, self.config.training.compile
+        stages = [0, 1, 2, 3] if given == "auto" else [given]
+        return [n for n in stages if not zero_refusal(n, cut, bf16=self.bf16, compiled=compiled)]
+
+    def micro_batch_sizes(self, replicas: int) -> list[int]:
+        """Sizes that divide a replica's share of the batch, the largest first."""
+        training, given = self.config.training, self.config.parallel.micro_batch_size
+        share = -(-training.batch_size // replicas)
+        if given != "auto":
+            # The shares of an elastic run change: its last micro-batch may be a smaller one.
+            elastic = self.config.resources.elastic is not None
+            return [given] if elastic or not micro_batch_refusal(given, share) else []
+        limit = max(1, MICRO_BATCH_TOKENS // training.sequence_length)
+        return [n for n in range(min(share, limit), 0, -1) if not micro_batch_refusal(n, share)]
+
+    def checkpointings(self) -> list[bool]:
+        """Whether activations are recomputed."""
+        given = self.config.parallel.activation_checkpointing
+        return [False, True] if given == "auto" else [given]
+
+    def cuts(self) -> Iterator[list[Cut]]:
+        """Layouts, in lists that differ in micro-batch size and recomputation only: of each the fastest first."""
+        for tensor in self.tensors():
+            for pipeline in self.pipelines(tensor):
+                for replicas in self.replicas(tensor * pipeline):
+                    share = -(-self.config.training.batch_size // replicas)
+                    sizes = self.micro_batch_sizes(replicas)
+                    for zero_stage in self.zero_stages(tensor * pipeline) if sizes else []:
+                        yield [
+                            Cut(
+                                replicas, tensor, pipeline, zero_stage, micro, -(-share // micro), checkpointing,
+                                self.bf16, self.config.training.optimizer,
+                            )
+                            for checkpointing in self.checkpointings()
+                            for micro in sizes
+                        ]  # fmt: skip
+
+
+def bubble(cut: Cut) -> float:
+    """Share of a step in which a pipeline stage waits: (p - 1) / (m + p - 1)."""
+    return (cut.pipeline - 1) / (cut.accumulation + cut.pipeline - 1)
+
+
+def step_seconds(space: Space, cut: Cut, stages: list[StageMemory]) -> float:
+    """Estimated time of a step; see the module."""
+    from raylm.parallel.plan.memory import traffic_bytes
+
+    machine, training = GPU if space.use_gpu else CPU, space.config.training
+    workers = cut.data * cut.tensor * cut.pipeline
+    work = 6.0 * space.parameters * training.batch_size * training.sequence_length / workers
+    work *= 1 + machine.half_full * cut.tensor / (cut.micro_batch_size * training.sequence_length)
+    work *= 4 / 3 if cut.activation_checkpointing else 1
+    heaviest = max(stage.parameters for stage in stages) * len(stages) / sum(stage.parameters for stage in stages)
+    seconds = work / machine.flops * heaviest / (1 - bubble(cut))
+    # Ranks are numbered by stage, then replica, then tensor-parallel rank. A ring enters and leaves a node once, and
+    # has the shares of the network of all the node's workers that are in it.
+    in_ring = {"tensor": 1, "data": max(1, space.per_node // cut.tensor), "pipeline": 1}
+    reach = {"tensor": cut.tensor, "data": cut.tensor * cut.data, "pipeline": workers}
+    sent = [traffic_bytes(stage, cut) for stage in stages]
+    for kind, workers_reached in reach.items():
+        far = min(machine.near, machine.far * in_ring[kind])
+        seconds += max(kinds[kind] for kinds in sent) / (machine.near if workers_reached <= space.per_node else far)
+    return seconds
+
+
+def candidates(space: Space, memory: ModelMemory) -> list[Candidate]:
+    """All layouts that the space allows, the taken one first, then those that fit from the fastest, then the rest.
+
+    Empty where the workers cannot be shared out at all.
+    """
+    fitting, rejected = [], []
+    for group in space.cuts():
+        found = _best_of(space, memory, group)
+        (rejected if found.reason else fitting).append(found)
+    rejected.sort(key=lambda candidate: candidate.total_bytes)
+    if not fitting:
+        return rejected
+    least = min(candidate.seconds for candidate in fitting)
+    close = [candidate for candidate in fitting if candidate.seconds <= least * CLOSE]
+    taken = min(close, key=lambda candidate: candidate.simplicity)
+    others = sorted((c for c in fitting if c is not taken), key=lambda candidate: candidate.seconds)
+    return [taken, *(replace(c, reason=_slower(c, taken)) for c in others), *rejected]
+
+
+def _best_of(space: Space, memory: ModelMemory, group: list[Cut]) -> Candidate:
+    """The fastest layout of the group that fits, without recomputation if it can be; else the one that misses by least.
+
+    Without a pipeline a larger micro-batch is never slower; with one each size is weighed.
+    """
+    from raylm.parallel.plan.memory import held_bytes, rank_bytes
+
+    best: list[Candidate] = []
+    misses: list[Candidate] = []
+    for cut in group:
+        if cut.activation_checkpointing and best:
+            break
+        least = held_bytes(space.parameters // (cut.tensor * cut.pipeline), cut)
+        if space.budget is not None and sum(least.values()) > space.budget:
+            # Without any activations already: not worth measuring.
+            misses.append(Candidate(cut, float("inf"), least, bubble(cut)))
+            break
+        stages = memory.stages(cut)
+        held = max((rank_bytes(s, cut, use_gpu=space.use_gpu) for s in stages), key=lambda kinds: sum(kinds.values()))
+        candidate = Candidate(cut, step_seconds(space, cut, stages), held, bubble(cut))
+        if space.budget is None or candidate.total_bytes <= space.budget:
+            best.append(candidate)
+            if cut.pipeline == 1:
+                break
+        else:
+            misses.append(candidate)
+    if best:
+        return min(best, key=lambda candidate: candidate.seconds)
+    closest = min(misses, key=lambda candidate: candidate.total_bytes)
+    more = "more than " if closest.seconds == float("inf") else ""
+    return replace(closest, reason=f"needs {more}{_gb(closest.total_bytes)} a worker, {_gb(space.budget)} are free")
+
+
+def _slower(candidate: Candidate, taken: Candidate) -> str:
+    if candidate.seconds <= taken.seconds * CLOSE:
+        return "as fast by estimate, less simple"
+    return f"{candidate.seconds / taken.seconds:.2f} times the estimated time"
+
+
+def _gb(size: float | None) -> str:
+    return f"{(size or 0.0) / 1e9:,.1f} GB"

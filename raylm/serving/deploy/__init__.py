@@ -1,0 +1,1 @@
+"""The Ray Serve application, and what its routes share."""

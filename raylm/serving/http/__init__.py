@@ -1,0 +1,1 @@
+"""Requests in, answers out: bodies, keys, limits, errors, the log, and the page."""

@@ -1,0 +1,137 @@
+"""The HTTP application: OpenAI-compatible routes, /v1/qa where there is a collection, /health, and the page at /."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+
+import raylm
+from raylm.serving.deploy.service import Models, ModelService
+from raylm.serving.http.errors import ERROR_RESPONSES, install_error_handlers
+from raylm.serving.http.metrics import CONTENT_TYPE, ServerMetrics
+from raylm.serving.http.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
+from raylm.serving.retrieval.collections import collection_routes
+from raylm.serving.retrieval.library import Library
+from raylm.serving.tasks.answering import answer_question
+from raylm.serving.tasks.classification import ClassifyRequest, classify
+from raylm.serving.tasks.completions import chat, complete
+from raylm.serving.tasks.embeddings import embed
+
+PLAYGROUND = Path(__file__).with_name("playground.html")
+# The page loads nothing from elsewhere, talks to this server only, and no other page may frame it.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+}
+# For the OpenAPI document: what a route answers where the request says ``stream``.
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer: one JSON object; with `stream`, server-sent events",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {},
+        },
+    }
+}
+
+
+def create_app(
+    models: Models, metrics: ServerMetrics, library: Library, passages: int = 3, least_relevance: float = 0.0
+) -> FastAPI:
+    """The HTTP application of the served models.
+
+    Args:
+        models: who answers.
+        metrics: what /metrics shows.
+        library: the collections that /v1/qa searches.
+        passages: passages of a question that does not say how many it wants.
+        least_relevance: a question without a passage of this relevance is not answered.
+    """
+    app = FastAPI(title="raylm", version=raylm.__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
+    install_error_handlers(app)
+    _add_state_routes(app, models, metrics)
+    _add_model_routes(app, models)
+
+    @app.post("/v1/qa", responses=STREAMS)
+    async def question_answering(request: QuestionRequest) -> Response:
+        """Answer a question from the passages of a collection, with its sources, or from a given context."""
+        return await answer_question(models, library, request, request.passages or passages, least_relevance)
+
+    app.include_router(collection_routes(library))
+    return app
+
+
+def _add_state_routes(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
+    """The page, and what tells how the server does."""
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Whether every model can answer, the load of each, and counters since the start."""
+        loads = {}
+        for service in models.services:
+            service.engine.check()
+            state = {"engine": service.engine.name, "loaded": service.engine.loaded}
+            loads[service.name] = state | dataclasses.asdict(service.engine.stats())
+        counters = [key for key, value in next(iter(loads.values())).items() if type(value) is int]
+        totals = {key: sum(load[key] for load in loads.values()) for key in counters}
+        return {"status": "ok", **totals, "models": loads}
+
+    @app.get("/", response_class=HTMLResponse)
+    async def playground() -> Response:
+        """A page to try the server with."""
+        return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def show_metrics() -> Response:
+        """This replica's figures, as Prometheus reads them."""
+        metrics.publish(models.services)
+        return Response(metrics.page(), media_type=CONTENT_TYPE)
+
+
+def _add_model_routes(app: FastAPI, models: Models) -> None:
+    """What asks one model."""
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """The models that are served."""
+        return {"object": "list", "data": [_model_object(service) for service in models.services]}
+
+    @app.get("/v1/models/{name:path}")
+    async def retrieve_model(name: str) -> dict[str, Any]:
+        """One model."""
+        return _model_object(models.find(name))
+
+    @app.post("/v1/completions", responses=STREAMS)
+    async def completions(request: CompletionRequest) -> Response:
+        """Continue each prompt."""
+        return await complete(models.find(request.model, "generation"), request)
+
+    @app.post("/v1/chat/completions", responses=STREAMS)
+    async def chat_completions(request: ChatRequest) -> Response:
+        """The assistant's next message in a conversation."""
+        return await chat(models.find(request.model, "generation"), request)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
+        """One vector for each text, of length 1."""
+        return await embed(models.find(request.model, "generation", "embedding"), request)
+
+    @app.post("/v1/classify")
+    async def classification(request: ClassifyRequest) -> dict[str, Any]:
+        """The likeliest label of each text, and the probabilities of the labels."""
+        return await classify(models.find(request.model, "classification"), request)
+
+
+def _model_object(service: ModelService) -> dict[str, Any]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "raylm",
+        "task": service.task,
+        "max_model_len": service.context_length,
+    }

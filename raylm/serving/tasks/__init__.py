@@ -1,0 +1,1 @@
+"""What the routes do with a model: generate, answer, point, classify, embed."""

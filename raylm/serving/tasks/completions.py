@@ -1,0 +1,88 @@
+"""/v1/completions and /v1/chat/completions: from a request to prompts, parameters and the reply."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+from fastapi.responses import JSONResponse, Response
+
+from raylm.serving.deploy.service import ModelService, Piece, Usage
+from raylm.serving.http.replies import ChatReply, CompletionReply, send_reply
+from raylm.serving.http.requests import ChatRequest, CompletionRequest
+from raylm.serving.tasks.logprobs import chat_logprobs, completion_logprobs, describe
+from raylm.serving.tasks.structured import wanted_schema
+
+# OpenAI's default for completions; chat answers run as long as they may.
+COMPLETION_TOKENS = 16
+
+
+async def complete(service: ModelService, request: CompletionRequest) -> Response:
+    """Text that goes on from each prompt."""
+    prompts = [service.encode_prompt(prompt) for prompt in request.prompts]
+    echoes = [_echo(service, prompt, ids) for prompt, ids in zip(request.prompts, prompts, strict=True)]
+    if only_scores(request):
+        return await _score(service, request, prompts, echoes)
+    choices = request.n or 1
+    wanted = request.max_tokens or min(COMPLETION_TOKENS, service.max_new_tokens)
+    schema = await wanted_schema(request.response_format)
+    parameters = [service.parameters(request, wanted, len(prompt), schema=schema) for prompt in prompts]
+    repeated = [echo for echo in echoes for _ in range(choices)] if request.echo else ()
+    logprobs = None
+    if request.logprobs is not None:
+        logprobs = functools.partial(completion_logprobs, service, top=request.logprobs, echo=bool(request.echo))
+    reply = CompletionReply(service, repeated)
+    return await send_reply(service, request, reply, prompts, parameters, choices, logprobs)
+
+
+async def chat(service: ModelService, request: ChatRequest) -> Response:
+    """The assistant's next message in a conversation."""
+    prompt = service.encode_messages([message.plain() for message in request.messages])
+    wanted = request.max_completion_tokens or request.max_tokens
+    schema = await wanted_schema(request.response_format)
+    parameters = service.parameters(request, wanted, len(prompt), schema=schema)
+    logprobs = functools.partial(chat_logprobs, service, top=request.top_logprobs or 0) if request.logprobs else None
+    return await send_reply(service, request, ChatReply(service), [prompt], [parameters], request.n or 1, logprobs)
+
+
+def only_scores(request: CompletionRequest) -> bool:
+    """Whether the answer can be read off the prompts' own scores: what evaluation harnesses ask for.
+
+    That is an echo with log-probabilities and no token after it, or only the likeliest one.
+    """
+    if not request.echo or request.stream or (request.n or 1) > 1:
+        return False
+    if request.max_tokens == 0:
+        return True
+    forced = request.response_format is not None and request.response_format.type != "text"
+    changed = forced or request.stops or request.presence_penalty or request.frequency_penalty
+    return request.max_tokens == 1 and request.logprobs is not None and request.temperature == 0 and not changed
+
+
+async def _score(
+    service: ModelService, request: CompletionRequest, prompts: list[list[int]], echoes: list[str]
+) -> Response:
+    for prompt in prompts:
+        service.check_length([*prompt, *range(request.max_tokens or 0)], "prompt")
+    service.admit(len(prompts))
+    usage, pieces = Usage(prompt_tokens=sum(map(len, prompts))), []
+    for index, prompt in enumerate(prompts):
+        scores = await service.engine.score(prompt, max(request.logprobs or 0, 1))
+        # The likeliest token after the prompt is the answer, where there is to be one.
+        tokens = scores.top_ids[-1, : request.max_tokens].tolist()
+        usage.completion_tokens += len(tokens)
+        logprobs = None
+        if request.logprobs is not None:
+            chosen = np.concatenate([scores.chosen, scores.top[-1, : len(tokens)]])
+            scores = dataclasses.replace(scores, chosen=chosen)
+            logprobs = describe(service, scores, [*prompt, *tokens], 0, request.logprobs)
+        text = service.tokenizer.decode(tokens, skip_special_tokens=True)
+        pieces.append(Piece(index, text, "length", tuple(tokens), logprobs))
+    return JSONResponse(CompletionReply(service, echoes).whole(pieces, usage))
+
+
+def _echo(service: ModelService, prompt: str | list[int], ids: list[int]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return service.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,123 @@
+"""Served models that read and generate nothing: readers, classifiers, and encoders that embed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raylm.config.reading import ReadingSection
+from raylm.data.samples.windows import Window, Windows
+from raylm.serving.deploy.service import ModelService
+from raylm.serving.engines.base import EngineFailure, EngineTimeout
+from raylm.serving.http import request_log
+from raylm.serving.http.errors import RequestError
+from raylm.serving.http.metrics import TextTiming
+from raylm.tasks.extractive_qa.spans import Answer, best_answer
+
+# Windows of one question: with the default ones some 30,000 tokens of context.
+MOST_WINDOWS = 128
+
+
+@dataclass
+class EncoderService(ModelService):
+    """A served encoder.
+
+    Attributes:
+        labels: of a classifier, in the order of its logits.
+        reading: of a reader, how it looks for answers.
+    """
+
+    labels: Sequence[str] = ()
+    reading: ReadingSection = field(default_factory=ReadingSection)
+    # A tokenizer's own truncation is a setting of it: two threads would change it for each other.
+    _cutting: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    async def logits(self, texts: Sequence[list[int]]) -> list[np.ndarray]:
+        """Logits of each text's labels, fp32 [labels].
+
+        Raises:
+            RequestError: the queue is full.
+            EngineFailure: the engine has stopped, or took too long.
+        """
+        return await self._read([self.engine.encode(ids) for ids in self._admitted(texts)])
+
+    async def windows(self, question: str, context: str) -> list[Window]:
+        """The windows of a question; none where the context has no token.
+
+        Raises:
+            RequestError: there are too many.
+        """
+
+        def cut() -> list[Window]:
+            with self._cutting:
+                cutter = Windows(self.tokenizer, self.reading.sequence_length, self.reading.overlap)
+                return list(cutter.cut(question, context))
+
+        windows = await asyncio.to_thread(cut)
+        if len(windows) > MOST_WINDOWS:
+            raise RequestError(
+                f"The context needs {len(windows)} windows of {self.reading.sequence_length} tokens, allowed: at most "
+                f"{MOST_WINDOWS}; shorten it, or put it into a collection",
+                parameter="context",
+                code="context_length_exceeded",
+            )
+        return windows
+
+    async def find(
+        self, question: str, contexts: Sequence[str], null_threshold: float | None
+    ) -> tuple[list[Answer], int]:
+        """The best answer in each of the ``contexts``, and how many tokens were read.
+
+        Raises:
+            RequestError: a context is too long, or the queue is full.
+            EngineFailure: the engine has stopped, or took too long.
+        """
+        cuts = [await self.windows(question, context) for context in contexts]
+        windows = [window for cut in cuts for window in cut]
+        texts = self._admitted([window.input_ids.tolist() for window in windows])
+        jobs = zip(texts, windows, strict=True)
+        scores = await self._read([self.engine.encode(ids, window.token_types.tolist()) for ids, window in jobs])
+
+        def search() -> list[Answer]:
+            rest = iter(scores)
+            return [
+                best_answer(context, cut, [next(rest) for _ in cut], self.reading.max_answer_tokens, null_threshold)
+                for context, cut in zip(contexts, cuts, strict=True)
+            ]
+
+        return await asyncio.to_thread(search), sum(map(len, texts))
+
+    def _admitted(self, texts: Sequence[list[int]]) -> Sequence[list[int]]:
+        self.admit(len(texts))
+        request_log.note(model=self.name)
+        request_log.count(texts=len(texts), prompt_tokens=sum(map(len, texts)))
+        return texts
+
+    async def _read(self, texts: list[Coroutine[Any, Any, np.ndarray]]) -> list[np.ndarray]:
+        """Wait for what the engine says of each text, and count how long that took."""
+        began, reason = time.monotonic(), "abort"
+        tasks = [asyncio.ensure_future(text) for text in texts]
+        try:
+            found = await asyncio.wait_for(asyncio.gather(*tasks), self.request_seconds)
+            reason = "stop"
+            return found
+        except TimeoutError:
+            reason = "error"
+            raise EngineTimeout(
+                f"the answer was not ready within {self.request_seconds:g} s (serving.request_seconds)"
+            ) from None
+        except EngineFailure:
+            reason = "error"
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            if self.metrics is not None:
+                for _ in tasks:
+                    self.metrics.text(self.name, TextTiming(reason, None, time.monotonic() - began, 0))

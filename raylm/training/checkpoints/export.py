@@ -1,0 +1,91 @@
+"""A checkpoint to a Hugging Face directory, one tensor after the other, and the proof that it loads.
+
+The weights come from the checkpoint's files, not from a live model, so that the export does not depend on the layout
+and no process holds more than one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PretrainedConfig
+
+from raylm.data.loading import load_tokenizer
+from raylm.models.families.build import build_empty
+from raylm.models.heads import CAUSAL, Head
+from raylm.models.loading import load_model
+from raylm.tasks.objective import Batch, Objective
+from raylm.training.checkpoints.storage import Storage
+from raylm.training.checkpoints.store import CheckpointReader
+
+SHARD_BYTES = 2 * 1024**3
+
+
+def export_model(
+    checkpoint: Path | Storage,
+    config: PretrainedConfig,
+    tokenizer_directory: Path,
+    output: Path,
+    dtype: torch.dtype,
+    head: Head = CAUSAL,
+) -> None:
+    """Write ``output`` (config, safetensors, tokenizer, generation config) from ``checkpoint``; it appears whole.
+
+    Args:
+        head: the model's head (:mod:`raylm.models.heads`).
+        dtype: type of the weights on disk.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = type(config).from_dict(config.to_dict())
+    config.dtype = dtype
+    empty = build_empty(config, head)
+    config.architectures = [type(empty).__name__]
+    config.save_pretrained(partial)
+    _write_weights(CheckpointReader(checkpoint), partial, dtype)
+    tokenizer = load_tokenizer(tokenizer_directory)
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
+        tokenizer.model_max_length = positions
+    tokenizer.save_pretrained(partial)
+    if empty.can_generate():
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+        ).save_pretrained(partial)
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+
+
+def _write_weights(reader: CheckpointReader, output: Path, dtype: torch.dtype) -> None:
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, shape in reader.shapes.items():
+        length = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and size + length > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += length
+        total += length
+    weight_map = {}
+    for index, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: reader.weight(name).to(dtype) for name in names}, output / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2))
+
+
+@torch.no_grad()
+def largest_difference(output: Path, objective: Objective, batch: Batch, expected: torch.Tensor) -> float:
+    """Largest absolute difference of the reloaded model's logits from ``expected`` on a ``batch`` of ``objective``."""
+    model = load_model(output, head=objective.head).eval()
+    return float((objective.logits(model, batch) - expected).abs().max())

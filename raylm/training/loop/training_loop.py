@@ -1,0 +1,396 @@
+"""The training loop of one rank: the same for Ray Train workers and for a Ray Tune trial that trains inside itself.
+
+In: a :class:`TrainingJob` and the rank. Out: metrics, checkpoints, and at the end ``<run>/model``, reloaded and
+compared. Everything random is a function of (seed, step, rank), so that a resumed run repeats the bits of the
+uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from raylm.data.loading import load_tokenizer
+from raylm.errors import RunFailure
+from raylm.models.families.build import build_config
+from raylm.models.loading import load_config
+from raylm.models.weights import DrawnWeights, Weights, make_outline, saved_weights
+from raylm.parallel.engines.base import Engine, EngineSettings, StepResult, seed_step
+from raylm.parallel.engines.compilation import check_compilation
+from raylm.parallel.engines.data_parallel import DataParallelEngine
+from raylm.parallel.engines.environment import limit_collectives
+from raylm.parallel.engines.pipeline import PipelineTensorEngine
+from raylm.tasks import make_objective
+from raylm.tasks.objective import Batch, ObjectiveModule
+from raylm.training.checkpoints.export import export_model, largest_difference
+from raylm.training.checkpoints.mirror import BOARD, METRICS, Mirror
+from raylm.training.checkpoints.storage import Storage
+from raylm.training.checkpoints.store import BEST, LATEST, CheckpointReader, CheckpointWriter, newest_whole
+from raylm.training.loop.agreement import Agreement
+from raylm.training.loop.anomalies import batch_of_step, find_anomaly, leave_out
+from raylm.training.loop.batches import (
+    evaluation_batches,
+    micro_batches,
+    step_batches,
+    to_tensors,
+    total_steps,
+)
+from raylm.training.loop.flops import flops_per_token, peak_flops
+from raylm.training.loop.measured_stages import MeasuredStages
+from raylm.training.loop.sample_log import SampleLog
+from raylm.training.loop.schedules import learning_rate_factor
+from raylm.training.loop.worker import TrainingJob, Worker
+from raylm.training.optimizers.build import make_optimizer
+from raylm.training.ray_train.preemption import Notice
+from raylm.training.reports.metrics import MetricsRecorder
+
+# Reloaded fp32 weights are the same bits; kernels may still differ with the shape of the batch.
+LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+
+
+class TrainingLoop:
+    """Builds everything on one rank, then :meth:`run`."""
+
+    def __init__(self, job: TrainingJob, worker: Worker) -> None:
+        self.job, self.worker, self.config = job, worker, job.config
+        training, run = self.config.training, self.config.run
+        torch.manual_seed(run.seed)
+        if training.compile:
+            check_compilation(self.config.parallel.zero_stage)
+        if job.use_gpu:
+            import ray.train.torch
+
+            self.device = ray.train.torch.get_device()
+            torch.cuda.set_device(self.device)
+            # DeepSpeed puts what it makes on the device of this number.
+            os.environ["LOCAL_RANK"] = str(self.device.index or 0)
+        else:
+            self.device = torch.device("cpu")
+        self.bf16 = training.precision == "bf16"
+        self.model_config = self._model_config()
+        self.objective = make_objective(self.config.objective, self.model_config.model_type)
+        self.model_config.update(self.objective.settings(job.data_directory))
+        self.samples, self.validation = (
+            self.objective.samples(job.data_directory, split, training.sequence_length, run.seed)
+            for split in ("train", "validation")
+        )
+        self.total_steps = total_steps(training, self.samples.count)
+        model, weights = self._model()
+        self.model_config = model.config
+        self.flops = flops_per_token(model, *self.objective.lengths(training.sequence_length))
+        self.micro_batch_size = int(self.config.parallel.micro_batch_size)
+        self.engine = self._engine(model, weights)
+        limit_collectives(self.config.resources.collective_timeout_seconds)
+        self.peak = peak_flops(self.device)
+        self.mirror = Mirror(Storage(job.storage), job.directory)
+        self.writer = CheckpointWriter(
+            self.mirror.storage / "checkpoints",
+            worker.rank,
+            worker.world_size,
+            worker.generation,
+            self.config.checkpoint.keep,
+            asynchronous=self.config.checkpoint.asynchronous,
+            scratch=job.directory / "scratch",
+            before_commit=self._before_commit,
+        )
+        # Under every layout the moments are this optimizer's, and the weights change in its step only.
+        self.engine.optimizer.register_step_pre_hook(lambda *_: self.writer.settle())
+        self.state = _initial_state()
+        self.recorder: MetricsRecorder | None = None
+        self.sample_log = None
+        if training.log_samples and self.engine.leads:
+            self.sample_log = SampleLog(job.directory, worker, self.engine.data_rank, self.engine.data_size)
+
+    def _model_config(self):
+        if self.job.model_source is not None:
+            return load_config(self.job.model_source)
+        tokenizer = load_tokenizer(self.job.tokenizer_directory)
+        section = self.config.model
+        return build_config(section.family, section.config, tokenizer, self.config.training.sequence_length)
+
+    def _model(self) -> tuple[PreTrainedModel, Weights]:
+        """The model without memory for its parameters, and what they are to be filled with."""
+        head, seed = self.objective.head, self.config.run.seed
+        outline = make_outline(self.model_config, head)
+        source = self.job.model_source
+        weights = DrawnWeights(outline, seed) if source is None else saved_weights(source, outline, head, seed)
+        if self.config.parallel.activation_checkpointing:
+            outline.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return outline.model, weights
+
+    def _engine(self, model: PreTrainedModel, weights: Weights) -> Engine:
+        training, parallel = self.config.training, self.config.parallel
+        replicas = self.worker.world_size // parallel.cut
+        settings = EngineSettings(
+            zero_stage=parallel.zero_stage,
+            micro_batch_size=self.micro_batch_size,
+            accumulation=micro_batches(training.batch_size, replicas, self.micro_batch_size),
+            clipping=training.gradient_clipping,
+            bf16=self.bf16,
+            device=self.device,
+            weights=weights,
+            compiled=training.compile,
+        )
+
+        def optimizer(named):
+            return make_optimizer(training, named, model)
+
+        if parallel.cut == 1:
+            return DataParallelEngine(ObjectiveModule(model, self.objective), optimizer, settings)
+        timing, stages = {}, MeasuredStages(self.job.directory, self.config, self.model_config)
+        if parallel.pipeline > 1 and parallel.balance == "time":
+            timing = {
+                "time_batch": to_tensors(self.samples, np.arange(self.micro_batch_size), self.device),
+                "stage_bounds": stages.known(),
+            }
+        engine = PipelineTensorEngine(
+            model, self.objective, optimizer, settings,
+            tensor=parallel.tensor, pipeline=parallel.pipeline, **timing,
+        )  # fmt: skip
+        if timing and self.worker.rank == 0:
+            stages.note(engine.stage_bounds)
+        return engine
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and export; returns the final metrics (the same on every rank).
+
+        Where the run was asked to stop, or its anomalies forbid to go on, they hold ``failure``, the reason.
+        """
+        self._resume()
+        if self.worker.rank == 0:
+            self.mirror.fetch_metrics()
+        self._record_from_here()
+        try:
+            failure = self._train()
+            return self._finish() if failure is None else {"failure": failure}
+        finally:
+            if self.recorder is not None:
+                self.recorder.close()
+
+    def _record_from_here(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
+        if self.worker.rank == 0:
+            self.recorder = MetricsRecorder(
+                self.job.directory, self.state["step"], self.config.run.name, self.job.progress
+            )
+
+    def _resume(self) -> None:
+        found, damaged = newest_whole(self.writer.root, self.worker.rank, self.worker.world_size, _gather)
+        if self.worker.rank == 0:
+            for name in damaged:
+                print(f"raylm: checkpoint {self.writer.root / name} is damaged and passed over", flush=True)
+            self.writer.remove_leftovers()
+        dist.barrier()
+        if found is not None:
+            self._load(CheckpointReader(found))
+            if self.worker.rank == 0:
+                self.job.note("resume", self.state["step"], f"goes on from the checkpoint of step {self.state['step']}")
+        elif self.config.training.anomalies.policy != "stop":
+            # Something to go back to before the first checkpoint is due.
+            self._save()
+
+    def _load(self, reader: CheckpointReader) -> None:
+        for fragment in self.engine.fragments(for_loading=True):
+            reader.fill(fragment)
+        self.engine.adopt(reader.part, reader.state["step"])
+        self.state = {**_initial_state(), **reader.state}
+
+    def _save(self, *, best: bool = False) -> None:
+        self.writer.save(self.state["step"], self.engine.fragments(), self.state, best=best)
+
+    def _train(self) -> str | None:
+        """Train to the end; returns why it did not come to it, or None."""
+        training, checkpoint = self.config.training, self.config.checkpoint
+        saved_at = time.monotonic()
+        agreement = Agreement(self.worker.rank, self.state["step"], self.device)
+        interval = _Interval(self.writer)
+        while self.state["step"] < self.total_steps and not self._should_stop():
+            step = self.state["step"]
+            seed_step(self.config.run.seed, step, self.engine)
+            began = time.perf_counter()
+            batch = batch_of_step(step, self.state["skipped"])
+            batches = self._batches(step, batch)
+            interval.data_wait += time.perf_counter() - began
+            self.engine.set_learning_rate(learning_rate_factor(training, step, self.total_steps))
+            result = self.engine.train_step(batches)
+            loss = self.engine.mean_loss(result) if training.anomalies.spike_factor is not None else 0.0
+            if (found := find_anomaly(training.anomalies, self.state, result.gradient_norm, loss)) is not None:
+                if (failure := self._answer_anomaly(step, batch, found)) is not None:
+                    return failure
+                agreement = Agreement(self.worker.rank, self.state["step"], self.device)
+                interval = _Interval(self.writer)
+                continue
+            self.state["step"] = step = step + 1
+            self.worker.progress(step)
+            self.state["tokens"] += result.tokens
+            interval.tokens += result.tokens
+            last = step == self.total_steps
+            evaluated = (bool(training.evaluate_every_steps) and step % training.evaluate_every_steps == 0) or last
+            save = last or (checkpoint.every_steps is not None and step % checkpoint.every_steps == 0)
+            notice = Notice.NONE
+            if agreement.due(step):
+                seconds = time.monotonic() - saved_at
+                wanted = checkpoint.every_seconds is not None and seconds >= checkpoint.every_seconds
+                notice, timed = agreement.exchange(step, int(self.worker.notice()), wanted)
+                save = save or timed or notice > Notice.NONE
+            if step % training.log_every_steps == 0 or evaluated:
+                metrics = self._metrics(result, interval)
+                if evaluated:
+                    metrics |= self._evaluate()
+                if self.recorder is not None:
+                    self.recorder.record(metrics)
+                if evaluated:
+                    self.worker.report(metrics)
+                interval = _Interval(self.writer)
+            improved = evaluated and self.state["without_improvement"] == 0
+            best = improved and training.evaluate_every_steps is not None
+            if save or best or self._should_stop():
+                self._save(best=best)
+                saved_at = time.monotonic()
+            if notice > Notice.NONE:
+                self._finish_save()
+                self.worker.saved()
+                if notice == Notice.LEAVE:
+                    raise InterruptedError(f"a worker was told to end (SIGTERM); step {step} was saved first")
+                if notice == Notice.STOP:
+                    return f"stopped after step {step}, which was saved; the same command goes on"
+        self._finish_save()
+        return None
+
+    def _batches(self, step: int, batch: int) -> list[Batch]:
+        """The micro-batches of a step, with the samples that ``batch`` is the number of."""
+        batches = step_batches(
+            self.samples, batch, self.config.training.batch_size, self.engine.data_rank, self.engine.data_size,
+            self.micro_batch_size, self.device,
+        )  # fmt: skip
+        if self.sample_log is not None:
+            self.sample_log.write(step, batch, self.config.training.batch_size)
+        return batches
+
+    def _before_commit(self) -> None:
+        self.mirror.check_owner(self.job.attempt)
+        self.mirror.send_metrics()
+
+    def _finish_save(self) -> None:
+        self.writer.wait()
+        dist.barrier()
+
+    def _answer_anomaly(self, step: int, batch: int, found: str) -> str | None:
+        """Go back to the last checkpoint without the ``batch``; returns why not, or None."""
+        section, skipped, count = self.config.training.anomalies, self.state["skipped"], self.state["anomalies"] + 1
+        self._finish_save()
+        latest = (self.writer.root.read(LATEST) or b"").decode().strip()
+        text = f"step {step + 1}: {found}; training.anomalies.policy is {section.policy}"
+        if section.policy == "stop" or count > section.limit:
+            many = f" and the limit is {section.limit}" if section.policy != "stop" else ""
+            return f"{text}{many}; the last checkpoint is {latest or 'none'}"
+        self._load(CheckpointReader(self.writer.root / latest))
+        first = batch if section.policy == "skip" else batch_of_step(self.state["step"], skipped)
+        self.state["skipped"] = leave_out(skipped, first, batch + 1)
+        self.state["anomalies"] = count
+        if self.worker.rank == 0:
+            self.job.note("anomaly", step + 1, f"{text}; back to {latest}, batches {first} to {batch} are left out")
+        self._record_from_here()
+        return None
+
+    def _metrics(self, result: StepResult, interval: _Interval) -> dict[str, Any]:
+        seconds = max(1e-9, time.perf_counter() - interval.began)
+        speed = interval.tokens / seconds
+        return {
+            "step": self.state["step"],
+            "tokens": self.state["tokens"],
+            "samples": self.state["step"] * self.config.training.batch_size,
+            "loss": self.engine.mean_loss(result),
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "gradient_norm": result.gradient_norm,
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops / (self.peak * self.worker.world_size),
+            "data_wait_seconds": interval.data_wait,
+            "checkpoint_seconds": self.writer.stall_seconds - interval.stalled,
+            "memory_bytes": self.worker.memory_bytes(),
+            **({"stage_idle": idle} if len(idle := self.engine.idle_fractions()) > 1 else {}),
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        training = self.config.training
+        batches = evaluation_batches(
+            self.validation, training.evaluation_batches, self.micro_batch_size,
+            self.engine.data_rank, self.engine.data_size, self.device,
+        )  # fmt: skip
+        found = self.engine.evaluate(batches)
+        loss = found.mean
+        self.state["validation_loss"] = loss
+        minimum = training.early_stopping.minimum_change if training.early_stopping else 0.0
+        if self.state["best"] is None or loss < self.state["best"] - minimum:
+            self.state |= {"best": loss, "without_improvement": 0}
+        else:
+            self.state["without_improvement"] += 1
+        return {"validation_loss": loss, **{f"validation_{name}": value for name, value in found.measures.items()}}
+
+    def _should_stop(self) -> bool:
+        stopping = self.config.training.early_stopping
+        return stopping is not None and self.state["without_improvement"] >= stopping.patience
+
+    def _finish(self) -> dict[str, Any]:
+        """Export the final (under early stopping the best) weights, reload them and compare."""
+        if self.worker.rank == 0 and self.job.progress is not None:
+            self.job.progress.update.remote({"finishing": "exporting the model and comparing its outputs"})
+        root = self.writer.root
+        chosen = root.read(BEST) if self.config.training.early_stopping else None
+        source = root / (chosen or root.read(LATEST) or b"").decode().strip()
+        last_step = self.state["step"]
+        reader = CheckpointReader(source)
+        if reader.state["step"] != last_step:
+            self._load(reader)
+        probe = to_tensors(self.validation, np.arange(1), self.device)
+        expected = self.engine.logits(probe).cpu()
+        difference = None
+        if self.worker.rank == 0:
+            dtype = torch.bfloat16 if self.bf16 else torch.float32
+            output = self.job.directory / "model"
+            export_model(source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head)
+            probe = {name: values.cpu() for name, values in probe.items()}
+            difference = largest_difference(output, self.objective, probe, expected)
+            if not difference <= LOGITS_TOLERANCE[dtype]:
+                raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
+            self.mirror.send("model", METRICS, BOARD)
+        dist.barrier()
+        return {
+            "finished": True,
+            "step": last_step,
+            "exported_step": reader.state["step"],
+            "tokens": self.state["tokens"],
+            "validation_loss": self.state.get("validation_loss"),
+            "best_validation_loss": self.state["best"],
+            "logits_difference": difference,
+            "stopped_early": last_step < self.total_steps,
+            "skipped": self.state["skipped"],
+        }
+
+
+def _initial_state() -> dict[str, Any]:
+    return {"step": 0, "tokens": 0, "best": None, "without_improvement": 0, "skipped": [], "anomalies": 0}
+
+
+class _Interval:
+    """What is counted between two lines of metrics."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self.began = time.perf_counter()
+        self.tokens = 0
+        self.data_wait = 0.0
+        self.stalled = writer.stall_seconds
+
+
+def _gather(mine: list[str]) -> list[str]:
+    """The ranks' lists joined, the same on all; a collective."""
+    lists: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, mine)
+    return sorted({item for one in lists for item in one})

@@ -1,0 +1,73 @@
+"""Optimizers by name, over parameter groups that carry what the engine and the checkpoints need to know.
+
+Every group has ``peak_learning_rate`` (the schedule multiplies it) and ``moments``: the names of its state tensors.
+Weight decay falls on matrices and embeddings; vectors (norms, biases) have none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from raylm.config.training import TrainingSection
+from raylm.models.families.build import fused_parts
+from raylm.models.structure import lookup_names, read_out_names
+from raylm.training.optimizers.muon import Muon
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _dimensions(parameter: torch.Tensor) -> int:
+    # What ZeRO 3 has shared out already keeps its shape here.
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def hidden_matrices(named: dict[str, nn.Parameter], model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Those of the parameters ``named`` that are matrices between hidden layers of ``model``: what Muon is for.
+
+    Weights that are looked up, and all of the head that makes logits of tokens, are not.
+    """
+    outer = lookup_names(model) | read_out_names(model)
+    return {name: p for name, p in named.items() if _dimensions(p) == 2 and name not in outer}
+
+
+def make_optimizer(
+    training: TrainingSection, named: dict[str, nn.Parameter], model: PreTrainedModel
+) -> torch.optim.Optimizer:
+    """The optimizer of ``training`` over the parameters ``named`` by their names in ``model``."""
+    rate, decay = training.learning_rate, training.weight_decay
+    if training.optimizer == "sgd":
+        groups = _decay_groups(named, decay, rate, ("momentum_buffer",) if training.momentum else ())
+        return torch.optim.SGD(groups, lr=rate, momentum=training.momentum)
+    adam = {"lr": rate, "betas": tuple(training.betas), "eps": training.epsilon, "fused": True}
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(_decay_groups(named, decay, rate, ADAM_MOMENTS), **adam)
+    matrices = hidden_matrices(named, model)
+    rest = {name: p for name, p in named.items() if name not in matrices}
+    groups = [{**group, "orthogonal": False} for group in _decay_groups(rest, decay, rate, ADAM_MOMENTS)]
+    groups.append(
+        {
+            "params": list(matrices.values()),
+            "names": list(matrices),
+            "parts": {name: fused_parts(name, model.config.model_type) for name in matrices},
+            "orthogonal": True,
+            "dtype": torch.bfloat16 if training.precision == "bf16" else torch.float32,
+            "momentum": training.momentum,
+            "weight_decay": decay,
+            "peak_learning_rate": training.matrix_learning_rate,
+            "moments": ("momentum_buffer",),
+        }
+    )
+    return Muon(groups, **adam)
+
+
+def _decay_groups(named: dict[str, nn.Parameter], decay: float, rate: float, moments: tuple[str, ...]) -> list[dict]:
+    common = {"peak_learning_rate": rate, "moments": moments}
+    decayed = [p for p in named.values() if _dimensions(p) >= 2]
+    plain = [p for p in named.values() if _dimensions(p) < 2]
+    groups = [
+        {"params": decayed, "weight_decay": decay, **common},
+        {"params": plain, "weight_decay": 0.0, **common},
+    ]
+    return [group for group in groups if group["params"]]

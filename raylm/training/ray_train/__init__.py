@@ -1,0 +1,1 @@
+"""Workers of Ray Train: started, watched, told, and given back."""
