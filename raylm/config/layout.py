@@ -128,7 +128,7 @@ def layout_refusal(config: TrainConfig) -> str:
 
 def _refusals(config: TrainConfig) -> Iterator[str]:
     workers, parallel, training = config.resources.workers, config.parallel, config.training
-    cut, settled = parallel.cut, "auto" not in (parallel.tensor, parallel.pipeline)
+    cut, settled = parallel.model_parallel, "auto" not in (parallel.tensor, parallel.pipeline)
     if config.resources.elastic is not None:
         for name in ("data", "tensor", "pipeline"):
             yield elastic_refusal(name, getattr(parallel, name))

@@ -132,7 +132,7 @@ class ParallelSection(Section):
         return value
 
     @property
-    def cut(self) -> int:
+    def model_parallel(self) -> int:
         """Processes that hold one copy of the model between them, as far as the file says."""
         return (1 if self.tensor == "auto" else self.tensor) * (1 if self.pipeline == "auto" else self.pipeline)
 

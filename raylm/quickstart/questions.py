@@ -39,7 +39,7 @@ _CITATION = re.compile(r" \[\d+\]")
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """What the server said to one question.
 
     Attributes:
@@ -77,7 +77,7 @@ class Answer:
 class HeldOutAnswers:
     """The answers to all questions, in the order in which they were asked."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[ScoredAnswer, ...]
 
     @property
     def with_passage(self) -> int:
@@ -99,7 +99,7 @@ class HeldOutAnswers:
         """Answers that cite their passage."""
         return sum(answer.is_cited for answer in self.answers)
 
-    def examples(self, count: int = 3) -> tuple[list[Answer], list[Answer]]:
+    def examples(self, count: int = 3) -> tuple[list[ScoredAnswer], list[ScoredAnswer]]:
         """The first ``count`` right answers, and the first wrong ones."""
         right = [answer for answer in self.answers if answer.is_right]
         wrong = [answer for answer in self.answers if not answer.is_right]
@@ -195,14 +195,14 @@ def ask_question(url: str, question: str) -> dict[str, Any]:
     return _post(f"{url}/v1/qa", {"question": question, "max_tokens": ANSWER_TOKENS})
 
 
-def _ask(url: str, pair: Document) -> Answer:
+def _ask(url: str, pair: Document) -> ScoredAnswer:
     found = ask_question(url, pair.prompt)
     chat = {"messages": [{"role": "user", "content": pair.prompt}], "temperature": 0.0, "max_tokens": ANSWER_TOKENS}
     alone = _post(f"{url}/v1/chat/completions", chat)["choices"][0]["message"]["content"]
     sources = found["sources"]
     rule = opening_sentence(sources[0]["text"].partition("\n\n")[2]) if sources else ""
     source = sources[0]["title"] if sources else ""
-    return Answer(pair.title, pair.answer, found["answer"], alone, rule, source)
+    return ScoredAnswer(pair.title, pair.answer, found["answer"], alone, rule, source)
 
 
 def streamed_answer(url: str, question: str) -> Iterator[str]:

@@ -91,7 +91,7 @@ class Planner:
         from raylm.parallel.plan.planning import apply_layout, plan_training
 
         # A search runs many trials; one worker (or one copy of the model) each is what uses a small machine best.
-        resources, cut = self.config.resources, self.config.parallel.cut
+        resources, cut = self.config.resources, self.config.parallel.model_parallel
         single = resources.model_copy(update={"workers": cut if resources.workers == "auto" else resources.workers})
         one = trial_config(self.config, candidate).model_copy(update={"resources": single})
         section = one.training

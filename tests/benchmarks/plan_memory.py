@@ -107,7 +107,7 @@ def rank(layout: str, directory: str) -> None:
     def optimizer(named, model=model):
         return make_optimizer(config.training, named, model)
 
-    if parallel.cut == 1:
+    if parallel.model_parallel == 1:
         engine = DataParallelEngine(ObjectiveModule(model, objective), optimizer, EngineSettings(**settings))
     else:
         cuts = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}

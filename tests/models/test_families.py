@@ -17,7 +17,7 @@ from raylm.models.families import all_families, find_family, find_outline, llama
 from raylm.models.families.base import Family, Outline, Split
 from raylm.models.families.build import build_config, build_empty, build_model
 from raylm.models.heads import CAUSAL
-from raylm.parallel.layout.stages import StageLayer
+from raylm.parallel.layout.pipeline_stages import StageLayer
 from raylm.parallel.layout.tensor import TensorGroup
 from raylm.parallel.plan.refusals import check_cuts
 from raylm.tasks import find_task, make_objective

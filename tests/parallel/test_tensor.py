@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from raylm.models.families.base import Step, Steps
-from raylm.parallel.layout.stages import balanced_stages
+from raylm.parallel.layout.pipeline_stages import balanced_stages
 from raylm.parallel.layout.tensor import (
     ColumnParallel,
     DropoutStreams,

@@ -14,8 +14,8 @@ from raylm.data.sources.documents import Document, DocumentFile, make_pair, spli
 from raylm.data.sources.stdlib import opening_sentence
 from raylm.errors import RunFailure
 from raylm.quickstart.questions import (
-    Answer,
     HeldOutAnswers,
+    ScoredAnswer,
     ask_held_out,
     held_out_pairs,
     shown_names,
@@ -86,8 +86,8 @@ def test_opening_sentence() -> None:
 
 
 def test_figures() -> None:
-    right = Answer("a", "Join two paths.", "Join two paths. [1]", "No idea.", "Join two paths.", "a")
-    wrong = Answer("b", "Split a path.", "Splash a math.", "Split a path.", "Something else.", "c")
+    right = ScoredAnswer("a", "Join two paths.", "Join two paths. [1]", "No idea.", "Join two paths.", "a")
+    wrong = ScoredAnswer("b", "Split a path.", "Splash a math.", "Split a path.", "Something else.", "c")
     result = HeldOutAnswers((right, wrong, right))
     assert (result.with_passage, result.without_passage, result.by_rule, result.cited) == (2, 1, 2, 2)
     assert result.examples(1) == ([right], [wrong])

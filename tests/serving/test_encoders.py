@@ -32,7 +32,7 @@ from raylm.serving.engines.encoder import EncoderBackend
 from raylm.serving.stage import check_model, running_server
 from raylm.serving.tasks.extraction import best_of
 from raylm.tasks import find_task
-from raylm.tasks.extractive_qa.spans import Answer, best_answer
+from raylm.tasks.extractive_qa.spans import AnswerSpan, best_answer
 from tests.reading import write_encoder
 from tests.serving.conftest import free_port
 
@@ -89,7 +89,7 @@ def server(
         yield SimpleNamespace(url=url, client=client)
 
 
-def expected_answer(reader: OpenVinoEncoder, directory: Path, context: str) -> Answer:
+def expected_answer(reader: OpenVinoEncoder, directory: Path, context: str) -> AnswerSpan:
     """What evaluation makes of the same model."""
     tokenizer = load_tokenizer(directory)
     windows = list(Windows(tokenizer, 48, 12).cut(QUESTION, context))
@@ -185,8 +185,8 @@ def test_extractive_answers_from_a_collection(server: SimpleNamespace) -> None:
 
 
 def test_the_best_of_several_passages() -> None:
-    weak, strong = Answer("a", 0, 1, 0.9, False, 0.0, 2.0, 2.1), Answer("b", 0, 1, 0.6, False, 0.0, 5.0, 5.5)
-    none = Answer("", 0, 0, 0.99, True, 3.0, 9.0, 9.01)
+    weak, strong = AnswerSpan("a", 0, 1, 0.9, False, 0.0, 2.0, 2.1), AnswerSpan("b", 0, 1, 0.6, False, 0.0, 5.0, 5.5)
+    none = AnswerSpan("", 0, 0, 0.99, True, 3.0, 9.0, 9.01)
     place, score = best_of([weak, strong], [0.5, 0.5])
     assert place == 1
     assert score == pytest.approx(np.exp(5.0) / (np.exp(2.1) + np.exp(5.5)))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from raylm.data.prepare.passes import Pipeline
-    from raylm.data.tokens.tokenization import Layout
+    from raylm.data.tokens.tokenization import ShardFormat
 
 PARTS = ("documents", "tokenizer", "train", "validation", "work")
 
@@ -226,7 +226,7 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
 class _Made:
     """What tokenizing gives."""
 
-    layout: Layout
+    layout: ShardFormat
     vocab_size: int
     pad_id: int | None
     sources: list[dict[str, Any]]
@@ -236,7 +236,7 @@ class _Made:
 
 def _tokenize(pipeline: Pipeline, checked: Input, laps: _Laps) -> _Made:
     """From the sources to files of tokens."""
-    from raylm.data.tokens.tokenization import Layout
+    from raylm.data.tokens.tokenization import ShardFormat
     from raylm.data.tokens.tokenizers import reuse_tokenizer
 
     pipeline.open_work(PARTS)
@@ -252,7 +252,7 @@ def _tokenize(pipeline: Pipeline, checked: Input, laps: _Laps) -> _Made:
     with Activity("training the tokenizer" if checked.tokenizer.path is None else "copying the tokenizer"):
         tokenizer = pipeline.make_tokenizer()
     laps.end("tokenizer")
-    layout = Layout(
+    layout = ShardFormat(
         kind=survey.kind,
         dtype=token_dtype(len(tokenizer)).str,
         eos_id=tokenizer.eos_token_id,

@@ -38,7 +38,7 @@ AUGMENTED = "augmented"
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardFormat:
     """What all token files of a set share: the tokenizer's ids, the dtype's name, what a document is, and whether it
     has a class."""
 
@@ -59,14 +59,14 @@ def make_files(
             ``documents``; ``copy``, from 0, of a source that is taken more than once; ``leading``, the splits whose
             stream begins here.
         directory: the set that is being prepared.
-        layout: see :class:`Layout`.
+        layout: see :class:`ShardFormat`.
         duplicates: files of duplicates in the work directory.
         weights: of each source.
 
     Returns:
         ``{"entries": [one a split that is not empty], "duplicates": documents left out as such}``.
     """
-    root, shape = Path(directory), Layout(**layout)
+    root, shape = Path(directory), ShardFormat(**layout)
     work = root / WORK
     dropped = dropped_documents(work, duplicates, job["first"], job["first"] + job["documents"]) - job["first"]
     writers = {
@@ -124,11 +124,11 @@ class TokenWriter:
         root: the set that is being prepared.
         split: train or validation.
         number: of the files.
-        layout: see :class:`Layout`.
+        layout: see :class:`ShardFormat`.
         leading: the split's stream begins with this file.
     """
 
-    def __init__(self, root: Path, split: Split, number: int, layout: Layout, leading: bool) -> None:
+    def __init__(self, root: Path, split: Split, number: int, layout: ShardFormat, leading: bool) -> None:
         self._root, self._split, self._number, self._layout = root, split, number, layout
         self._leading = leading
         self._stream: Any = None

@@ -30,9 +30,9 @@ from raylm.parallel.engines.compilation import compile_blocks
 from raylm.parallel.engines.filling import fill, share_out_by_deepspeed
 from raylm.parallel.layout.fragments import (
     Fragment,
+    flat_ranges,
     frozen_fragments,
     partition_fragments,
-    pieces,
     replicated_fragments,
 )
 from raylm.parallel.layout.slicing import Slicing
@@ -78,7 +78,7 @@ class DataParallelEngine:
         self.parameters = {name.removeprefix("model."): p for name, p in self.engine.module.named_parameters()}
         # Muon works on whole matrices, of which ZeRO leaves it flat ranges.
         if self.zero_stage and hasattr(self.optimizer, "bind"):
-            self.optimizer.bind(list(pieces(trained, self.engine.optimizer, self.rank)))
+            self.optimizer.bind(list(flat_ranges(trained, self.engine.optimizer, self.rank)))
         call_after_step(settings, self)
 
     @property

@@ -43,8 +43,8 @@ from raylm.parallel.engines.compilation import compile_blocks
 from raylm.parallel.engines.filling import fill
 from raylm.parallel.engines.stopwatch import Stopwatch
 from raylm.parallel.layout.fragments import Fragment, frozen_fragments, partition_fragments, replicated_fragments
+from raylm.parallel.layout.pipeline_stages import StageLayer, balanced_stages, step_weights
 from raylm.parallel.layout.slicing import Slicing
-from raylm.parallel.layout.stages import StageLayer, balanced_stages, step_weights
 from raylm.parallel.layout.tensor import DropoutStreams, TensorGroup, vocabulary_cross_entropy
 from raylm.parallel.layout.timing import step_seconds
 from raylm.tasks.objective import IGNORED, Batch, Objective

@@ -38,7 +38,7 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class Piece:
+class FlatRange:
     """This rank's flat range of one parameter in one of DeepSpeed's flat fp32 buffers.
 
     Attributes:
@@ -143,16 +143,16 @@ def partition_fragments(
 ) -> Iterator[Fragment]:
     """ZeRO 1 to 3: each rank answers for the ranges that lie in its flat buffers."""
     inner = zero_optimizer.optimizer
-    for piece in pieces(trained_parameters(parameters), zero_optimizer, rank):
-        group = inner.param_groups[piece.group]
-        state = initialize_moments(inner, piece.flat, group)
-        flat = {"weight": piece.flat.detach(), **{key: state[key] for key in group["moments"]}}
-        flat = {kind: values[piece.offset : piece.offset + piece.length] for kind, values in flat.items()}
-        slicing = slicings.get(piece.name) or Slicing(piece.shape)
-        yield from _fragments(piece.name, slicing, piece.start, piece.length, flat)
+    for place in flat_ranges(trained_parameters(parameters), zero_optimizer, rank):
+        group = inner.param_groups[place.group]
+        state = initialize_moments(inner, place.flat, group)
+        flat = {"weight": place.flat.detach(), **{key: state[key] for key in group["moments"]}}
+        flat = {kind: values[place.offset : place.offset + place.length] for kind, values in flat.items()}
+        slicing = slicings.get(place.name) or Slicing(place.shape)
+        yield from _fragments(place.name, slicing, place.start, place.length, flat)
 
 
-def pieces(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> Iterator[Piece]:
+def flat_ranges(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> Iterator[FlatRange]:
     """Where ZeRO 1 to 3 keeps this rank's range of each parameter; all parameters, in the same order on every rank."""
     if hasattr(zero_optimizer, "fp32_partitioned_groups_flat"):
         # Stage 3: each parameter is cut evenly over the ranks, the last range padded; sub-groups join the ranges.
@@ -160,7 +160,7 @@ def pieces(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> It
             sub_group, offset, _ = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
             per_rank = parameter.ds_tensor.ds_numel
             start = min(rank * per_rank, parameter.ds_numel)
-            yield Piece(
+            yield FlatRange(
                 name=name,
                 shape=tuple(parameter.ds_shape),
                 group=zero_optimizer.sub_group_to_group_id[sub_group],
@@ -178,7 +178,7 @@ def pieces(parameters: dict[str, nn.Parameter], zero_optimizer, rank: int) -> It
     groups = {id(p): index for index, members in enumerate(members_of) for p in members}
     for name, parameter in parameters.items():
         group, mapping = groups[id(parameter)], parameter._hp_mapping
-        yield Piece(
+        yield FlatRange(
             name=name,
             shape=tuple(parameter.shape),
             group=group,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from raylm.models.families.base import Outline
 from raylm.models.weights import Weights
 from raylm.parallel.engines.filling import fill
-from raylm.parallel.layout.stages import StageLayer
+from raylm.parallel.layout.pipeline_stages import StageLayer
 from raylm.parallel.layout.tensor import TensorGroup, vocabulary_cross_entropy
 from raylm.tasks.objective import Batch
 

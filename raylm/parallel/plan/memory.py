@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from raylm.models.families import find_outline
 from raylm.models.families.base import Steps
-from raylm.parallel.layout.stages import StageLayer, balanced_stages, step_weights
+from raylm.parallel.layout.pipeline_stages import StageLayer, balanced_stages, step_weights
 from raylm.parallel.layout.tensor import TensorGroup, vocabulary_cross_entropy
 from raylm.parallel.plan.cut import BUCKET_ELEMENTS, Cut
 from raylm.parallel.plan.footprint import KINDS, Footprint, Passage, chain, measure, whole
@@ -57,7 +57,7 @@ class StageMemory:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Segment:
     """Steps that are measured together: those before the blocks, a block, or those after the blocks and the loss."""
 
     passage: Passage
@@ -66,30 +66,30 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class _Pieces:
-    """A model as one tensor-parallel rank holds it: ``pieces`` in order, and how stages are cut from them.
+class _Segments:
+    """A model as one tensor-parallel rank holds it: ``segments`` in order, and how stages are cut from them.
 
-    ``tied`` is the elements of a weight that the first and the last piece share.
+    ``tied`` is the elements of a weight that the first and the last segment share.
     """
 
-    pieces: list[_Piece]
+    segments: list[_Segment]
     steps: Steps
     weights: list[float]
     tied: int
 
     def stages(self, cut: Cut) -> list[StageMemory]:
-        """The pieces as pipeline stages."""
+        """The segments as pipeline stages."""
         before = len(self.steps.before)
         inner = [bound - before + 1 for bound in balanced_stages(self.steps, self.weights, cut.pipeline)[1:-1]]
         found = []
-        for number, (first, stop) in enumerate(pairwise([0, *inner, len(self.pieces)])):
-            pieces = self.pieces[first:stop]
-            passages = [piece.passage for piece in pieces]
-            sizes = [size for piece in pieces for size in piece.sizes]
+        for number, (first, stop) in enumerate(pairwise([0, *inner, len(self.segments)])):
+            segments = self.segments[first:stop]
+            passages = [segment.passage for segment in segments]
+            sizes = [size for segment in segments for size in segment.sizes]
             if self.tied and cut.pipeline == 1:
                 # A stage that uses a tied weight twice holds it once.
                 sizes.remove(self.tied)
-                element = passages[0].gradients // max(1, sum(pieces[0].sizes))
+                element = passages[0].gradients // max(1, sum(segments[0].sizes))
                 passages[0] = replace(passages[0], gradients=passages[0].gradients - self.tied * element)
             last = number == cut.pipeline - 1
             found.append(
@@ -98,7 +98,7 @@ class _Pieces:
                     largest=max(sizes),
                     footprint=chain(passages),
                     in_flight=min(cut.pipeline - number, cut.accumulation),
-                    reduced=sum(piece.reduced for piece in pieces),
+                    reduced=sum(segment.reduced for segment in segments),
                     received=passages[0].given if number else 0,
                     sent=0 if last else passages[-1].made,
                 )
@@ -111,7 +111,7 @@ class ModelMemory:
 
     def __init__(self, config: PretrainedConfig, objective: Objective, sequence_length: int, *, bf16: bool) -> None:
         self._config, self._objective, self._length, self._bf16 = config, objective, sequence_length, bf16
-        self._pieces: dict[tuple[int, bool], _Pieces] = {}
+        self._pieces: dict[tuple[int, bool], _Segments] = {}
         self._whole: dict[bool, StageMemory] = {}
 
     def stages(self, cut: Cut) -> list[StageMemory]:
@@ -123,7 +123,7 @@ class ModelMemory:
             stages = [self._whole[checkpointing]]
         else:
             if (cut.tensor, checkpointing) not in self._pieces:
-                self._pieces[cut.tensor, checkpointing] = self._measure_pieces(cut.tensor, checkpointing)
+                self._pieces[cut.tensor, checkpointing] = self._measure_segments(cut.tensor, checkpointing)
             stages = self._pieces[cut.tensor, checkpointing].stages(cut)
         # Measured with one sequence; what does not grow with their number (a mask, positions) is small.
         return [
@@ -156,7 +156,7 @@ class ModelMemory:
                 footprint = whole(measure(module, tuple(batch.values()), self._config.vocab_size)[0])
         return StageMemory(sum(sizes), max(sizes), footprint, 1, 0, 0, 0)
 
-    def _measure_pieces(self, tensor: int, checkpointing: bool) -> _Pieces:
+    def _measure_segments(self, tensor: int, checkpointing: bool) -> _Segments:
         """The parts of the first of ``tensor`` ranks, each different one passed once."""
         with FakeTensorMode():
             model, batch = self._build(checkpointing)
@@ -171,8 +171,8 @@ class ModelMemory:
                 return vocabulary_cross_entropy(logits, batch["targets"], group, vocab_size)
 
             parts = [steps.before, *([block] for block in steps.blocks), steps.after]
-            known: dict[str, tuple[_Piece, Any]] = {}
-            pieces, tied = [], 0
+            known: dict[str, tuple[_Segment, Any]] = {}
+            segments, tied = [], 0
             for number, part in enumerate(parts):
                 stage = _Stage(
                     [StageLayer(step, model, plan, group) for step in part], loss if part is steps.after else None
@@ -185,13 +185,13 @@ class ModelMemory:
                     group.added = 0
                     passage, made = measure(stage, values, -(-vocab_size // tensor))
                     sizes = tuple(p.numel() for p in stage.parameters())
-                    known[key] = _Piece(passage, sizes, group.added), made
+                    known[key] = _Segment(passage, sizes, group.added), made
                 if number == 0 and steps.before[0].tied is not None:
                     tied = stage.layers[0].get_parameter(steps.before[0].tied).numel()
-                piece, made = known[key]
+                segment, made = known[key]
                 values = made if isinstance(made, tuple) else (made,)
-                pieces.append(piece)
-        return _Pieces(pieces, steps, weights, tied)
+                segments.append(segment)
+        return _Segments(segments, steps, weights, tied)
 
 
 class _Whole(nn.Module):

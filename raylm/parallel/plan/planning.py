@@ -227,7 +227,7 @@ def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel |
     model_config, objective = model or check_model(config)
     resources, training, parallel = config.resources, config.training, config.parallel
     use_gpu, places = capacity.uses_gpus(resources), capacity.places(resources)
-    cut = parallel.cut
+    cut = parallel.model_parallel
     least = (
         resources.workers if resources.workers != "auto" else cut * (1 if parallel.data == "auto" else parallel.data)
     )

@@ -35,7 +35,7 @@ SEEDS = 2**63
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """A part of one text, as it is streamed: ``finish_reason`` comes with the last one."""
 
     index: int
@@ -225,7 +225,7 @@ class ModelService:
 
     async def generate(
         self, prompts: Sequence[list[int]], parameters: Sequence[SamplingParameters], stops: Sequence[str], usage: Usage
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncIterator[TextPiece]:
         """Generate the texts of all ``prompts`` side by side, and give their pieces as they come.
 
         When the caller stops listening, the engine stops generating.
@@ -240,7 +240,7 @@ class ModelService:
             async for piece in self._text(0, prompts[0], parameters[0], stops, usage):
                 yield piece
             return
-        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        pieces: asyncio.Queue[TextPiece | None] = asyncio.Queue()
 
         async def follow(index: int) -> None:
             try:
@@ -266,7 +266,7 @@ class ModelService:
 
     async def _text(
         self, index: int, prompt: list[int], parameters: SamplingParameters, stops: Sequence[str], usage: Usage
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncIterator[TextPiece]:
         decoder, stopping = IncrementalDecoder(self.tokenizer), StopStrings(stops)
         late = EngineTimeout(f"the text was not ready within {self.request_seconds:g} s (serving.request_seconds)")
         ids: list[int] = []
@@ -286,16 +286,16 @@ class ModelService:
                 text = stopping.push(decoder.push(tokens))
                 if stopping.found:
                     watch.reason = "stop"
-                    yield Piece(index, text, "stop", tuple(ids))
+                    yield TextPiece(index, text, "stop", tuple(ids))
                     return
                 if text:
-                    yield Piece(index, text)
+                    yield TextPiece(index, text)
             watch.reason = stream.finish_reason
             text = stopping.push(decoder.finish())
             if stopping.found:
-                yield Piece(index, text, "stop", tuple(ids))
+                yield TextPiece(index, text, "stop", tuple(ids))
                 return
-            yield Piece(index, text + stopping.finish(), stream.finish_reason, tuple(ids))
+            yield TextPiece(index, text + stopping.finish(), stream.finish_reason, tuple(ids))
 
 
 class _Watch:

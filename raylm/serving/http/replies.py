@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from raylm.serving.deploy.service import SEEDS, ModelService, Piece, Usage
+from raylm.serving.deploy.service import SEEDS, ModelService, TextPiece, Usage
 from raylm.serving.engines.base import EngineFailure, SamplingParameters
 from raylm.serving.http.errors import RequestError, error_body
 from raylm.serving.http.requests import GenerationRequest
@@ -33,7 +33,7 @@ class Reply(abc.ABC):
     def __init__(self, service: ModelService) -> None:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
 
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[TextPiece], usage: Usage) -> dict[str, Any]:
         """The answer in one object; one piece per text."""
         choices = [self._choice(piece) for piece in pieces]
         return self._head | {"object": self.kind, "choices": choices, "usage": usage.as_dict()}
@@ -42,7 +42,7 @@ class Reply(abc.ABC):
         """Events that come before any text."""
         return []
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
+    def chunk(self, piece: TextPiece) -> dict[str, Any]:
         """The event of one piece."""
         return self._head | {"object": self.chunk_kind, "choices": [self._delta(piece)]}
 
@@ -51,10 +51,10 @@ class Reply(abc.ABC):
         return self._head | {"object": self.chunk_kind, "choices": [], "usage": usage.as_dict()}
 
     @abc.abstractmethod
-    def _choice(self, piece: Piece) -> dict[str, Any]: ...
+    def _choice(self, piece: TextPiece) -> dict[str, Any]: ...
 
     @abc.abstractmethod
-    def _delta(self, piece: Piece) -> dict[str, Any]: ...
+    def _delta(self, piece: TextPiece) -> dict[str, Any]: ...
 
 
 class CompletionReply(Reply):
@@ -68,13 +68,13 @@ class CompletionReply(Reply):
 
     def opening(self, texts: int) -> list[dict[str, Any]]:
         """The prompts, where they are to be echoed."""
-        return [self.chunk(Piece(index, echo)) for index, echo in enumerate(self._echoes)]
+        return [self.chunk(TextPiece(index, echo)) for index, echo in enumerate(self._echoes)]
 
-    def _choice(self, piece: Piece) -> dict[str, Any]:
+    def _choice(self, piece: TextPiece) -> dict[str, Any]:
         echo = self._echoes[piece.index] if self._echoes else ""
         return self._delta(piece) | {"text": echo + piece.text}
 
-    def _delta(self, piece: Piece) -> dict[str, Any]:
+    def _delta(self, piece: TextPiece) -> dict[str, Any]:
         return {
             "index": piece.index,
             "text": piece.text,
@@ -97,7 +97,7 @@ class ChatReply(Reply):
             for index in range(texts)
         ]
 
-    def _choice(self, piece: Piece) -> dict[str, Any]:
+    def _choice(self, piece: TextPiece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text, "refusal": None}
         return {
             "index": piece.index,
@@ -106,7 +106,7 @@ class ChatReply(Reply):
             "finish_reason": piece.finish_reason,
         }
 
-    def _delta(self, piece: Piece) -> dict[str, Any]:
+    def _delta(self, piece: TextPiece) -> dict[str, Any]:
         delta = {"content": piece.text} if piece.text else {}
         return {
             "index": piece.index,
@@ -159,10 +159,10 @@ async def send_reply(
 
 
 async def _with_logprobs(
-    pieces: AsyncIterator[Piece],
+    pieces: AsyncIterator[TextPiece],
     prompts: Sequence[list[int]],
     logprobs: Callable[[list[int], Sequence[int]], Awaitable[dict[str, Any]]],
-) -> AsyncIterator[Piece]:
+) -> AsyncIterator[TextPiece]:
     """``pieces``, the last one of each text with its log-probabilities."""
     async with contextlib.aclosing(pieces):
         async for piece in pieces:
@@ -174,7 +174,7 @@ async def _with_logprobs(
 
 
 def stream_reply(
-    request: GenerationRequest, reply: Reply, pieces: AsyncIterator[Piece], usage: Usage, texts: int = 1
+    request: GenerationRequest, reply: Reply, pieces: AsyncIterator[TextPiece], usage: Usage, texts: int = 1
 ) -> Response:
     """Server-sent events of ``pieces``; ``usage`` comes last where the request asks for it."""
     with_usage = request.stream_options is not None and request.stream_options.include_usage
@@ -186,7 +186,7 @@ def stream_reply(
 
 
 async def _events(
-    reply: Reply, pieces: AsyncIterator[Piece], texts: int, usage: Usage, with_usage: bool
+    reply: Reply, pieces: AsyncIterator[TextPiece], texts: int, usage: Usage, with_usage: bool
 ) -> AsyncIterator[str]:
     for opening in reply.opening(texts):
         yield _event(opening)

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 
 from raylm.data.chat import question_messages
-from raylm.serving.deploy.service import Models, ModelService, Piece, Usage
+from raylm.serving.deploy.service import Models, ModelService, TextPiece, Usage
 from raylm.serving.http.replies import Reply, send_reply, stream_reply
 from raylm.serving.http.requests import QuestionRequest
 from raylm.serving.retrieval.collections import describe_matches, refusals
@@ -37,7 +37,7 @@ class QuestionReply(Reply):
         self._passages = [f"{match.passage.title}\n{match.passage.text}" for match in matches[:used]]
         self._citer = Citer(self._passages)
 
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[TextPiece], usage: Usage) -> dict[str, Any]:
         """The answer in one object."""
         return self._head | {
             "object": self.kind,
@@ -53,7 +53,7 @@ class QuestionReply(Reply):
         """The sources: they are known before the answer begins."""
         return [self._head | {"object": self.chunk_kind, "sources": self._sources}]
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
+    def chunk(self, piece: TextPiece) -> dict[str, Any]:
         """A piece of the answer."""
         return self._head | {"object": self.chunk_kind, **self._delta(piece)}
 
@@ -61,7 +61,7 @@ class QuestionReply(Reply):
         """Token counts."""
         return self._head | {"object": self.chunk_kind, "usage": usage.as_dict()}
 
-    def _choice(self, piece: Piece) -> dict[str, Any]:
+    def _choice(self, piece: TextPiece) -> dict[str, Any]:
         return {"answer": _cited(self._citer, piece), "finish_reason": piece.finish_reason}
 
     _delta = _choice
@@ -121,17 +121,17 @@ async def generate_answer(
 
 def refuse(request: QuestionRequest, reply: QuestionReply) -> Response:
     """Say that nothing was found, without asking the model."""
-    piece, usage = Piece(0, NOTHING_FOUND, "stop"), Usage()
+    piece, usage = TextPiece(0, NOTHING_FOUND, "stop"), Usage()
     if not request.stream:
         return JSONResponse(reply.whole([piece], usage) | {"answered": False})
 
-    async def pieces() -> AsyncIterator[Piece]:
+    async def pieces() -> AsyncIterator[TextPiece]:
         yield piece
 
     return stream_reply(request, reply, pieces(), usage)
 
 
-def _cited(citer: Citer, piece: Piece) -> str:
+def _cited(citer: Citer, piece: TextPiece) -> str:
     """The text of ``piece`` with its citations."""
     return citer.push(piece.text) + (citer.finish() if piece.finish_reason else "")
 

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 from fastapi.responses import JSONResponse, Response
 
-from raylm.serving.deploy.service import ModelService, Piece, Usage
+from raylm.serving.deploy.service import ModelService, TextPiece, Usage
 from raylm.serving.http.replies import ChatReply, CompletionReply, send_reply
 from raylm.serving.http.requests import ChatRequest, CompletionRequest
 from raylm.serving.tasks.logprobs import chat_logprobs, completion_logprobs, describe
@@ -78,7 +78,7 @@ async def _score(
             scores = dataclasses.replace(scores, chosen=chosen)
             logprobs = describe(service, scores, [*prompt, *tokens], 0, request.logprobs)
         text = service.tokenizer.decode(tokens, skip_special_tokens=True)
-        pieces.append(Piece(index, text, "length", tuple(tokens), logprobs))
+        pieces.append(TextPiece(index, text, "length", tuple(tokens), logprobs))
     return JSONResponse(CompletionReply(service, echoes).whole(pieces, usage))
 
 

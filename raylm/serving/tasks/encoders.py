@@ -18,7 +18,7 @@ from raylm.serving.engines.base import EngineFailure, EngineTimeout
 from raylm.serving.http import request_log
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.metrics import TextTiming
-from raylm.tasks.extractive_qa.spans import Answer, best_answer
+from raylm.tasks.extractive_qa.spans import AnswerSpan, best_answer
 
 # Windows of one question: with the default ones some 30,000 tokens of context.
 MOST_WINDOWS = 128
@@ -71,7 +71,7 @@ class EncoderService(ModelService):
 
     async def find(
         self, question: str, contexts: Sequence[str], null_threshold: float | None
-    ) -> tuple[list[Answer], int]:
+    ) -> tuple[list[AnswerSpan], int]:
         """The best answer in each of the ``contexts``, and how many tokens were read.
 
         Raises:
@@ -84,7 +84,7 @@ class EncoderService(ModelService):
         jobs = zip(texts, windows, strict=True)
         scores = await self._read([self.engine.encode(ids, window.token_types.tolist()) for ids, window in jobs])
 
-        def search() -> list[Answer]:
+        def search() -> list[AnswerSpan]:
             rest = iter(scores)
             return [
                 best_answer(context, cut, [next(rest) for _ in cut], self.reading.max_answer_tokens, null_threshold)

@@ -16,7 +16,7 @@ from raylm.serving.retrieval.collections import describe_matches, refusals
 from raylm.serving.retrieval.library import Library
 from raylm.serving.retrieval.store import Match
 from raylm.serving.tasks.encoders import EncoderService
-from raylm.tasks.extractive_qa.spans import Answer
+from raylm.tasks.extractive_qa.spans import AnswerSpan
 
 # Of a passage without any relevance, so that its logarithm is a number.
 LEAST_PRIOR = 1e-6
@@ -45,7 +45,7 @@ async def extract(
     return _send(service, request, found | {"source": place}, sources, tokens)
 
 
-def best_of(answers: Sequence[Answer], relevances: Sequence[float]) -> tuple[int, float]:
+def best_of(answers: Sequence[AnswerSpan], relevances: Sequence[float]) -> tuple[int, float]:
     """Which of the ``answers`` from passages of these ``relevances`` is the best, and its probability.
 
     Spans of all passages compete in one softmax, in which a passage's relevance is its prior; passages that have no
@@ -60,7 +60,7 @@ def best_of(answers: Sequence[Answer], relevances: Sequence[float]) -> tuple[int
     return best, math.exp(priors[best] + answers[best].logit - whole)
 
 
-def _describe(answer: Answer | None, score: float, match: Match | None = None) -> dict[str, Any]:
+def _describe(answer: AnswerSpan | None, score: float, match: Match | None = None) -> dict[str, Any]:
     """The answer with its characters: of the context, or of the passage's document."""
     if answer is None or answer.no_answer:
         return {"answer": "", "answered": False, "start": None, "end": None, "score": score}

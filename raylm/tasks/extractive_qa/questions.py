@@ -21,7 +21,7 @@ from raylm.models.encoders import encoder_positions
 from raylm.models.loading import load_config
 from raylm.tasks.base import Batches, by_length
 from raylm.tasks.extractive_qa.answers import compare, convention_of, summarize
-from raylm.tasks.extractive_qa.spans import Answer, best_answer
+from raylm.tasks.extractive_qa.spans import AnswerSpan, best_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ class QuestionSet:
             numbers, lambda batch: pad([self._windows[number] for number in batch], pad_id, self.length)
         )
 
-    def answers(self, outputs: Sequence[np.ndarray]) -> list[Answer]:
+    def answers(self, outputs: Sequence[np.ndarray]) -> list[AnswerSpan]:
         """An answer to each question."""
         scores: list[Any] = [None] * len(self._windows)
         for batch, rows in zip(self.batches.numbers, outputs, strict=True):

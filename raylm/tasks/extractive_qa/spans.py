@@ -20,7 +20,7 @@ NOTHING = -1e9
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerSpan:
     """What a reader found.
 
     Attributes:
@@ -49,7 +49,7 @@ def best_answer(
     logits: list[np.ndarray],
     max_answer_tokens: int,
     null_threshold: float | None = None,
-) -> Answer:
+) -> AnswerSpan:
     """The best answer over the ``windows`` of a question.
 
     Args:
@@ -60,7 +60,7 @@ def best_answer(
         null_threshold: see above; None always answers.
     """
     if not windows:
-        return Answer("", 0, 0, 1.0, True, np.inf)
+        return AnswerSpan("", 0, 0, 1.0, True, np.inf)
     best, nulls, total = (-np.inf, 0, 0, 0), [], []
     for number, (window, scores) in enumerate(zip(windows, logits, strict=True)):
         inside = scores[window.first : window.last + 1].astype(np.float64)
@@ -79,7 +79,7 @@ def best_answer(
     normalizer = _log_sum(np.array(total))
     margin = null - best[0]
     if null_threshold is not None and margin > null_threshold:
-        return Answer("", 0, 0, float(np.exp(null - normalizer)), True, margin, null, normalizer)
+        return AnswerSpan("", 0, 0, float(np.exp(null - normalizer)), True, margin, null, normalizer)
     _, number, first, last = best
     start, end = int(windows[number].offsets[first, 0]), int(windows[number].offsets[last, 1])
     # Some tokenizers count the space before a word to it.
@@ -88,7 +88,7 @@ def best_answer(
     while end > start and context[end - 1].isspace():
         end -= 1
     share = float(np.exp(best[0] - normalizer))
-    return Answer(context[start:end], start, end, share, False, margin, best[0], normalizer)
+    return AnswerSpan(context[start:end], start, end, share, False, margin, best[0], normalizer)
 
 
 def _log_sum(values: np.ndarray) -> float:

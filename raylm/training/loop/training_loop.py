@@ -126,7 +126,7 @@ class TrainingLoop:
 
     def _engine(self, model: PreTrainedModel, weights: Weights) -> Engine:
         training, parallel = self.config.training, self.config.parallel
-        replicas = self.worker.world_size // parallel.cut
+        replicas = self.worker.world_size // parallel.model_parallel
         settings = EngineSettings(
             zero_stage=parallel.zero_stage,
             micro_batch_size=self.micro_batch_size,
@@ -141,7 +141,7 @@ class TrainingLoop:
         def optimizer(named):
             return make_optimizer(training, named, model)
 
-        if parallel.cut == 1:
+        if parallel.model_parallel == 1:
             return DataParallelEngine(ObjectiveModule(model, self.objective), optimizer, settings)
         timing, stages = {}, MeasuredStages(self.job.directory, self.config, self.model_config)
         if parallel.pipeline > 1 and parallel.balance == "time":

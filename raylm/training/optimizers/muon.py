@@ -14,7 +14,7 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from raylm.parallel.layout.fragments import Piece
+from raylm.parallel.layout.fragments import FlatRange
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -48,11 +48,11 @@ class Muon(torch.optim.AdamW):
     them.
     """
 
-    def bind(self, pieces: list[Piece]) -> None:
+    def bind(self, ranges: list[FlatRange]) -> None:
         """Take note of every parameter's place in DeepSpeed's flat buffers, in the same order on every rank."""
-        self._pieces: dict[int, list[Piece]] = defaultdict(list)
-        for piece in pieces:
-            self._pieces[id(piece.flat)].append(piece)
+        self._ranges: dict[int, list[FlatRange]] = defaultdict(list)
+        for place in ranges:
+            self._ranges[id(place.flat)].append(place)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -67,19 +67,19 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, group: dict) -> None:
         parts = group["parts"]
-        if not hasattr(self, "_pieces"):
+        if not hasattr(self, "_ranges"):
             updates = [self._momentum(parameter, group) for parameter in group["params"]]
-            found = _directions(updates, [parts[name] for name in group["names"]], group["dtype"])
-            for parameter, direction in zip(group["params"], found, strict=True):
+            directions = _directions(updates, [parts[name] for name in group["names"]], group["dtype"])
+            for parameter, direction in zip(group["params"], directions, strict=True):
                 _apply(parameter, direction, group)
             return
         for flat in group["params"]:
-            pieces = self._pieces[id(flat)]
-            updates = _whole(self._momentum(flat, group), pieces)
-            found = _directions(updates, [parts[piece.name] for piece in pieces], group["dtype"])
-            for piece, direction in zip(pieces, found, strict=True):
-                mine = direction.reshape(-1)[piece.start : piece.start + piece.length]
-                _apply(flat[piece.offset : piece.offset + piece.length], mine, group)
+            ranges = self._ranges[id(flat)]
+            updates = _whole(self._momentum(flat, group), ranges)
+            directions = _directions(updates, [parts[place.name] for place in ranges], group["dtype"])
+            for place, direction in zip(ranges, directions, strict=True):
+                mine = direction.reshape(-1)[place.start : place.start + place.length]
+                _apply(flat[place.offset : place.offset + place.length], mine, group)
 
     def _momentum(self, parameter: torch.Tensor, group: dict) -> torch.Tensor:
         """Nesterov momentum of the gradient, which is what is orthogonalised."""
@@ -94,16 +94,16 @@ def _apply(parameter: torch.Tensor, direction: torch.Tensor, group: dict) -> Non
     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
 
 
-def _whole(update: torch.Tensor, pieces: list[Piece]) -> list[torch.Tensor]:
-    """The matrices of ``pieces``, of which every rank holds a range in its flat ``update``; a collective."""
-    sizes = [math.prod(piece.shape) for piece in pieces]
+def _whole(update: torch.Tensor, ranges: list[FlatRange]) -> list[torch.Tensor]:
+    """The matrices of ``ranges``, of which every rank holds a range in its flat ``update``; a collective."""
+    sizes = [math.prod(place.shape) for place in ranges]
     # Every element is held by one rank, so that a sum brings them together.
     joined = update.new_zeros(sum(sizes))
     wholes = joined.split(sizes)
-    for piece, whole in zip(pieces, wholes, strict=True):
-        whole[piece.start : piece.start + piece.length] = update[piece.offset : piece.offset + piece.length]
+    for place, whole in zip(ranges, wholes, strict=True):
+        whole[place.start : place.start + place.length] = update[place.offset : place.offset + place.length]
     dist.all_reduce(joined)
-    return [whole.view(piece.shape) for piece, whole in zip(pieces, wholes, strict=True)]
+    return [whole.view(place.shape) for place, whole in zip(ranges, wholes, strict=True)]
 
 
 def _directions(updates: list[torch.Tensor], parts: list[int], dtype: torch.dtype) -> list[torch.Tensor]:

@@ -46,7 +46,7 @@ class Beat:
 
 
 @dataclass
-class Answer:
+class BeatReply:
     """What the board tells a rank in return for a beat.
 
     Attributes:
@@ -129,13 +129,13 @@ class Board:
         self._failures = []
         return None
 
-    def beat(self, generation: str, rank: int, step: int, memory_bytes: int, patience: float) -> Answer:
+    def beat(self, generation: str, rank: int, step: int, memory_bytes: int, patience: float) -> BeatReply:
         """Note that ``rank`` is alive; those that said nothing for ``patience`` seconds are silent."""
         if generation != self._generation:
-            return Answer(stop=self._stop)
+            return BeatReply(stop=self._stop)
         now = time.monotonic()
         self._beats[rank] = Beat(step, memory_bytes, now)
-        return Answer(
+        return BeatReply(
             silent={r: b.step for r, b in self._beats.items() if now - b.at > patience},
             stop=self._stop,
             asked=self._asked,

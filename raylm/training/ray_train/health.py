@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from raylm.errors import RunFailure, UserError
-from raylm.training.ray_train.board import Answer, Failure, FailureKind
+from raylm.training.ray_train.board import BeatReply, Failure, FailureKind
 
 BEAT_SECONDS = 2.0
 BOARD_TIMEOUT_SECONDS = 30.0
@@ -67,7 +67,7 @@ class HealthMonitor:
         patience_seconds: float | None,
         collective_seconds: float,
     ) -> None:
-        self.answer = Answer()
+        self.answer = BeatReply()
         self.log = directory / f"rank-{rank:05d}.txt"
         self._board, self._generation, self._rank = board, generation, rank
         self._patience = patience_seconds or float("inf")
