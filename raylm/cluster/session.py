@@ -66,8 +66,6 @@ def _start_ray(dashboard: bool) -> None:
         # A local instance that nobody else can reach needs no token, and must not write one to the user's home.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ours have environments of their own; workers that Ray starts ahead, one a CPU, would wait for nothing.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         # Nobody drains the only node: the actor that would look for it need not be.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options |= {"include_dashboard": dashboard, "address": "local"}
