@@ -66,6 +66,8 @@ def _start_ray(dashboard: bool) -> None:
         # A local instance that nobody else can reach needs no token, and must not write one to the user's home.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Nobody drains the only node: the actor that would look for it need not be.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options |= {"include_dashboard": dashboard, "address": "local"}
     for attempt in range(1, ATTEMPTS + 1):
         try:

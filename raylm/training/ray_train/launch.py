@@ -127,13 +127,13 @@ def launch(
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from raylm.training.checkpoints.storage import Storage
     from raylm.training.ray_train.board import Board
     from raylm.training.ray_train.fitting import TellBoard
     from raylm.training.ray_train.preemption import NoticingTorchConfig, SaveBeforeResize
+    from raylm.training.ray_train.trainer import LeanTrainer
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
     # With the driver, which is useless without it.
@@ -141,7 +141,7 @@ def launch(
     job.progress = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     resources = job.config.resources
     environment = worker_environment if job.use_gpu else training_environment
-    trainer = TorchTrainer(
+    trainer = LeanTrainer(
         train_worker,
         train_loop_config={"job": job},
         torch_config=NoticingTorchConfig(
