@@ -9,11 +9,11 @@ import pytest
 from raylm.config.data import TokenizerSection
 from raylm.data.prepare.jobs import run_jobs
 from raylm.data.sources.documents import Document, DocumentFile, read_documents
-from raylm.data.tokens.tokenization import Layout, is_taken, make_files
+from raylm.data.tokens.tokenization import ShardFormat, is_taken, make_files
 from raylm.data.tokens.tokenizers import make_tokenizer
 from raylm.errors import RunFailure, UserError
 
-LAYOUT = Layout(kind="documents", dtype="<u2", eos_id=0, unknown_id=4)
+LAYOUT = ShardFormat(kind="documents", dtype="<u2", eos_id=0, unknown_id=4)
 
 
 @pytest.fixture

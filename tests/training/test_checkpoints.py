@@ -16,7 +16,7 @@ def test_damage_is_found_by_either_digest(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, 0, 1, "attempt", keep=3)
     for step in (1, 2):
         weight = torch.full((4, 8), float(step))
-        writer.save(step, [Fragment("w", (4, 8), (0, 0), {"weight": weight}, 0)], {"step": step})
+        writer.save(step, [Fragment("w", (4, 8), (0, 0), {"weight": weight})], {"step": step})
         writer.wait()
     newest = tmp_path / "step-00000002"
     manifest = json.loads((newest / MANIFEST).read_text())
