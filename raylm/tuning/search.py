@@ -103,7 +103,7 @@ class Planner:
 
 def trial_name(trial: Trial) -> str:
     """Name of a trial and of its directory: Ray Tune's own count, which a resumed search goes on with."""
-    return f"trial-{int(trial.experiment_tag.split('_')[0]):03d}"
+    return trial_directory(Path(), int(trial.experiment_tag.split("_")[0])).name
 
 
 class EndsFirst:

@@ -22,7 +22,7 @@ from raylm.errors import UserError
 from raylm.tuning.search import concurrency
 from raylm.tuning.space import draw_candidates
 from raylm.tuning.stage import tune
-from tests.conftest import holders_of_cpus
+from tests.cpus import become_free, holders_of_cpus
 
 
 def write_config(directory: Path, model: Path, **tuning) -> Path:
@@ -115,10 +115,7 @@ def test_trials_of_several_workers_are_stopped_early(ray_instance, tiny_model: P
     assert report["best"]["training.learning_rate"] == 1e-2
     assert (tmp_path / "search" / "model" / "model.safetensors").is_file()
     # What the stopped trial's workers held is free again.
-    deadline = time.monotonic() + 20
-    while ray_instance.available_resources()["CPU"] < ray_instance.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline, holders_of_cpus()
-        time.sleep(0.2)
+    assert become_free(seconds=20), holders_of_cpus()
 
 
 @pytest.mark.slow

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from raylm.models.weights import Weights
 from raylm.parallel.layout.fragments import Fragment
 from raylm.parallel.layout.slicing import Slicing
 from raylm.parallel.plan.cut import BUCKET_ELEMENTS
-from raylm.tasks.objective import Batch
+from raylm.tasks.objective import IGNORED, Batch, Objective
 
 MakeOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 # On a GPU a bucket takes its memory whether it is filled or not: DeepSpeed's default is 5e8 elements, and with the
@@ -189,6 +190,29 @@ def call_after_step(settings: EngineSettings, engine: Engine) -> None:
         # Views, made once: while DeepSpeed steps on one group the optimizer does not know the others.
         fragments = engine.fragments(for_loading=True)
         engine.optimizer.register_step_post_hook(lambda *_: after_step(fragments))
+
+
+def count_batch(
+    objective: Objective, batches: list[Batch], device: torch.device, group: dist.ProcessGroup | None = None
+) -> tuple[int, int]:
+    """Targets (at least 1) and tokens of the whole batch; a collective.
+
+    Args:
+        batches: this replica's micro-batches.
+        group: one rank of each replica; by default all ranks, each of them a replica.
+    """
+    rows = [torch.stack([(batch["targets"] != IGNORED).sum(), objective.tokens(batch)]) for batch in batches]
+    count = torch.stack(rows).sum(dim=0).to(device)
+    dist.all_reduce(count, group=group)
+    targets, tokens = count.tolist()
+    return max(1, targets), tokens
+
+
+def mean_loss(result: StepResult) -> float:
+    """See :meth:`Engine.mean_loss`."""
+    total = result.loss.double()
+    dist.all_reduce(total)
+    return float(total) / result.targets
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

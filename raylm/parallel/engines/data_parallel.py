@@ -21,7 +21,9 @@ from raylm.parallel.engines.base import (
     StepResult,
     Validation,
     call_after_step,
+    count_batch,
     deepspeed_config,
+    mean_loss,
     scale_learning_rates,
     select_trained,
     set_steps,
@@ -93,7 +95,7 @@ class DataParallelEngine:
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """See :class:`Engine`."""
         self.engine.train()
-        targets, tokens = self._counts(micro_batches)
+        targets, tokens = count_batch(self.objective.objective, micro_batches, self.device)
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:
             loss = self.engine(**batch)
@@ -111,20 +113,9 @@ class DataParallelEngine:
         limit = self.clipping if self.clipping > 0 else float("inf")
         return float(nn.utils.clip_grad_norm_([p for p in self.parameters.values() if p.requires_grad], limit))
 
-    def _counts(self, batches: list[Batch]) -> tuple[int, int]:
-        """Targets and tokens of the whole batch, over all ranks."""
-        objective = self.objective.objective
-        rows = [torch.stack([(batch["targets"] != IGNORED).sum(), objective.tokens(batch)]) for batch in batches]
-        count = torch.stack(rows).sum(dim=0).to(self.device)
-        dist.all_reduce(count)
-        targets, tokens = count.tolist()
-        return max(1, targets), tokens
-
     def mean_loss(self, result: StepResult) -> float:
         """See :class:`Engine`."""
-        total = result.loss.double()
-        dist.all_reduce(total)
-        return float(total) / result.targets
+        return mean_loss(result)
 
     def idle_fractions(self) -> list[float]:
         """See :class:`Engine`."""

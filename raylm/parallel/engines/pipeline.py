@@ -34,7 +34,9 @@ from raylm.parallel.engines.base import (
     StepResult,
     Validation,
     call_after_step,
+    count_batch,
     deepspeed_config,
+    mean_loss,
     scale_learning_rates,
     select_trained,
     set_steps,
@@ -45,7 +47,7 @@ from raylm.parallel.engines.stopwatch import Stopwatch
 from raylm.parallel.layout.fragments import Fragment, frozen_fragments, partition_fragments, replicated_fragments
 from raylm.parallel.layout.pipeline_stages import StageLayer, balanced_stages, step_weights
 from raylm.parallel.layout.slicing import Slicing
-from raylm.parallel.layout.tensor import DropoutStreams, TensorGroup, vocabulary_cross_entropy
+from raylm.parallel.layout.tensor import DropoutStreams, TensorGroup, split_loss
 from raylm.parallel.layout.timing import step_seconds
 from raylm.tasks.objective import IGNORED, Batch, Objective
 
@@ -94,10 +96,7 @@ class _ScaledLoss:
         self.objective, self.group, self.vocab_size, self.scale = objective, group, vocab_size, 1.0
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.objective.loss(logits, targets, self._cross_entropy) * self.scale
-
-    def _cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return vocabulary_cross_entropy(logits, targets, self.group, self.vocab_size)
+        return split_loss(self.objective, logits, targets, self.group, self.vocab_size) * self.scale
 
 
 class PipelineTensorEngine:
@@ -197,7 +196,7 @@ class PipelineTensorEngine:
         if self.rank == 0 and known is None:
             inputs, _ = self._inputs(time_batch)
             seconds = step_seconds(
-                model, self.plan, weights, inputs, time_batch,
+                model, self.objective, self.plan, weights, inputs, time_batch,
                 tensor=self.tensor.size, device=self.device, bf16=self.settings.bf16,
             )  # fmt: skip
             found = [balanced_stages(steps, seconds, self.stages)]
@@ -249,7 +248,8 @@ class PipelineTensorEngine:
 
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """See :class:`Engine`."""
-        targets, tokens = self._totals(micro_batches)
+        replicas = self.grid.get_data_parallel_group()
+        targets, tokens = count_batch(self.objective, micro_batches, self.device, replicas)
         # DeepSpeed divides by the micro-batches and the replicas; the sum over both is wanted.
         self._loss.scale = len(micro_batches) * self.data_size / targets
         self._adapt_to(micro_batches)
@@ -275,14 +275,6 @@ class PipelineTensorEngine:
             self.engine.reset_activation_shape()
             self._shape = shape
 
-    def _totals(self, batches: list[Batch]) -> tuple[int, int]:
-        """Targets and tokens of the whole batch, over all replicas."""
-        rows = [torch.stack([(batch["targets"] != IGNORED).sum(), self.objective.tokens(batch)]) for batch in batches]
-        count = torch.stack(rows).sum(dim=0).to(self.device)
-        dist.all_reduce(count, group=self.grid.get_data_parallel_group())
-        targets, tokens = count.tolist()
-        return max(1, targets), tokens
-
     def _counts(self, parameter: nn.Parameter) -> bool:
         """Whether this rank answers for the ``parameter``, of which others may hold the same."""
         if getattr(parameter, "ds_pipe_replicated", False):
@@ -304,9 +296,7 @@ class PipelineTensorEngine:
 
     def mean_loss(self, result: StepResult) -> float:
         """See :class:`Engine`."""
-        total = result.loss.double()
-        dist.all_reduce(total)
-        return float(total) / result.targets
+        return mean_loss(result)
 
     def idle_fractions(self) -> list[float]:
         """See :class:`Engine`."""

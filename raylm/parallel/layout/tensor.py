@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from raylm.parallel.layout.slicing import Slicing, cut_evenly
-from raylm.tasks.objective import IGNORED, summed_cross_entropy
+from raylm.tasks.objective import IGNORED, Objective, summed_cross_entropy
 
 
 class DropoutStreams:
@@ -222,6 +222,13 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         here = (~elsewhere).to(probabilities.dtype).unsqueeze(-1)
         result = probabilities.scatter_add(-1, local.unsqueeze(-1), -here)
         return result.mul_(counted.unsqueeze(-1) * gradient), None, None, None
+
+
+def split_loss(
+    objective: Objective, logits: torch.Tensor, targets: torch.Tensor, group: TensorGroup, vocab_size: int
+) -> torch.Tensor:
+    """The objective's summed loss, nats, from the ranks' parts of the logits; see :func:`vocabulary_cross_entropy`."""
+    return objective.loss(logits, targets, lambda part, those: vocabulary_cross_entropy(part, those, group, vocab_size))
 
 
 def vocabulary_cross_entropy(

@@ -20,8 +20,8 @@ from raylm.models.families.base import Outline
 from raylm.models.weights import Weights
 from raylm.parallel.engines.filling import fill
 from raylm.parallel.layout.pipeline_stages import StageLayer
-from raylm.parallel.layout.tensor import TensorGroup, vocabulary_cross_entropy
-from raylm.tasks.objective import Batch
+from raylm.parallel.layout.tensor import TensorGroup, split_loss
+from raylm.tasks.objective import Batch, Objective
 
 WARM_UP, REPEATS = 1, 3
 
@@ -38,6 +38,7 @@ class _LoneGroup(TensorGroup):
 
 def step_seconds(
     model: PreTrainedModel,
+    objective: Objective,
     plan: Outline,
     weights: Weights,
     inputs: Any,
@@ -70,7 +71,7 @@ def step_seconds(
             def finish(outputs: Any, *, last: bool = kind[-1]) -> Any:
                 if not last:
                     return outputs
-                return vocabulary_cross_entropy(outputs, batch["targets"], group, model.config.vocab_size)
+                return split_loss(objective, outputs, batch["targets"], group, model.config.vocab_size)
 
             known[kind] = _measure(layer, values, finish, device)
         found, values = known[kind]

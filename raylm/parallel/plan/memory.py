@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from raylm.models.families import find_outline
 from raylm.models.families.base import Steps
 from raylm.parallel.layout.pipeline_stages import StageLayer, balanced_stages, step_weights
-from raylm.parallel.layout.tensor import TensorGroup, vocabulary_cross_entropy
+from raylm.parallel.layout.tensor import TensorGroup, split_loss
 from raylm.parallel.plan.cut import BUCKET_ELEMENTS, Cut
 from raylm.parallel.plan.footprint import KINDS, Footprint, Passage, chain, measure, whole
 from raylm.tasks.objective import Batch, Objective, ObjectiveModule
@@ -168,7 +168,7 @@ class ModelMemory:
             values: Any = tuple(given[name] for name in plan.inputs)
 
             def loss(logits: torch.Tensor) -> torch.Tensor:
-                return vocabulary_cross_entropy(logits, batch["targets"], group, vocab_size)
+                return split_loss(self._objective, logits, batch["targets"], group, vocab_size)
 
             parts = [steps.before, *([block] for block in steps.blocks), steps.after]
             known: dict[str, tuple[_Segment, Any]] = {}
