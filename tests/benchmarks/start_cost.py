@@ -97,9 +97,12 @@ def measure(checkout: Path, directory: Path, number: int) -> dict[str, Any]:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     checkouts = [Path(given).resolve() for given in sys.argv[3:]] or [HERE]
+    output = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else None
     result: dict[str, Any] = {str(checkout): [] for checkout in checkouts}
     with tempfile.TemporaryDirectory() as folder:
         directory, number = Path(folder), 0
+        # python -m looks into the current directory first: a checkout there would stand for all of them.
+        os.chdir(directory)
         for checkout in checkouts:
             subprocess.run([sys.executable, "-m", "compileall", "-q", str(checkout / "raylm")], check=True)
         training = {"steps": 3, "batch_size": 4, "sequence_length": 32, "evaluation_batches": 1, "precision": "fp32"}
@@ -116,8 +119,8 @@ def main() -> None:
         runs.append({"median": medians})
     text = json.dumps(result, indent=2)
     print(text)
-    if len(sys.argv) > 2:
-        Path(sys.argv[2]).write_text(text)
+    if output is not None:
+        output.write_text(text)
 
 
 if __name__ == "__main__":
