@@ -68,7 +68,7 @@ def test_models_come_and_go(server: SimpleNamespace) -> None:
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         # Texts in work end whole although their model has to go: `second` and `third` are asked for meanwhile.
         long = pool.submit(ask, server.url, "first", [PROMPT] * 60, 200)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         while not loads(server.url)["first"]["running"]:
             assert time.monotonic() < end
             time.sleep(0.01)

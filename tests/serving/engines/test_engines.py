@@ -69,7 +69,7 @@ async def collect(engine: Engine, prompt: list[int], parameters: SamplingParamet
 
 
 async def until_idle(engine: Engine) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while engine.stats().running + engine.stats().waiting:
         assert time.monotonic() < end, "requests are still in work"
         await asyncio.sleep(0.01)
