@@ -1,8 +1,11 @@
-"""API keys: read from a file or the environment where the server is started, hashed before they go anywhere else."""
+"""Who may ask. API keys are read from a file or the environment where the server is started, and hashed before they go
+anywhere else. A server without keys answers only requests to a loopback name.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -19,6 +22,22 @@ LEAST_CHARACTERS = 16
 def hash_key(key: str) -> str:
     """SHA-256 of ``key``, hexadecimal. Keys are long and random, so a plain hash cannot be turned back."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def names_loopback(host: str) -> bool:
+    """Whether a ``Host`` header, with or without a port, is ``localhost`` or a loopback address.
+
+    A page of the web may have its own name resolved to this machine (DNS rebinding), and its reader's browser then lets
+    it ask whatever listens here. The name in ``Host`` stays the page's.
+    """
+    name = re.sub(r":\d*$", "", host.strip()).lower()
+    if name == "localhost":
+        return True
+    try:
+        # Only a literal in brackets is an IPv6 address here.
+        return ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name).is_loopback
+    except ValueError:
+        return False
 
 
 def load_key_hashes(serving: ServingSection) -> dict[str, str]:
