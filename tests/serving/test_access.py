@@ -9,10 +9,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from raylm.cluster.environment import API_KEYS_VARIABLE
 from raylm.config.serving import ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.errors import UserError
-from raylm.serving.http.access import ENVIRONMENT_VARIABLE, hash_key, load_key_hashes
+from raylm.serving.http.access import hash_key, load_key_hashes
 from raylm.serving.http.gate import Allowance, Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.stage import check
@@ -23,7 +24,7 @@ KEY, OTHER = "sixteen-characters-or-more", "another-key-of-some-length"
 def test_keys_from_file_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "keys"
     path.write_text(f"# ours\n{KEY} alice\n\nsha256:{hash_key(OTHER)}  # no name\n")
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "a-third-key-from-the-environment bob")
+    monkeypatch.setenv(API_KEYS_VARIABLE, "a-third-key-from-the-environment bob")
     hashes = load_key_hashes(ServingSection(api_keys_file=str(path)))
     assert hashes[hash_key(KEY)] == "alice"
     assert hashes[hash_key(OTHER)] == f"key-{hash_key(OTHER)[:8]}"
@@ -44,7 +45,7 @@ def test_bad_key_files(tmp_path: Path, content: str | None, says: str) -> None:
 def test_strangers_need_keys(serve_config: Callable[..., ServeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"serving\.host: found 0\.0\.0\.0, allowed: a loopback address"):
         check(serve_config(host="0.0.0.0"))
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, KEY)
+    monkeypatch.setenv(API_KEYS_VARIABLE, KEY)
     check(serve_config(host="0.0.0.0"))
 
 

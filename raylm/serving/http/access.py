@@ -10,10 +10,10 @@ import os
 import re
 from pathlib import Path
 
+from raylm.cluster.environment import API_KEYS_VARIABLE
 from raylm.config.serving import ServingSection
 from raylm.errors import UserError
 
-ENVIRONMENT_VARIABLE = "RAYLM_API_KEYS"
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 # Shorter keys could be guessed.
 LEAST_CHARACTERS = 16
@@ -63,8 +63,8 @@ def load_key_hashes(serving: ServingSection) -> dict[str, str]:
         ]
         if not entries:
             raise UserError(f"serving.api_keys_file: {path} holds no key")
-    variable = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    entries += [(ENVIRONMENT_VARIABLE, entry.strip()) for entry in variable.split(",") if entry.strip()]
+    variable = os.environ.get(API_KEYS_VARIABLE, "")
+    entries += [(API_KEYS_VARIABLE, entry.strip()) for entry in variable.split(",") if entry.strip()]
     return dict(_read_entry(where, entry) for where, entry in entries)
 
 

@@ -18,9 +18,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raylm.cluster.environment import API_KEYS_VARIABLE
 from raylm.config.serving import ServingSection
 from raylm.serving.http import request_log
-from raylm.serving.http.access import ENVIRONMENT_VARIABLE, hash_key, names_loopback
+from raylm.serving.http.access import hash_key, names_loopback
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.metrics import ServerMetrics
 
@@ -171,7 +172,7 @@ def _check_host(headers: Headers) -> None:
         if not names_loopback(host):
             raise RequestError(
                 f"Host: found {host[:LONGEST_PATH]!r}, allowed: localhost or a loopback address (127.0.0.1), as the "
-                f"server has no API keys (serving.api_keys_file or {ENVIRONMENT_VARIABLE})",
+                f"server has no API keys (serving.api_keys_file or {API_KEYS_VARIABLE})",
                 status=421,
                 code="unknown_host",
             )
