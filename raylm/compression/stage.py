@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raylm.cluster.environment import inherited_environment
 from raylm.compression.measure import BATCH_SIZES
 from raylm.compression.methods import Steps
 from raylm.compression.methods.base import Candidate
@@ -285,7 +286,10 @@ def _measure_once(job: dict[str, Any], module: str = "raylm.compression.measure"
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "job.json"
         path.write_text(json.dumps(job))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+        environment = inherited_environment() | {
+            "OMP_NUM_THREADS": str(job["threads"]),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         result = subprocess.run(
             [sys.executable, "-m", module, str(path)],
             env=environment, capture_output=True, text=True, timeout=MEASURE_SECONDS,

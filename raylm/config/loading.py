@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raylm.config.base import Section, may_change, nested_section
+from raylm.config.credentials import refuse_credentials
 from raylm.config.stages import STAGES
 from raylm.errors import UserError
 
@@ -90,6 +91,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         UserError: no ``=``, or a key that runs through something that is no section.
     """
     key, separator, text = override.partition("=")
+    # Before any message shows it; what is no key may be a part of it.
+    refuse_credentials(override, f"override '{key}'" if re.fullmatch(r"[\w.-]+", key) else "override")
     if not separator or not key:
         raise UserError(
             f"override '{override}': found no KEY=VALUE, allowed: a key with its value, as training.steps=1"
@@ -116,6 +119,7 @@ def validate(model: type[ConfigType], values: dict[str, Any], origin: str) -> Co
     Raises:
         UserError: the first mistake, in one line, with the number of further ones.
     """
+    refuse_credentials(values, origin)
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raylm.cluster.environment import API_KEYS_VARIABLE, default_environment
 from raylm.config.run_directory import RunDirectory
 from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
@@ -23,7 +24,7 @@ from raylm.errors import RunFailure, UserError, first_line
 from raylm.models.heads import NONE
 from raylm.models.loading import load_config
 from raylm.progress import Activity
-from raylm.serving.http.access import ENVIRONMENT_VARIABLE, load_key_hashes
+from raylm.serving.http.access import load_key_hashes
 from raylm.tasks import task_of
 
 APPLICATION = "raylm"
@@ -81,13 +82,11 @@ def running_server(config: ServeConfig) -> Iterator[str]:
 @contextlib.contextmanager
 def _serve_session(serving: ServingSection) -> Iterator[None]:
     """Ray with room for Ray Serve; a cluster that stays keeps nothing of it."""
-    import ray
+    from raylm.cluster.session import joined, ray_session
 
-    from raylm.cluster.session import ray_session
-
-    stays = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+    stays = joined() or bool(os.environ.get("RAY_ADDRESS"))
     one = not stays and serving.replicas == 1 and serving.autoscaling is None
-    with _environment(ENVIRONMENT if one else {}), ray_session():
+    with default_environment(ENVIRONMENT if one else {}), ray_session():
         from ray import serve as ray_serve
 
         # Serve reports every step of its own life otherwise.
@@ -100,18 +99,6 @@ def _serve_session(serving: ServingSection) -> Iterator[None]:
             # Where Ray itself ends now, Serve ends with it, and without the error that its shutdown reports.
             if stays:
                 ray_serve.shutdown()
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Variables for a Ray instance that is started in the block; what is set already stays."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -179,7 +166,7 @@ def check_access(serving: ServingSection) -> None:
     if not load_key_hashes(serving) and not serving.loopback:
         raise UserError(
             f"serving.host: found {serving.host}, allowed: a loopback address (127.0.0.1), as there are no API keys "
-            f"(serving.api_keys_file or {ENVIRONMENT_VARIABLE})"
+            f"(serving.api_keys_file or {API_KEYS_VARIABLE})"
         )
 
 
