@@ -7,18 +7,15 @@ nor torch.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from raylm.config.base import Section
-from raylm.config.loading import differing_keys, to_yaml
-from raylm.errors import UserError
+from raylm.config.loading import differing_keys, read_configuration, to_yaml, validate
+from raylm.config.yaml_text import parse_yaml
+from raylm.errors import UserError, first_line
 
 
 class RunDirectory:
@@ -49,13 +46,17 @@ class RunDirectory:
             return
         saved = self.saved() or {}
         stage = saved.pop("stage", None)
+        if not isinstance(stage, str):
+            raise self._damaged("config.yaml", "it names no stage")
         if stage != self.stage:
             raise UserError(
                 f"run.name: {self.path} belongs to a '{stage}' run, found stage '{self.stage}'; choose another name"
             )
         # A run of an older raylm has none of the keys that came later: they were what they are by default.
-        with contextlib.suppress(ValidationError):
-            saved = type(self._config).model_validate(saved).model_dump(mode="json")
+        try:
+            saved = validate(type(self._config), saved, "config.yaml").model_dump(mode="json")
+        except UserError as error:
+            raise self._damaged("config.yaml", str(error)) from None
         differences = differing_keys(type(self._config), saved, self._config.model_dump(mode="json"))
         if differences:
             raise UserError(
@@ -64,9 +65,21 @@ class RunDirectory:
             )
 
     def saved(self) -> dict[str, Any] | None:
-        """What ``config.yaml`` holds, with the ``stage``; None before the first start."""
+        """What ``config.yaml`` holds, with the ``stage``; None before the first start.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         path = self.path / "config.yaml"
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            found = parse_yaml(read_configuration(path), "config.yaml").values
+        except UserError as error:
+            raise self._damaged(path.name, str(error)) from None
+        if not isinstance(found, dict):
+            raise self._damaged(path.name, "it holds no sections")
+        return found
 
     def create(self, resolved: Section | None = None) -> None:
         """Make the directory and write ``config.yaml``; call after everything else was validated.
@@ -84,9 +97,27 @@ class RunDirectory:
             raise UserError(f"run.storage: {self.path} cannot be written: {error.strerror}") from None
 
     def report(self) -> dict[str, Any] | None:
-        """The finished stage's ``report.json``, or None while it is not done."""
+        """The finished stage's ``report.json``, or None while it is not done.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         path = self.path / "report.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged(path.name, first_line(error)) from None
+        if not isinstance(found, dict):
+            raise self._damaged(path.name, "it is no JSON object")
+        return found
+
+    def _damaged(self, name: str, reason: str) -> UserError:
+        return UserError(
+            f"run.name: {self.path / name} is damaged, or not of this version of raylm: {reason}; restore the file or "
+            "choose another run.name"
+        )
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write ``report.json``; its presence says that the stage is done."""

@@ -21,6 +21,7 @@ from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.data.loading import load_tokenizer, resolve_model
 from raylm.errors import RunFailure, UserError, first_line
+from raylm.models.checks import check_vocabulary, check_weights
 from raylm.models.heads import NONE
 from raylm.models.loading import load_config
 from raylm.progress import Activity
@@ -194,9 +195,10 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
         if choose_engine(source, chosen, engine_key, generates=generates) == "openvino":
             check_export(source, key)
         else:
-            _check_weights(directory, key)
+            check_weights(directory, key)
     tokenizer = load_tokenizer(source, key)
     model_config = load_config(source, key)
+    check_vocabulary(model_config, tokenizer, source, key)
     if (check_task := task_of(model_config).service.check) is not None:
         check_task(model_config, tokenizer, serving, model.path)
 
@@ -209,8 +211,8 @@ def _check_encoder(path: str, key: str = "serving.encoder") -> None:
         _check_json(Path(source) / name, key)
     if (task := task_of(load_config(source, key))).head != NONE:
         raise UserError(f"{key}: found {path}, {task.service.what}, allowed: the directory of a sentence encoder")
-    _check_weights(Path(source), key)
-    load_tokenizer(source, key)
+    check_weights(Path(source), key)
+    check_vocabulary(load_config(source, key), load_tokenizer(source, key), source, key)
 
 
 def health(url: str, timeout: float = 5.0) -> dict[str, Any] | None:
@@ -319,22 +321,3 @@ def _check_json(path: Path, key: str) -> None:
         raise UserError(f"{key}: {path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{key}: {path} is damaged: found no JSON object")
-
-
-def _check_weights(directory: Path, key: str) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    index = directory / "model.safetensors.index.json"
-    _check_json(index, key)
-    names = {"model.safetensors"}
-    if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-    for name in sorted(names):
-        path = directory / name
-        if not path.is_file():
-            raise UserError(f"{key}: {path} is missing")
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except SafetensorError as error:
-            raise UserError(f"{key}: {path} is damaged: {first_line(error)}") from None
