@@ -16,11 +16,13 @@ from jinja2 import TemplateError
 from raylm.data.chat import neutralize
 from raylm.serving.engines.base import EngineFailure, EngineTimeout, FinishReason, Pooling, SamplingParameters
 from raylm.serving.engines.client import Engine
+from raylm.serving.engines.schemas import SchemaChecker
 from raylm.serving.engines.stats import EngineStats
 from raylm.serving.http import request_log
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.metrics import ServerMetrics, TextTiming
 from raylm.serving.http.requests import GenerationRequest
+from raylm.serving.tasks.prompts import TextWork, check_fits, token_ids
 from raylm.serving.tasks.text import IncrementalDecoder, StopStrings
 from raylm.tasks import all_tasks
 from raylm.tasks.base import GENERATION, Service
@@ -79,6 +81,9 @@ class ModelService:
         pooling: how hidden states become an embedding.
         metrics: counts the texts.
         service: what the model is offered for.
+        schemas: compiles the schemas of response_format.
+        text_work: where long texts become tokens.
+        token_bytes: of text that one token stands for at most; 0 where that cannot be said, None until it is asked for.
     """
 
     name: str
@@ -92,6 +97,9 @@ class ModelService:
     pooling: Pooling = "mean"
     metrics: ServerMetrics | None = None
     service: Service = GENERATION
+    schemas: SchemaChecker = field(default_factory=SchemaChecker, repr=False)
+    text_work: TextWork = field(default_factory=TextWork, repr=False)
+    token_bytes: int | None = field(default=None, repr=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -116,7 +124,7 @@ class ModelService:
     def encode_prompt(self, prompt: str | list[int], parameter: str = "prompt") -> list[int]:
         """Token ids of a prompt; given ids are checked against the vocabulary."""
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+            ids = token_ids(self.tokenizer, prompt, special=True)
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
@@ -130,10 +138,11 @@ class ModelService:
             )
         return prompt
 
-    def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_messages(self, messages: Sequence[dict[str, str]], *, whole: bool = False) -> list[int]:
         """Token ids of a conversation by the model's own chat template, up to where the answer begins.
 
-        Text that reads as a special token is defused: no message can end its own turn.
+        Text that reads as a special token is defused: no message can end its own turn. Where the ``whole`` of it has
+        to fit into the context, it is refused before it is tokenized.
         """
         if not self.tokenizer.chat_template:
             raise RequestError(
@@ -146,7 +155,9 @@ class ModelService:
         except TemplateError as error:
             raise RequestError(f"messages: the chat template refuses them: {error}", parameter="messages") from None
         # The template writes the special tokens itself.
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if whole:
+            check_fits(self, text, "messages")
+        return token_ids(self.tokenizer, text, special=False)
 
     def parameters(
         self,
@@ -211,7 +222,7 @@ class ModelService:
     def admit(self, texts: int) -> None:
         """Refuse ``texts`` more where the queue is full, or where they would wait too long."""
         stats = self.engine.stats()
-        full = stats.running + stats.waiting + texts > self.capacity
+        full = stats.running + stats.waiting + self.text_work.texts + texts > self.capacity
         if full or stats.wait_seconds > self.queue_seconds:
             # By then the queue is short enough again, if nobody else comes.
             wait = max(1, math.ceil(stats.wait_seconds - (0 if full else self.queue_seconds)))
@@ -340,6 +351,9 @@ class Models:
 
     def __init__(self, services: Sequence[ModelService]) -> None:
         self.services = list(services)
+        for service in self.services:
+            # One process for the schemas of all.
+            service.schemas = self.services[0].schemas
         self._by_name = {service.name: service for service in services}
 
     def find(self, name: str | None, *tasks: str) -> ModelService:
