@@ -79,6 +79,7 @@ class ModelService:
         pooling: how hidden states become an embedding.
         metrics: counts the texts.
         service: what the model is offered for.
+        vocabulary: rows of the model's embedding, often more than the tokenizer has ids; None: as many as those.
     """
 
     name: str
@@ -92,6 +93,7 @@ class ModelService:
     pooling: Pooling = "mean"
     metrics: ServerMetrics | None = None
     service: Service = GENERATION
+    vocabulary: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -114,21 +116,29 @@ class ModelService:
             )
 
     def encode_prompt(self, prompt: str | list[int], parameter: str = "prompt") -> list[int]:
-        """Token ids of a prompt; given ids are checked against the vocabulary."""
+        """Token ids of a prompt, given or of a text.
+
+        Raises:
+            RequestError: there is none, or the model does not know one.
+        """
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt, verbose=False)["input_ids"]
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
                 raise RequestError(f"{parameter}: the text has no tokens, at least one is needed", parameter=parameter)
-            return ids
-        vocabulary = len(self.tokenizer)
-        unknown = next((token for token in prompt if token >= vocabulary), None)
+            return self.check_ids(ids, parameter)
+        return self.check_ids(prompt, parameter)
+
+    def check_ids(self, ids: list[int], parameter: str) -> list[int]:
+        """``ids``, or a refusal where the model has no embedding of one: looked up, it would end the engine."""
+        vocabulary = self.vocabulary or len(self.tokenizer)
+        unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
         if unknown is not None:
             raise RequestError(
                 f"{parameter}: found token id {unknown}, allowed: 0 to {vocabulary - 1}", parameter=parameter
             )
-        return prompt
+        return ids
 
     def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation by the model's own chat template, up to where the answer begins.
@@ -146,7 +156,10 @@ class ModelService:
         except TemplateError as error:
             raise RequestError(f"messages: the chat template refuses them: {error}", parameter="messages") from None
         # The template writes the special tokens itself.
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise RequestError("messages: they have no tokens, at least one is needed", parameter="messages")
+        return self.check_ids(ids, "messages")
 
     def parameters(
         self,
