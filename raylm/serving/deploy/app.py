@@ -132,6 +132,7 @@ def open_service(
         "pooling": choose_pooling(model.pooling, source),
         "metrics": metrics,
         "service": task.service,
+        "vocabulary": getattr(model_config.get_text_config(), "vocab_size", None),
     }
     if task.generates:
         return ModelService(**common, context_length=context_length(source))
