@@ -33,7 +33,7 @@ from raylm.data.tokens.tokenization import AUGMENTED, is_taken, make_files, surv
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 # More is sampled than a tokenizer needs, as cleaning and deduplication take some away.
 SAMPLE_MARGIN = 1.5
 

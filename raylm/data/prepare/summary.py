@@ -51,7 +51,7 @@ def left_out(report: dict[str, Any]) -> dict[str, int]:
         first = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
         named = [f"{reason} {count:,}" for reason, count in first[:MOST_REASONS]]
         more = [f"{len(first) - MOST_REASONS} more"] if len(first) > MOST_REASONS else []
-        found[f"{name} ({', '.join(named + more)})"] = sum(reasons.values())
+        found[f"by {name} ({', '.join(named + more)})"] = sum(reasons.values())
     if "duplicates" in report:
         found |= {"the same text": report["duplicates"]["same"], "near duplicates": report["duplicates"]["near"]}
     found |= {f"{kind} (data.errors: skip)": count for kind, count in _skipped(report).items()}
