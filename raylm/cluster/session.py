@@ -10,8 +10,10 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 
 from raylm.cluster.environment import without_api_keys
@@ -45,7 +47,7 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     with contextlib.nullcontext() if address else local_access():
-        with Activity("joining the Ray cluster" if address else "starting Ray"):
+        with Activity("joining the Ray cluster" if address else "starting Ray"), _own_termination():
             _start_ray(dashboard)
         try:
             yield
@@ -58,6 +60,17 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
 def joined() -> bool:
     """Whether this process is connected to Ray; without importing Ray where it cannot be."""
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+@contextlib.contextmanager
+def _own_termination() -> Iterator[None]:
+    """Keep the handler of SIGTERM that is set: Ray's own ends the process amid its C++ threads, which abort it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start_ray(dashboard: bool) -> None:

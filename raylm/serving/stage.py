@@ -107,22 +107,24 @@ def _application(config: ServeConfig, run: RunDirectory) -> Iterator[str]:
     """The running application, from start to report; gives its base URL."""
     from ray import serve as ray_serve
 
-    run.create()
     began = time.monotonic()
     started = None
     url = f"http://{_url_host(config.serving.host)}:{config.serving.port}"
-    try:
-        with Activity("serve: starting the server and loading the model"):
-            _start(config)
-            _wait_until_healthy(url)
-        started = time.monotonic()
-        yield url
-    finally:
-        # Others may ask a server that is up a moment before this process knows it, and stop it at once.
-        if (last := health(url)) is not None:
-            ended = time.monotonic()
-            _report(run, url, last, (started or ended) - began, ended - (started or ended))
-        ray_serve.delete(APPLICATION)
+    with run.begin(resumes=False):
+        try:
+            with Activity("serve: starting the server and loading the model"):
+                _start(config)
+                _wait_until_healthy(url)
+            started = time.monotonic()
+            run.keep()
+            yield url
+        finally:
+            # Others may ask a server that is up a moment before this process knows it, and stop it at once.
+            if (last := health(url)) is not None:
+                ended = time.monotonic()
+                _report(run, url, last, (started or ended) - began, ended - (started or ended))
+                run.keep()
+            ray_serve.delete(APPLICATION)
 
 
 def _report(run: RunDirectory, url: str, last: dict[str, Any], start_seconds: float, served_seconds: float) -> None:

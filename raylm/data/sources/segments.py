@@ -118,7 +118,8 @@ def _parallel(section: SourceSection, found: list[Segment], key: str) -> Segment
         problem = f"{section.target} does not exist" if len(found) == 1 else f"{section.path} is no single file"
         raise UserError(f"{key}: parallel text: {problem}; allowed: one file and one target")
     name = section.target if is_remote(section.target) else str(target)
-    return Segment(found[0].path, "parallel", size=found[0].size, stamp=found[0].stamp, target=name)
+    stamp = found[0].stamp if is_remote(section.target) else f"{found[0].stamp} {target.stat().st_mtime_ns}"
+    return Segment(found[0].path, "parallel", size=found[0].size, stamp=stamp, target=name)
 
 
 def _local_segment(file: Path, file_format: str) -> Segment:
