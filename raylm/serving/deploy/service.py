@@ -84,6 +84,7 @@ class ModelService:
         schemas: compiles the schemas of response_format.
         text_work: where long texts become tokens.
         token_bytes: of text that one token stands for at most; 0 where that cannot be said, None until it is asked for.
+        vocabulary: rows of the model's embedding, often more than the tokenizer has ids; None: as many as those.
     """
 
     name: str
@@ -100,6 +101,7 @@ class ModelService:
     schemas: SchemaChecker = field(default_factory=SchemaChecker, repr=False)
     text_work: TextWork = field(default_factory=TextWork, repr=False)
     token_bytes: int | None = field(default=None, repr=False)
+    vocabulary: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -122,21 +124,29 @@ class ModelService:
             )
 
     def encode_prompt(self, prompt: str | list[int], parameter: str = "prompt") -> list[int]:
-        """Token ids of a prompt; given ids are checked against the vocabulary."""
+        """Token ids of a prompt, given or of a text.
+
+        Raises:
+            RequestError: there is none, or the model does not know one.
+        """
         if isinstance(prompt, str):
             ids = token_ids(self.tokenizer, prompt, special=True)
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
                 raise RequestError(f"{parameter}: the text has no tokens, at least one is needed", parameter=parameter)
-            return ids
-        vocabulary = len(self.tokenizer)
-        unknown = next((token for token in prompt if token >= vocabulary), None)
+            return self.check_ids(ids, parameter)
+        return self.check_ids(prompt, parameter)
+
+    def check_ids(self, ids: list[int], parameter: str) -> list[int]:
+        """``ids``, or a refusal where the model has no embedding of one: looked up, it would end the engine."""
+        vocabulary = self.vocabulary or len(self.tokenizer)
+        unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
         if unknown is not None:
             raise RequestError(
                 f"{parameter}: found token id {unknown}, allowed: 0 to {vocabulary - 1}", parameter=parameter
             )
-        return prompt
+        return ids
 
     def encode_messages(self, messages: Sequence[dict[str, str]], *, whole: bool = False) -> list[int]:
         """Token ids of a conversation by the model's own chat template, up to where the answer begins.
@@ -157,7 +167,10 @@ class ModelService:
         # The template writes the special tokens itself.
         if whole:
             check_fits(self, text, "messages")
-        return token_ids(self.tokenizer, text, special=False)
+        ids = token_ids(self.tokenizer, text, special=False)
+        if not ids:
+            raise RequestError("messages: they have no tokens, at least one is needed", parameter="messages")
+        return self.check_ids(ids, "messages")
 
     def parameters(
         self,

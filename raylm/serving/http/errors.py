@@ -46,6 +46,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         404: "No such model, collection or page",
         405: "The route does not take this method",
         413: "The body is too large",
+        421: "The server has no API keys, and the Host header names no loopback address",
         429: "Too many requests with this key",
         500: "The engine failed",
         503: "The server is busy",
