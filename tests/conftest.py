@@ -131,12 +131,16 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of :func:`make_tiny_model`."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def make_tiny_model(directory: Path) -> Path:
     """A random Llama of about 100,000 parameters with a byte-level BPE tokenizer, as a Hugging Face directory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    directory = tmp_path_factory.mktemp("tiny") / "model"
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from raylm.data.chat import neutralize
-from raylm.serving.engines.base import EngineFailure, EngineTimeout, FinishReason, Pooling, SamplingParameters
+from raylm.serving.deploy.watch import TextWatch
+from raylm.serving.engines.base import EngineTimeout, FinishReason, Pooling, SamplingParameters
 from raylm.serving.engines.client import Engine
 from raylm.serving.engines.schemas import SchemaChecker
 from raylm.serving.engines.stats import EngineStats
 from raylm.serving.http import request_log
 from raylm.serving.http.errors import RequestError
-from raylm.serving.http.metrics import ServerMetrics, TextTiming
+from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.requests import GenerationRequest
 from raylm.serving.tasks.prompts import TextWork, check_fits, token_ids
 from raylm.serving.tasks.text import IncrementalDecoder, StopStrings
@@ -294,7 +295,7 @@ class ModelService:
         decoder, stopping = IncrementalDecoder(self.tokenizer), StopStrings(stops)
         late = EngineTimeout(f"the text was not ready within {self.request_seconds:g} s (serving.request_seconds)")
         ids: list[int] = []
-        watch = _Watch(self)
+        watch = TextWatch(self)
         request_log.note(model=self.name)
         request_log.count(texts=1, prompt_tokens=len(prompt))
         with contextlib.ExitStack() as stack:
@@ -320,39 +321,6 @@ class ModelService:
                 yield TextPiece(index, text, "stop", tuple(ids))
                 return
             yield TextPiece(index, text + stopping.finish(), stream.finish_reason, tuple(ids))
-
-
-class _Watch:
-    """Times one text, and counts it when its block ends, however it ends.
-
-    Attributes:
-        reason: why it ended, once that is known; a block that ends before was left by its client.
-    """
-
-    def __init__(self, service: ModelService) -> None:
-        self.reason: FinishReason | None = None
-        self._service = service
-        self._began, self._tokens = time.monotonic(), 0
-        self._first: float | None = None
-
-    def tokens(self, count: int) -> None:
-        """Note that ``count`` tokens came."""
-        if self._first is None:
-            self._first = time.monotonic() - self._began
-            request_log.note(first_token_milliseconds=round(self._first * 1e3, 1))
-        self._tokens += count
-
-    def __enter__(self) -> _Watch:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        failed = kind is not None and issubclass(kind, EngineFailure)
-        reason = self.reason or ("error" if failed else "abort")
-        request_log.note(finish_reason=reason)
-        request_log.count(completion_tokens=self._tokens)
-        if self._service.metrics is not None:
-            timing = TextTiming(reason, self._first, time.monotonic() - self._began, self._tokens)
-            self._service.metrics.text(self._service.name, timing)
 
 
 class Models:

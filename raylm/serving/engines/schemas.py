@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import subprocess
 import sys
 from collections import OrderedDict
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from raylm.cluster.environment import worker_environment
+from raylm.cluster.environment import inherited_environment, worker_environment
 from raylm.serving.engines.client import _module_path
 
 # Schemas whose outcome is remembered, and schemas that may wait for theirs.
@@ -101,7 +100,7 @@ class SchemaChecker:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "raylm.serving.engines.schema_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **worker_environment(1), "PYTHONPATH": _module_path()},
+                env=inherited_environment() | worker_environment(1) | {"PYTHONPATH": _module_path()},
             )
         self._connection = ours
         return ours

@@ -36,15 +36,14 @@ class QuestionReply(Reply):
             source | {"in_context": place < used} for place, source in enumerate(describe_matches(matches))
         ]
 
-        self._passages = [f"{match.passage.title}\n{match.passage.text}" for match in matches[:used]]
-        self._citer = Citer(self._passages)
+        self._citer = Citer([f"{match.passage.title}\n{match.passage.text}" for match in matches[:used]])
 
     def whole(self, pieces: Sequence[TextPiece], usage: Usage) -> dict[str, Any]:
         """The answer in one object."""
         return self._head | {
             "object": self.kind,
             "mode": "generative",
-            "answer": _cited(Citer(self._passages), pieces[0]),
+            "answer": _cited(self._citer, pieces[0]),
             "answered": True,
             "finish_reason": pieces[0].finish_reason,
             "sources": self._sources,
@@ -122,7 +121,8 @@ async def generate_answer(
     prompt, used = await service.text_work.run(characters, 1, fit)
     # The likeliest answer, unless the request asks for chance: sampling invents what the passages do not say.
     parameters = service.parameters(request, wanted, len(prompt), temperature=0.0)
-    return await send_reply(service, request, QuestionReply(service, matches, used), [prompt], [parameters])
+    reply = await service.text_work.run(characters, 1, functools.partial(QuestionReply, service, matches, used))
+    return await send_reply(service, request, reply, [prompt], [parameters])
 
 
 def refuse(request: QuestionRequest, reply: QuestionReply) -> Response:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from raylm.serving.http.bodies import RequestBody
+from raylm.serving.http.bodies import Items, RequestBody
 from raylm.serving.http.requests import MOST_INPUTS
 from raylm.serving.tasks.encoders import EncoderService
 from raylm.serving.tasks.prompts import encode_prompts
@@ -16,7 +16,7 @@ from raylm.tasks.classification.texts import softmax
 class ClassifyRequest(RequestBody):
     """``POST /v1/classify``."""
 
-    input: str | list[str]
+    input: str | Items[str]
     """A text, or a list of them."""
     model: str | None = None
     """Name of the classifier; by default the first one."""
