@@ -64,11 +64,12 @@ def compress(config: CompressConfig) -> None:
         raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
     task, steps = task_of(load_config(source)), Steps(config.compression.steps)
     steps.check(task.head)
-    if task.evaluation is not None:
-        report = _compress_encoder(task, task.evaluation, source, config, run)
-    else:
-        report = _compress_generator(source, config, run)
-    run.write_report(report)
+    with run.held():
+        if task.evaluation is not None:
+            report = _compress_encoder(task, task.evaluation, source, config, run)
+        else:
+            report = _compress_generator(source, config, run)
+        run.write_report(report)
     print(
         f"compress: {config.model.path} to {steps.describe()}, {report['threads']} CPU threads\n"
         f"{table(report)}\n{_next(run)}"

@@ -1,17 +1,20 @@
 """A stage's run directory, ``<storage>/<name>/``: who may use it, and what every stage leaves in it.
 
-The same name resumes. ``config.yaml`` records what the run was started with; a start with another configuration is
-refused with the differing keys named. ``report.json``, written last, says that the stage is done. Needs neither Ray
-nor torch.
+The same name resumes. A stage holds the directory while it writes there; a second command is refused. ``config.yaml``
+records what the run was started with; a start with another configuration is refused with the differing keys named.
+``report.json``, written last, says that the stage is done. Needs neither Ray nor torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from pydantic import ValidationError
@@ -19,6 +22,10 @@ from pydantic import ValidationError
 from raylm.config.base import Section
 from raylm.config.loading import differing_keys, to_yaml
 from raylm.errors import UserError
+
+LOCK = ".lock"
+# Who only looks whether a directory is held holds it for a moment.
+LOOK_SECONDS = 0.5
 
 
 class RunDirectory:
@@ -33,21 +40,23 @@ class RunDirectory:
         self.stage = stage
         self.path: Path = config.run.directory
         self._config = config
+        self._held = False
 
     def check(self) -> None:
-        """Refuse a directory of another stage or of another configuration; write nothing.
+        """Refuse a directory that is in use, of another stage or of another configuration; write nothing.
 
         Raises:
             UserError: the name is taken; names the differing keys with both values.
         """
-        saved_path = self.path / "config.yaml"
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.storage: {self.path} is a file, a directory is needed")
-        if not saved_path.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
+        if not self._held and is_held(self.path):
+            raise _in_use(self.path)
+        saved = self.saved()
+        if saved is None:
+            if self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
                 raise UserError(f"run.name: {self.path} holds files but no config.yaml; choose another name")
             return
-        saved = self.saved() or {}
         stage = saved.pop("stage", None)
         if stage != self.stage:
             raise UserError(
@@ -64,19 +73,65 @@ class RunDirectory:
             )
 
     def saved(self) -> dict[str, Any] | None:
-        """What ``config.yaml`` holds, with the ``stage``; None before the first start."""
+        """What ``config.yaml`` holds, with the ``stage``; None before the first start.
+
+        Raises:
+            UserError: it is damaged.
+        """
         path = self.path / "config.yaml"
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else None
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (yaml.YAMLError, ValueError) as error:
+            raise _damaged(path, " ".join(str(error).split())) from None
+        if not isinstance(found, dict):
+            raise _damaged(path, "found no keys")
+        return found
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the directory within the block, so that no other command writes there; a dead command lets go.
+
+        What had to be made for it is gone again where the block ends before :meth:`create`. Within the block of another
+        call nothing is done.
+
+        Raises:
+            UserError: another command holds it, or the storage is read-only or full. Nothing was touched.
+        """
+        if self._held:
+            yield
+            return
+        made: list[Path] = []
+        try:
+            for parent in reversed([self.path, *self.path.parents]):
+                if not parent.exists():
+                    parent.mkdir(exist_ok=True)
+                    made.append(parent)
+            lock = _take_lock(self.path)
+        except OSError as error:
+            _remove_empty(made)
+            raise UserError(f"run.storage: {self.path} cannot be written: {error.strerror}") from None
+        self._held = True
+        with lock:
+            try:
+                yield
+            finally:
+                self._held = False
+                if self.path in made and [path.name for path in self.path.iterdir()] == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    _remove_empty(made)
 
     def create(self, resolved: Section | None = None) -> None:
-        """Make the directory and write ``config.yaml``; call after everything else was validated.
+        """Make the directory and write ``config.yaml``; call while it is :meth:`held`, after everything was validated.
 
         Args:
             resolved: what stands in it; by default the configuration as it was given.
 
         Raises:
-            UserError: the storage is read-only or full.
+            UserError: the storage is read-only or full, or another command has begun the run since :meth:`check`.
         """
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "config.yaml", f"stage: {self.stage}\n{to_yaml(resolved or self._config)}")
@@ -84,13 +139,66 @@ class RunDirectory:
             raise UserError(f"run.storage: {self.path} cannot be written: {error.strerror}") from None
 
     def report(self) -> dict[str, Any] | None:
-        """The finished stage's ``report.json``, or None while it is not done."""
-        path = self.path / "report.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """The finished stage's ``report.json``, or None while it is not done; a damaged one does not count."""
+        found = read_object(self.path / "report.json")
+        return found or None
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write ``report.json``; its presence says that the stage is done."""
         write_atomically(self.path / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a command, of this process or another, holds the run directory."""
+    try:
+        with (directory / LOCK).open("r") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _take_lock(directory: Path) -> IO[str]:
+    """The lock file, held until it is closed."""
+    path, deadline = directory / LOCK, time.monotonic() + LOOK_SECONDS
+    while True:
+        stream = path.open("a")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A start that failed takes away what it made.
+            if path.exists() and os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+                return stream
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                stream.close()
+                raise _in_use(directory) from None
+            time.sleep(LOOK_SECONDS / 10)
+        stream.close()
+
+
+def _in_use(directory: Path) -> UserError:
+    return UserError(f"run.name: {directory} is in use by another command that is still running")
+
+
+def _damaged(path: Path, found: str) -> UserError:
+    return UserError(f"{path}: is damaged: {found}; choose another run.name, or put the file right to resume")
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of a run; None where there is no file, or it is damaged or no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -51,7 +51,7 @@ def serve(config: ServeConfig) -> None:
         run = check(config)
     try:
         # Ray puts a handler of its own on SIGTERM when it starts: ours must come after it.
-        with _serve_session(config.serving), _interrupted_by_sigterm(), _application(config, run) as url:
+        with _serve_session(config.serving), _interrupted_by_sigterm(), run.held(), _application(config, run) as url:
             _announce(config, url)
             _watch(url)
     except KeyboardInterrupt:
@@ -74,7 +74,7 @@ def running_server(config: ServeConfig) -> Iterator[str]:
         RunFailure: the server did not come up.
     """
     run = check(config)
-    with _serve_session(config.serving), _application(config, run) as url:
+    with _serve_session(config.serving), run.held(), _application(config, run) as url:
         yield url
 
 

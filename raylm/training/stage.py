@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -217,22 +218,27 @@ def run_training(stage: str, config: TrainConfig) -> None:
 
     run = RunDirectory(stage, config)
     mirror = Mirror(Storage(config.run.uri), run.path)
-    mirror.open_run()
-    run.check()
-    if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
-        print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
-        return
-    with Activity(f"{stage}: checking the data and the model"):
-        checked = validate(config)
+    # A mirror is written from here on, a directory only after everything is checked.
+    with run.held() if mirror.remote else contextlib.nullcontext():
+        mirror.open_run()
+        run.check()
+        if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
+            print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
+            return
+        with Activity(f"{stage}: checking the data and the model"):
+            checked = validate(config)
 
-    with ray_session():
-        final, data_directory, precision = _train(stage, config, checked, run, mirror)
-    final |= bits_per_byte(config, checked.model.objective, data_directory, final)
-    run.write_report({**final, "precision": precision.record(), "training": config.training.model_dump(mode="json")})
-    (run.path / SUMMARY).write_text(
-        summarize(stage, config.run.name, read_metrics(run.path / METRICS), final), encoding="utf-8"
-    )
-    mirror.send("report.json", SUMMARY, EVENTS)
+        with run.held():
+            with ray_session():
+                final, data_directory, precision = _train(stage, config, checked, run, mirror)
+            final |= bits_per_byte(config, checked.model.objective, data_directory, final)
+            text = summarize(stage, config.run.name, read_metrics(run.path / METRICS), final)
+            (run.path / SUMMARY).write_text(text, encoding="utf-8")
+            run.write_report(
+                {**final, "precision": precision.record(), "training": config.training.model_dump(mode="json")}
+            )
+            # The report goes last, here and to the storage: it says that the run is done.
+            mirror.send(SUMMARY, EVENTS, "report.json")
     print(describe(stage, run, final))
 
 
@@ -245,7 +251,7 @@ def _train(
     from raylm.parallel.plan.precision import with_precision
     from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
-    from raylm.training.ray_train.launch import exclusive, launch, new_attempt
+    from raylm.training.ray_train.launch import launch, new_attempt
     from raylm.training.ray_train.sharing import check_shared
 
     capacity, model_config = cluster_capacity(), checked.model.config
@@ -262,24 +268,23 @@ def _train(
     check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
     run.create(recorded(planned, layout))
     note_precision(run, precision)
-    with exclusive(run.path):
-        attempt = new_attempt()
-        mirror.own(attempt)
-        mirror.send("config.yaml", FILE)
-        data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
-        mirror.send_data()
-        job = TrainingJob(
-            config=apply_layout(planned, layout),
-            stage=stage,
-            directory=run.path,
-            storage=config.run.uri,
-            data_directory=data_directory,
-            tokenizer_directory=tokenizer_directory,
-            model_source=resolve_model(config.model.path) if config.model.path else None,
-            use_gpu=layout.use_gpu,
-            attempt=attempt,
-        )
-        return launch(job, config.resources.cpus_per_worker, config.resources.max_failures), data_directory, precision
+    attempt = new_attempt()
+    mirror.own(attempt)
+    mirror.send("config.yaml", FILE)
+    data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+    mirror.send_data()
+    job = TrainingJob(
+        config=apply_layout(planned, layout),
+        stage=stage,
+        directory=run.path,
+        storage=config.run.uri,
+        data_directory=data_directory,
+        tokenizer_directory=tokenizer_directory,
+        model_source=resolve_model(config.model.path) if config.model.path else None,
+        use_gpu=layout.use_gpu,
+        attempt=attempt,
+    )
+    return launch(job, config.resources.cpus_per_worker, config.resources.max_failures), data_directory, precision
 
 
 def describe(stage: str, run: RunDirectory, final: dict[str, Any]) -> str:

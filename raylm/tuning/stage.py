@@ -58,7 +58,7 @@ def tune(config: TuneConfig) -> None:
     from raylm.parallel.plan.precision import with_precision
     from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import note_precision, run_precision
-    from raylm.training.ray_train.launch import exclusive, new_attempt
+    from raylm.training.ray_train.launch import new_attempt
 
     # Without the dashboard, trials that are killed leak their placement groups.
     with ray_session(dashboard=True):
@@ -70,9 +70,9 @@ def tune(config: TuneConfig) -> None:
         resolved = [planner.resolve(candidate) for candidate in candidates]
         first, use_gpu = resolved[0]
         at_a_time = concurrency(config, capacity.cpus, capacity.gpus, use_gpu, first.resources.workers)
-        run.create(planned)
-        note_precision(run, precision)
-        with exclusive(run.path):
+        with run.held():
+            run.create(planned)
+            note_precision(run, precision)
             data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
             base = TrainingJob(
                 config=first,
@@ -87,9 +87,9 @@ def tune(config: TuneConfig) -> None:
             )
             with groups_given_back():
                 rows = _search(planner, base, len(candidates), at_a_time)
-    best = _export_best(run, rows)
-    report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
-    run.write_report(report)
+            best = _export_best(run, rows)
+            report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
+            run.write_report(report)
     finished = sum(row["status"] == "finished" for row in rows)
     print(f"tune: {len(rows)} trials, {finished} finished\n{describe(run, report, list(config.tuning.space))}")
 
