@@ -195,8 +195,16 @@ def _remove_empty(made: list[Path]) -> None:
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file of a run; None where there is no file, or it is damaged or no object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        return parse_object(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def parse_object(text: str | bytes) -> dict[str, Any] | None:
+    """The JSON object that ``text`` is; None where it is damaged or no object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
