@@ -68,10 +68,10 @@ def tune(config: TuneConfig) -> None:
         precision = run_precision(run, config, checked.model.config, capacity)
         planned = with_precision(config, precision)
         planner = Planner(planned, capacity)
-        resolved = [planner.resolve(candidate) for candidate in candidates]
-        first, use_gpu = resolved[0]
+        (first, use_gpu), *_ = [planner.resolve(candidate) for candidate in candidates]
         at_a_time = concurrency(config, capacity.cpus, capacity.gpus, use_gpu, first.resources.workers)
-        with run.begin(planned):
+        with run.held():
+            run.create(planned)
             note_precision(run, precision)
             data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
             base = TrainingJob(
@@ -88,9 +88,9 @@ def tune(config: TuneConfig) -> None:
             run.keep()
             with groups_given_back():
                 rows = _search(planner, base, len(candidates), at_a_time)
-    best = _export_best(run, rows)
-    report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
-    run.write_report(report)
+            best = _export_best(run, rows)
+            report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
+            run.write_report(report)
     finished = sum(row["status"] == "finished" for row in rows)
     print(f"tune: {len(rows)} trials, {finished} finished\n{describe(run, report, list(config.tuning.space))}")
 
