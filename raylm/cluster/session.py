@@ -10,8 +10,10 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 
 from raylm.errors import RunFailure, UserError, first_line
@@ -71,7 +73,8 @@ def _start_ray(dashboard: bool) -> None:
         options |= {"include_dashboard": dashboard, "address": "local"}
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            ray.init(**options)
+            with _own_sigterm():
+                ray.init(**options)
             return
         except ConnectionError as error:
             raise UserError(f"{_no_cluster(address or 'local')}: {error}") from None
@@ -81,6 +84,28 @@ def _start_ray(dashboard: bool) -> None:
             if address or attempt == ATTEMPTS:
                 raise RunFailure(reason) from error
             print(f"{reason} (the machine is busy?); trying again", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what the command answers SIGTERM with.
+
+    Ray's own answer ends its processes under the stage that uses them, whose end is then a C++ stack.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    terminated = False
+    try:
+        yield
+    except SystemExit:
+        # Ray's answer, given while it starts.
+        terminated = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _check_address(address: str) -> None:

@@ -29,6 +29,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
+from raylm.interrupts import insistent
 from raylm.models.heads import CAUSAL, Head
 from raylm.progress import Activity, ProgressBar
 
@@ -200,7 +201,7 @@ def _compressed_copy(source: str, run: RunDirectory, config: CompressConfig, hea
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("openvino"))
     candidate, steps = Candidate(partial, head), Steps(config.compression.steps)
-    with Activity(f"compress: making {steps.describe()} (OpenVINO)"):
+    with Activity(f"compress: making {steps.describe()} (OpenVINO)"), insistent():
         from raylm.compression.exporters import openvino
 
         reports = steps.apply(candidate)

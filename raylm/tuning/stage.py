@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +19,7 @@ from raylm.cluster.session import ray_session
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import TuneConfig
 from raylm.errors import RunFailure, UserError
+from raylm.interrupts import Deferred, deferred
 from raylm.progress import Activity
 from raylm.tuning.progress import SearchProgress
 from raylm.tuning.search import (
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
     from raylm.training.loop.worker import TrainingJob
+
+WATCH_SECONDS = 0.2
 
 
 def tune(config: TuneConfig) -> None:
@@ -122,7 +131,7 @@ def _search(planner: Planner, base: TrainingJob, trials: int, at_a_time: int) ->
     # The setting of Tune's newer output prints its tables whatever ``verbose`` says; the older one keeps silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     tuner = _tuner(planner, base, at_a_time)
-    with SearchProgress(base.directory / "trials", trials):
+    with deferred() as signals, _ended_in_order(signals), SearchProgress(base.directory / "trials", trials):
         results = tuner.fit()
     rows = []
     for result in results:
@@ -137,6 +146,40 @@ def _search(planner: Planner, base: TrainingJob, trials: int, at_a_time: int) ->
             }
         )
     return sorted(rows, key=lambda row: row["trial"])
+
+
+@contextlib.contextmanager
+def _ended_in_order(signals: Deferred) -> Iterator[None]:
+    """Have Ray Tune save the search and end it when a signal is noticed; it goes on with the same command.
+
+    Ray Tune itself takes SIGINT for the user's wish to have the results so far, which are none of a whole search. What
+    it does then it does on SIGUSR1 as well, from the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(WATCH_SECONDS):
+            # Before Ray Tune is there to take it, it would end the process.
+            if signals.received is not None and signal.getsignal(signal.SIGUSR1) is not before:
+                logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+                text = "saving the search, then ending; Ctrl-C once more ends at once"
+                print(f"tune: {text}", file=sys.stderr, flush=True)
+                signal.raise_signal(signal.SIGUSR1)
+                return
+
+    before = signal.getsignal(signal.SIGUSR1)
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    watcher = threading.Thread(target=watch, name="raylm-search-end", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _tuner(planner: Planner, base: TrainingJob, at_a_time: int) -> Tuner:
