@@ -1,7 +1,7 @@
 """The ``raylm`` command: one subcommand per stage, no logic.
 
 Exit status: 0 done; 2 the configuration or the input is wrong (one line on stderr); 1 a failure at run time; 130
-interrupted with Ctrl-C, 143 with SIGTERM (128 and the signal's number). Stages are imported inside their commands, so
+ended by Ctrl-C, 143 by SIGTERM (128 and the signal's number). Stages are imported inside their commands, so
 that ``raylm --help`` needs neither torch nor ray.
 """
 
@@ -321,8 +321,7 @@ def _failed(error: Exception) -> int:
 
 def _interrupted(interrupts: Interrupts) -> int:
     number = interrupts.received or signal.SIGINT
-    by = "" if number == signal.SIGINT else f" by {number.name}"
-    print(f"raylm: interrupted{by}", file=sys.stderr)
+    print(f"raylm: {'interrupted' if number == signal.SIGINT else f'ended by {number.name}'}", file=sys.stderr)
     return SIGNALLED + number
 
 

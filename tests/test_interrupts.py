@@ -65,8 +65,8 @@ def program(work: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(("number", "line"), [
     (signal.SIGINT, "raylm: interrupted"),
-    (signal.SIGTERM, "raylm: interrupted by SIGTERM"),
-    (signal.SIGHUP, "raylm: interrupted by SIGHUP"),
+    (signal.SIGTERM, "raylm: ended by SIGTERM"),
+    (signal.SIGHUP, "raylm: ended by SIGHUP"),
 ])  # fmt: skip
 def test_the_first_signal_is_a_notice(number: signal.Signals, line: str) -> None:
     process = program(DEFERRED.replace("SECONDS", "0.2"))
@@ -120,7 +120,7 @@ def test_an_interrupt_that_a_library_swallows_is_repeated() -> None:
     wait_for(process, "begun")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=PATIENCE_SECONDS)
-    assert errors.splitlines() == [*["swallowed", "begun"] * 2, "swallowed", "raylm: interrupted by SIGTERM"]
+    assert errors.splitlines() == [*["swallowed", "begun"] * 2, "swallowed", "raylm: ended by SIGTERM"]
     assert process.returncode == 143
 
 
@@ -166,7 +166,7 @@ def test_a_stage_ends_in_one_line(
     time.sleep(0.5)
     os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=PATIENCE_SECONDS)
-    line = "raylm: interrupted" if number == signal.SIGINT else "raylm: interrupted by SIGTERM"
+    line = "raylm: interrupted" if number == signal.SIGINT else "raylm: ended by SIGTERM"
     assert errors.splitlines()[-1] == line
     assert process.returncode == 128 + number
     assert "Traceback" not in errors and not output

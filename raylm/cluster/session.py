@@ -40,7 +40,10 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     if _joined():
         yield
         return
-    with Activity("joining the Ray cluster" if os.environ.get("RAY_ADDRESS") else "starting Ray"):
+    with (
+        Activity("joining the Ray cluster" if os.environ.get("RAY_ADDRESS") else "starting Ray"),
+        _own_termination(),
+    ):
         _start_ray(dashboard)
     try:
         yield
@@ -53,6 +56,25 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
 def _joined() -> bool:
     """Whether this process is connected to Ray; without importing Ray where it cannot be."""
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+@contextlib.contextmanager
+def _own_termination() -> Iterator[None]:
+    """Keep the handler of SIGTERM that is set: Ray's own ends the process amid its C++ threads, which abort it."""
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    terminated = False
+    try:
+        yield
+    except SystemExit:
+        # Ray's answer, given while it starts.
+        terminated = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _start_ray(dashboard: bool) -> None:
@@ -73,8 +95,7 @@ def _start_ray(dashboard: bool) -> None:
         options |= {"include_dashboard": dashboard, "address": "local"}
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with _own_sigterm():
-                ray.init(**options)
+            ray.init(**options)
             return
         except ConnectionError as error:
             raise UserError(f"{_no_cluster(address or 'local')}: {error}") from None
@@ -84,28 +105,6 @@ def _start_ray(dashboard: bool) -> None:
             if address or attempt == ATTEMPTS:
                 raise RunFailure(reason) from error
             print(f"{reason} (the machine is busy?); trying again", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep what the command answers SIGTERM with.
-
-    Ray's own answer ends its processes under the stage that uses them, whose end is then a C++ stack.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    terminated = False
-    try:
-        yield
-    except SystemExit:
-        # Ray's answer, given while it starts.
-        terminated = True
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if terminated:
-        signal.raise_signal(signal.SIGTERM)
 
 
 def _check_address(address: str) -> None:

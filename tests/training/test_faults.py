@@ -111,7 +111,7 @@ def test_interrupted_command_saves_and_says_so(make_run: Callable) -> None:
     driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 143
-    assert errors.splitlines()[-1] == "raylm: interrupted by SIGTERM"
+    assert errors.splitlines()[-1] == "raylm: ended by SIGTERM"
     assert "which was saved" in errors
     events = read_events(run.metrics.parent)
     assert [event["kind"] for event in events] == ["interrupted", "resume", "interrupted"]
