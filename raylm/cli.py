@@ -198,7 +198,9 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     from raylm.config import load_config
     from raylm.parallel.plan.planning import make_plan
 
-    print(make_plan(load_config("pretrain", config, overrides or [])).describe())
+    with insistent():
+        text = make_plan(load_config("pretrain", config, overrides or [])).describe()
+    print(text)
 
 
 @app.command()
@@ -219,7 +221,9 @@ def generate(
     """
     from raylm.evaluation.generation import generate_text
 
-    print(generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    with insistent():
+        text = generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    print(text)
 
 
 @app.command()

@@ -91,7 +91,7 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
     from raylm.models.families.build import check_positions
     from raylm.models.loading import load_model
 
-    with Activity("compress: loading the model and the text"):
+    with Activity("compress: loading the model and the text"), insistent():
         tokenizer = load_tokenizer(source)
         model = load_model(source)
         window = window_of(config.evaluation, model.config)
@@ -144,7 +144,7 @@ def _compress_encoder(
     """The report of a model that reads and does not generate."""
     from raylm.compression import encoders
 
-    with Activity("compress: reading the data"):
+    with Activity("compress: reading the data"), insistent():
         examples = evaluation.open(config, source)
     run.create()
     partial, applied = _compressed_copy(source, run, config, task.head)
