@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raylm.cluster.capacity import cluster_capacity
 from raylm.cluster.groups import groups_given_back
 from raylm.cluster.session import ray_session
-from raylm.config.run_directory import RunDirectory
+from raylm.config.run_directory import RunDirectory, read_object
 from raylm.config.stages import TuneConfig
 from raylm.errors import RunFailure, UserError
 from raylm.interrupts import Deferred, deferred, insistent
@@ -197,7 +198,10 @@ def _tuner(planner: Planner, base: TrainingJob, at_a_time: int) -> Tuner:
     name = f"search-{workers}-workers-{at_a_time}-at-a-time"
     storage = base.directory / "ray-tune"
     # Without the algorithm's state Ray Tune would draw nothing more.
-    if tune.Tuner.can_restore(storage / name) and algorithm.has_checkpoint(str(storage / name)):
+    if not whole_record(storage / name):
+        # Begun anew, it draws the same, and trials that have finished say so themselves.
+        shutil.rmtree(storage / name, ignore_errors=True)
+    elif tune.Tuner.can_restore(storage / name) and algorithm.has_checkpoint(str(storage / name)):
         return tune.Tuner.restore(
             str(storage / name), trainable, resume_unfinished=True, restart_errored=True, param_space=space
         )
@@ -219,6 +223,15 @@ def _tuner(planner: Planner, base: TrainingJob, at_a_time: int) -> Tuner:
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=resources.max_failures),
         ),
+    )
+
+
+def whole_record(search: Path) -> bool:
+    """Whether none of what Ray Tune has written down of a search, and would read, was cut off; reads little of it."""
+    states = sorted(search.glob("experiment_state-*.json"))
+    pickles = [*sorted(search.glob("basic-variant-state-*.json"))[-1:], *search.glob("tuner.pkl")]
+    return all(read_object(path) is not None for path in states[-1:]) and all(
+        path.read_bytes().endswith(pickle.STOP) for path in pickles
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from raylm.config.tuning import Distribution, TuningSection
 from raylm.errors import UserError
 from raylm.tuning.search import Outcome, concurrency, trial_config
 from raylm.tuning.space import draw_candidates
-from raylm.tuning.stage import tune
+from raylm.tuning.stage import tune, whole_record
 from tests.cpus import become_free, holders_of_cpus
 from tests.processes import start
 
@@ -188,6 +189,26 @@ def test_a_damaged_outcome_is_none(tiny_model: Path, tmp_path: Path, damage: str
     else:
         path.write_text(damage)
     assert outcome.read() is None
+
+
+def test_a_record_of_a_search_that_was_cut_off_is_not_whole(tmp_path: Path) -> None:
+    assert whole_record(tmp_path / "none")
+    whole = {
+        "experiment_state-2026-01-01_00-00-00.json": b"{",
+        "experiment_state-2026-01-02_00-00-00.json": json.dumps({"trial_data": []}).encode(),
+        "basic-variant-state-2026-01-02_00-00-00.json": pickle.dumps({"_counter": 3}),
+        "tuner.pkl": pickle.dumps({"a": 1}),
+    }
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    # Only what is read counts: the newest state.
+    assert whole_record(tmp_path)
+    for name in list(whole)[1:]:
+        for cut in (0, 5, len(whole[name]) - 1):
+            (tmp_path / name).write_bytes(whole[name][:cut])
+            assert not whole_record(tmp_path)
+        (tmp_path / name).write_bytes(whole[name])
+    assert whole_record(tmp_path)
 
 
 def test_search_of_an_older_raylm_is_refused(tiny_model: Path, tmp_path: Path) -> None:
