@@ -205,16 +205,6 @@ def test_a_damaged_config_of_a_run_is_one_line(
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b'{"a": 1', b"[" * 100_000])
-def test_a_damaged_report_of_a_run_is_one_line(pretrain_file: Path, tmp_path: Path, content: bytes) -> None:
-    directory = RunDirectory("pretrain", load_config("pretrain", pretrain_file, [f"run.storage={tmp_path}"]))
-    directory.create()
-    assert directory.report() is None
-    (directory.path / "report.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"report\.json is damaged"):
-        directory.report()
-
-
 def test_only_training_stages_take_storage_by_uri(pretrain_file: Path) -> None:
     override = "run.storage=s3://bucket/runs?region=x"
     run = load_config("pretrain", pretrain_file, [override]).run
