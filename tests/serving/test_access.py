@@ -97,10 +97,7 @@ def test_engines_do_not_see_the_keys(tiny_model: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv(API_KEYS_VARIABLE, KEY)
     engine = start_engine(str(tiny_model), ServingSection(engine="transformers"), threads=1)
     try:
-        (process,) = [
-            child for child in psutil.Process().children() if "raylm.serving.engines.process" in child.cmdline()
-        ]
-        environment = process.environ()
+        environment = psutil.Process(engine._process.pid).environ()
     finally:
         engine.close()
     assert environment["OMP_NUM_THREADS"] == "1"
