@@ -292,25 +292,30 @@ def test_malformed_rows_are_skipped_in_linear_time(tmp_path: Path) -> None:
     assert refusal(read_texts, path).startswith(f"{path}:150001: malformed JSON")
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".json"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".json", ".hub", ".stream"])
 def test_rows_without_a_label(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / f"a{suffix}"
-    labels = ["x", None, "y", None]
+    labels, options = ["x", None, "y", None], {}
     rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
     rows.append({"text": " ", "label": "x"})
     if suffix == ".csv":
         path.write_text("text,label\n" + "".join(f"{row['text']},{row['label'] or ''}\n" for row in rows))
     elif suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix in (".hub", ".stream"):
+        import datasets
+
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+        options = {"format": "hub", "hub_streaming": suffix == ".stream"}
     else:
         path.write_text(lines(rows) if suffix == ".jsonl" else json.dumps(rows))
-    place = {".jsonl": ":2", ".csv": ":3", ".parquet": ": row 2", ".json": ": row 2"}[suffix]
-    assert refusal(read_labels, path) == (
+    place = {".jsonl": ":2", ".csv": ":3"}.get(suffix, ": row 2")
+    assert refusal(read_labels, path, **options) == (
         f"{path}{place}: column 'label': found no label, allowed: one in every row; data.errors: skip leaves such rows "
         "out and counts them"
     )
     capsys.readouterr()
-    assert read_labels(section(path, errors="skip")) == [("text 0", "x"), ("text 2", "y")]
+    assert read_labels(section(path, errors="skip", **options)) == [("text 0", "x"), ("text 2", "y")]
     said = capsys.readouterr().err
     assert said.startswith("data.train: left out or mended: 2 without a label, 1 without a text (data.errors: skip); ")
     assert f"the first: {path}{place}: column 'label'" in said

@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 from raylm.config.data import STDLIB_DOCS, STDLIB_PAIRS, DataSection, SourceSection
 from raylm.data.sources.blocks import BY_LINES, SMALLEST_BLOCK, Segment
 from raylm.data.sources.documents import document_files
-from raylm.data.sources.encodings import is_wide
+from raylm.data.sources.encodings import is_wide, marked_encoding
 from raylm.data.sources.folders import files_below, matches
 from raylm.data.sources.streams import (
     COMPRESSED,
-    InputErrors,
     file_system,
     is_compressed,
     is_remote,
+    open_bytes,
     open_remote,
     plain_suffix,
     readable,
@@ -91,16 +91,18 @@ def _segments(section: SourceSection, file_format: str, data: DataSection, key: 
     found = _remote_files(name, file_format, key) if is_remote(name) else _local_files(path, name, file_format, key)
     if section.target is not None:
         return [_parallel(section, found, key)]
-    errors = InputErrors.of(data)
-    return [_uncut_if_wide(segment, data.encoding, errors) for segment in found]
+    return [_uncut_if_wide(segment, data.encoding) for segment in found]
 
 
-def _uncut_if_wide(segment: Segment, encoding: str, errors: InputErrors) -> Segment:
-    """The segment, without an end in bytes where the file is not in the encoding that it is read as."""
-    if segment.format not in BY_LINES or segment.stop is None or not (encoding == "detect" or is_wide(encoding)):
+def _uncut_if_wide(segment: Segment, encoding: str) -> Segment:
+    """The segment, without an end in bytes where what reads it gets other bytes than the file has."""
+    if segment.format not in BY_LINES or segment.stop is None:
         return segment
-    with readable(segment.path):
-        return replace(segment, stop=None) if is_wide(errors.encoding_of(segment.path)) else segment
+    wide = is_wide(encoding)
+    if encoding == "detect":
+        with readable(segment.path), open_bytes(segment.path) as stream:
+            wide = marked_encoding(stream.read(4)) is not None
+    return replace(segment, stop=None) if wide else segment
 
 
 def _prepared_segments(path: Path, key: str) -> list[Segment]:
