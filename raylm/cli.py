@@ -1,17 +1,23 @@
 """The ``raylm`` command: one subcommand per stage, no logic.
 
-Exit status: 0 done; 2 the configuration or the input is wrong (one line on stderr); 1 a failure at run time. Stages
-are imported inside their commands, so that ``raylm --help`` needs neither torch nor ray.
+Exit status: 0 done; 2 the configuration or the input is wrong (one line on stderr); 1 a failure at run time; 130 and
+143 ended by Ctrl-C and by SIGTERM. Stages are imported inside their commands, so that ``raylm --help`` needs neither
+torch nor ray.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import click
@@ -35,8 +41,8 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set, such as training.steps=100.")
 ]
 
-# A shell's exit status of what SIGINT ended.
-INTERRUPTED = 130
+# A shell's exit statuses of what SIGINT and SIGTERM ended.
+INTERRUPTED, TERMINATED = 130, 143
 
 # Stage -> module and function that run it; imported only when the stage is called.
 STAGE_FUNCTIONS = {
@@ -287,13 +293,50 @@ def quickstart(
     run_quickstart(directory, keep_serving=serve)
 
 
+class _Termination:
+    """A handler of SIGTERM that ends the command as Ctrl-C does and remembers which of the two it was.
+
+    An exception of its own would not do: Ray raises KeyboardInterrupt for whatever a handler raises within its calls.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        # Once: those who ask twice would interrupt what ends the command.
+        if not self.received:
+            self.received = True
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[_Termination]:
+    """SIGTERM ends the block; outside of the main thread, where no handler can be set, as it did before."""
+    termination = _Termination()
+    if threading.current_thread() is not threading.main_thread():
+        yield termination
+        return
+    before = signal.signal(signal.SIGTERM, termination)
+    try:
+        yield termination
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and turn its errors into the exit status."""
+    with _terminable() as termination:
+        status = _run(arguments)
+    if status == INTERRUPTED:
+        print(f"raylm: {'ended by SIGTERM' if termination.received else 'interrupted'}", file=sys.stderr)
+        return TERMINATED if termination.received else INTERRUPTED
+    return status
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
-        status = app(args=arguments, standalone_mode=False) or 0
-        if status == INTERRUPTED:  # so Typer returns it
-            raise KeyboardInterrupt
-        return status
+        # Typer returns INTERRUPTED for Ctrl-C.
+        return app(args=arguments, standalone_mode=False) or 0
     except UserError as error:
         print(f"raylm: error: {error}", file=sys.stderr)
         return 2
@@ -304,7 +347,6 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        print("raylm: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

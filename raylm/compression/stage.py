@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raylm.cluster.environment import inherited_environment
 from raylm.compression.measure import BATCH_SIZES
 from raylm.compression.methods import Steps
 from raylm.compression.methods.base import Candidate
@@ -101,40 +102,39 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
         )
         stream = open_text(config.data, config.evaluation.split, tokenizer)
         prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
-    run.create()
-
-    partial, applied = _compressed_copy(source, run, config, CAUSAL)
-    threads = os.cpu_count() or 1
-    with Activity("compress: comparing the outputs of both models") as activity:
-        scorer = _compare_logits(model, partial, prompts)
-        activity.change("compress: measuring bits per byte before")
-        before = figures(stream, score_stream(stream, TransformersScorer(model), *window))
-        activity.change("compress: measuring bits per byte after")
-        after = figures(stream, score_stream(stream, scorer[0], *window))
-    measured = _measure(
-        {"transformers": source, "openvino": str(partial)}, prompts, config.compression.new_tokens, threads
-    )
-    _replace_model(partial, run)
-    outputs = measured["transformers"].pop("outputs"), measured["openvino"].pop("outputs")
-    return {
-        "model": config.model.path,
-        "steps": applied.steps,
-        "threads": threads,
-        "logits_cosine": scorer[1],
-        "before": {
-            "engine": "transformers fp32",
-            "weight_bytes": _size(Path(source), "*.safetensors"),
-            **measured["transformers"],
-            "bits_per_byte": before["bits_per_byte"],
-        },
-        "after": {
-            "engine": applied.engine,
-            "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
-            **measured["openvino"],
-            "bits_per_byte": after["bits_per_byte"],
-        },
-        "greedy_agreement": agreement(*outputs),
-    }
+    with run.begin(resumes=False):
+        partial, applied = _compressed_copy(source, run, config, CAUSAL)
+        threads = os.cpu_count() or 1
+        with Activity("compress: comparing the outputs of both models") as activity:
+            scorer = _compare_logits(model, partial, prompts)
+            activity.change("compress: measuring bits per byte before")
+            before = figures(stream, score_stream(stream, TransformersScorer(model), *window))
+            activity.change("compress: measuring bits per byte after")
+            after = figures(stream, score_stream(stream, scorer[0], *window))
+        measured = _measure(
+            {"transformers": source, "openvino": str(partial)}, prompts, config.compression.new_tokens, threads
+        )
+        _replace_model(partial, run)
+        outputs = measured["transformers"].pop("outputs"), measured["openvino"].pop("outputs")
+        return {
+            "model": config.model.path,
+            "steps": applied.steps,
+            "threads": threads,
+            "logits_cosine": scorer[1],
+            "before": {
+                "engine": "transformers fp32",
+                "weight_bytes": _size(Path(source), "*.safetensors"),
+                **measured["transformers"],
+                "bits_per_byte": before["bits_per_byte"],
+            },
+            "after": {
+                "engine": applied.engine,
+                "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
+                **measured["openvino"],
+                "bits_per_byte": after["bits_per_byte"],
+            },
+            "greedy_agreement": agreement(*outputs),
+        }
 
 
 def _compress_encoder(
@@ -145,40 +145,40 @@ def _compress_encoder(
 
     with Activity("compress: reading the data"):
         examples = evaluation.open(config, source)
-    run.create()
-    partial, applied = _compressed_copy(source, run, config, task.head)
-    threads = os.cpu_count() or 1
-    with Activity("compress: comparing the outputs of both models"):
-        compared = encoders.compare(task, examples, source, partial, threads)
-    paths = {"transformers": source, "openvino": str(partial)}
-    rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in paths}
-    with _measuring(paths) as bar:
-        for _ in range(ROUNDS):
-            for engine, path in paths.items():
-                job = encoders.latency_job(engine, path, task, examples, threads)
-                rounds[engine].append(_measure_once(job, "raylm.compression.measure_encoder"))
-                bar.update(bar.done + 1)
-    _replace_model(partial, run)
-    return {
-        "model": config.model.path,
-        "task": task.name,
-        "steps": applied.steps,
-        "threads": threads,
-        "sequence_length": examples.length,
-        **compared["closeness"],
-        "before": {
-            "engine": "transformers fp32",
-            "weight_bytes": _size(Path(source), "*.safetensors"),
-            **encoders.medians(rounds["transformers"]),
-            **compared["before"],
-        },
-        "after": {
-            "engine": applied.engine,
-            "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
-            **encoders.medians(rounds["openvino"]),
-            **compared["after"],
-        },
-    }
+    with run.begin(resumes=False):
+        partial, applied = _compressed_copy(source, run, config, task.head)
+        threads = os.cpu_count() or 1
+        with Activity("compress: comparing the outputs of both models"):
+            compared = encoders.compare(task, examples, source, partial, threads)
+        paths = {"transformers": source, "openvino": str(partial)}
+        rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in paths}
+        with _measuring(paths) as bar:
+            for _ in range(ROUNDS):
+                for engine, path in paths.items():
+                    job = encoders.latency_job(engine, path, task, examples, threads)
+                    rounds[engine].append(_measure_once(job, "raylm.compression.measure_encoder"))
+                    bar.update(bar.done + 1)
+        _replace_model(partial, run)
+        return {
+            "model": config.model.path,
+            "task": task.name,
+            "steps": applied.steps,
+            "threads": threads,
+            "sequence_length": examples.length,
+            **compared["closeness"],
+            "before": {
+                "engine": "transformers fp32",
+                "weight_bytes": _size(Path(source), "*.safetensors"),
+                **encoders.medians(rounds["transformers"]),
+                **compared["before"],
+            },
+            "after": {
+                "engine": applied.engine,
+                "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
+                **encoders.medians(rounds["openvino"]),
+                **compared["after"],
+            },
+        }
 
 
 def _measuring(models: dict[str, str]) -> ProgressBar:
@@ -286,7 +286,10 @@ def _measure_once(job: dict[str, Any], module: str = "raylm.compression.measure"
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "job.json"
         path.write_text(json.dumps(job))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+        environment = inherited_environment() | {
+            "OMP_NUM_THREADS": str(job["threads"]),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         result = subprocess.run(
             [sys.executable, "-m", module, str(path)],
             env=environment, capture_output=True, text=True, timeout=MEASURE_SECONDS,

@@ -64,7 +64,8 @@ class CleaningSection(Section):
     language: LanguageSection | None = None
     """Languages to keep."""
     repetition: bool = False
-    """Drop documents that repeat themselves: the rules of Gopher (Rae et al. 2021, table A1)."""
+    """Drop documents that repeat themselves: the rules of Gopher (Rae et al. 2021, table A1). Of a pair the answer is
+    judged, from 50 words on."""
     gopher: bool = False
     """Drop documents that are not prose: the quality rules of Gopher (Rae et al. 2021, section A.1.1). For English."""
     c4: bool = False
@@ -79,7 +80,7 @@ class DeduplicationSection(Section):
     """Drop documents whose text is the same but for letter case, white space and Unicode form."""
     near: bool = True
     """Drop documents that share most of their shingles (runs of words) with an earlier one (MinHash,
-    locality-sensitive hashing)."""
+    locality-sensitive hashing). A pair is near to pairs with the same context only, by its prompt and answer."""
     threshold: float = Field(default=0.8, gt=0, le=1)
     """Least Jaccard similarity of the shingles of two documents at which the later document is dropped."""
     shingle_words: int = Field(default=5, ge=1, le=32)

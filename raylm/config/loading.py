@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raylm.config.base import Section, may_change
+from raylm.config.credentials import refuse_credentials
 from raylm.config.mistakes import as_written, cut, describe, kind_of, shown
 from raylm.config.stages import STAGES
 from raylm.config.yaml_text import DEEPEST, Parsed, Place, parse_value, parse_yaml
@@ -75,6 +76,8 @@ def apply_override(parsed: Parsed, override: str) -> None:
         UserError: no ``=``, or a key that runs through something that is no section.
     """
     key, separator, text = override.partition("=")
+    # Before any message shows it; what is no key may be a part of it.
+    refuse_credentials(override, f"override '{key}'" if re.fullmatch(r"[\w.-]+", key) else "override")
     if not separator or not key:
         raise UserError(
             f"override {shown(override)}: found no KEY=VALUE, allowed: a key with its value, as training.steps=1"
@@ -114,6 +117,7 @@ def validate(
     Raises:
         UserError: the first mistake, in one line, with the number of further ones.
     """
+    refuse_credentials(values, origin)
     if refusal := _unusable(values, ()):
         raise UserError(f"{origin}: {refusal}")
     try:

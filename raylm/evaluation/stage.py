@@ -111,12 +111,11 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.model.path is None:
             raise UserError("model.path: missing; evaluate needs an existing model")
         report = _measure(config, run)
-        run.write_report(report)
     print(f"{describe(report)}\n  report     {run.path / 'report.json'}; as a page: raylm report {run.path}")
 
 
 def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
-    """The report of a model that has none yet; makes the run directory once everything is checked."""
+    """Write and return the report of a model that has none yet; begins the run once everything is checked."""
     from raylm.data.loading import resolve_model
     from raylm.models.families.build import check_head
     from raylm.models.heads import CAUSAL
@@ -142,13 +141,14 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
             _, tokenizer = load_parts(source)
             window = window_of(config.evaluation, model_config)
             stream = open_text(config.data, config.evaluation.split, tokenizer)
-    with ray_session():
-        run.create()
+    with ray_session(), run.begin(resumes=False):
         if scored:
             figures = evaluate_examples(source, task, examples, config, run.path)
         else:
             figures = evaluate_stream(source, stream, window, config)
-    return {"model": config.model.path, **figures}
+        report = {"model": config.model.path, **figures}
+        run.write_report(report)
+    return report
 
 
 def describe(report: dict[str, Any]) -> str:

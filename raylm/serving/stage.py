@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raylm.cluster.environment import API_KEYS_VARIABLE, default_environment
 from raylm.config.run_directory import RunDirectory
 from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
@@ -24,7 +25,7 @@ from raylm.models.checks import check_vocabulary, check_weights
 from raylm.models.heads import NONE
 from raylm.models.loading import load_config
 from raylm.progress import Activity
-from raylm.serving.http.access import ENVIRONMENT_VARIABLE, load_key_hashes
+from raylm.serving.http.access import load_key_hashes
 from raylm.tasks import task_of
 
 APPLICATION = "raylm"
@@ -82,13 +83,11 @@ def running_server(config: ServeConfig) -> Iterator[str]:
 @contextlib.contextmanager
 def _serve_session(serving: ServingSection) -> Iterator[None]:
     """Ray with room for Ray Serve; a cluster that stays keeps nothing of it."""
-    import ray
+    from raylm.cluster.session import joined, ray_session
 
-    from raylm.cluster.session import ray_session
-
-    stays = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+    stays = joined() or bool(os.environ.get("RAY_ADDRESS"))
     one = not stays and serving.replicas == 1 and serving.autoscaling is None
-    with _environment(ENVIRONMENT if one else {}), ray_session():
+    with default_environment(ENVIRONMENT if one else {}), ray_session():
         from ray import serve as ray_serve
 
         # Serve reports every step of its own life otherwise.
@@ -104,38 +103,28 @@ def _serve_session(serving: ServingSection) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Variables for a Ray instance that is started in the block; what is set already stays."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
-
-
-@contextlib.contextmanager
 def _application(config: ServeConfig, run: RunDirectory) -> Iterator[str]:
     """The running application, from start to report; gives its base URL."""
     from ray import serve as ray_serve
 
-    run.create()
     began = time.monotonic()
     started = None
     url = f"http://{_url_host(config.serving.host)}:{config.serving.port}"
-    try:
-        with Activity("serve: starting the server and loading the model"):
-            _start(config)
-            _wait_until_healthy(url)
-        started = time.monotonic()
-        yield url
-    finally:
-        # Others may ask a server that is up a moment before this process knows it, and stop it at once.
-        if (last := health(url)) is not None:
-            ended = time.monotonic()
-            _report(run, url, last, (started or ended) - began, ended - (started or ended))
-        ray_serve.delete(APPLICATION)
+    with run.begin(resumes=False):
+        try:
+            with Activity("serve: starting the server and loading the model"):
+                _start(config)
+                _wait_until_healthy(url)
+            started = time.monotonic()
+            run.keep()
+            yield url
+        finally:
+            # Others may ask a server that is up a moment before this process knows it, and stop it at once.
+            if (last := health(url)) is not None:
+                ended = time.monotonic()
+                _report(run, url, last, (started or ended) - began, ended - (started or ended))
+                run.keep()
+            ray_serve.delete(APPLICATION)
 
 
 def _report(run: RunDirectory, url: str, last: dict[str, Any], start_seconds: float, served_seconds: float) -> None:
@@ -180,7 +169,7 @@ def check_access(serving: ServingSection) -> None:
     if not load_key_hashes(serving) and not serving.loopback:
         raise UserError(
             f"serving.host: found {serving.host}, allowed: a loopback address (127.0.0.1), as there are no API keys "
-            f"(serving.api_keys_file or {ENVIRONMENT_VARIABLE})"
+            f"(serving.api_keys_file or {API_KEYS_VARIABLE})"
         )
 
 

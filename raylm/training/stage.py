@@ -92,7 +92,8 @@ def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfi
                 f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from"
             )
         objective.rows.check(config.data, objective.name)
-        written = objective.rows.written(own, objective.name)
+        if written := objective.rows.written(own, objective.name):
+            check_raw_unchanged(config)
         return None if written else objective.rows.read(config.data, model, config.objective)
     if source is not None:
         if config.tokenizer is not None:
@@ -102,10 +103,30 @@ def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfi
         return None
     if (own / MANIFEST).is_file():
         # What an interrupted start of the same run has prepared.
+        check_raw_unchanged(config)
         verify_prepared(own)
         return None
     # Reads all of it, so that a bad row is found before anything is written.
-    return Input(config.data, tokenizer_section(config))
+    found = Input(config.data, tokenizer_section(config))
+    if not found.survey.documents["validation"]:
+        raise UserError(
+            f"data.validation_fraction: found {config.data.validation_fraction:g}, which leaves no {found.survey.kind} "
+            "for validation; allowed in training: more than 0, or a data.validation source"
+        )
+    return found
+
+
+def check_raw_unchanged(config: TrainConfig) -> None:
+    """Refuse to go on with what the run has prepared from raw sources where a file of them has changed since.
+
+    Raises:
+        UserError: names the file.
+    """
+    from raylm.data.prepare.inputs import check_unchanged
+
+    # Files of another host, on which a run in a remote storage may go on, have times of their own.
+    if not config.run.remote:
+        check_unchanged(config.run.directory / "data", config.data, config.run.directory)
 
 
 def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
@@ -154,12 +175,15 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple
         checked: what :func:`validate` returned.
     """
     from raylm.data.loading import load_tokenizer
+    from raylm.data.prepare.inputs import note_inputs, open_inputs, stamps_of
     from raylm.data.prepare.stage import prepare_directory, prepared_directory
 
     objective, own = checked.model.objective, directory / "data"
     if objective.rows is not None:
         if checked.data is not None:
+            stamps = stamps_of(open_inputs(config.data))
             checked.data.write(own, load_tokenizer(config.model.path), config.training.sequence_length)
+            note_inputs(own, stamps)
         return own, own / "tokenizer"
     if (source := prepared_directory(config.data)) is not None:
         return source, source / "tokenizer"
@@ -220,6 +244,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
     mirror.open_run()
     run.check()
     if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
+        check_raw_unchanged(config)
         print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
         return
     with Activity(f"{stage}: checking the data and the model"):
@@ -245,7 +270,7 @@ def _train(
     from raylm.parallel.plan.precision import with_precision
     from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
-    from raylm.training.ray_train.launch import exclusive, launch, new_attempt
+    from raylm.training.ray_train.launch import launch, new_attempt
     from raylm.training.ray_train.sharing import check_shared
 
     capacity, model_config = cluster_capacity(), checked.model.config
@@ -260,14 +285,15 @@ def _train(
         print(f"{stage}: {warning}", file=sys.stderr, flush=True)
     precision = replace(precision, name=layout.precision)
     check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
-    run.create(recorded(planned, layout))
-    note_precision(run, precision)
-    with exclusive(run.path):
+    with run.begin(recorded(planned, layout)):
+        note_precision(run, precision)
+        data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
         attempt = new_attempt()
         mirror.own(attempt)
         mirror.send("config.yaml", FILE)
-        data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
         mirror.send_data()
+        # What comes of the training is never taken back.
+        run.keep()
         job = TrainingJob(
             config=apply_layout(planned, layout),
             stage=stage,

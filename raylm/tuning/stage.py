@@ -40,11 +40,12 @@ def tune(config: TuneConfig) -> None:
         UserError: configuration or input is wrong, or the run is an older raylm's; nothing was started.
         RunFailure: no trial finished.
     """
-    from raylm.training.stage import ensure_data, validate
+    from raylm.training.stage import check_raw_unchanged, ensure_data, validate
 
     run = RunDirectory("tune", config)
     run.check()
     if (done := run.report()) is not None:
+        check_raw_unchanged(config)
         print(f"tune: {run.path} is done already\n{describe(run, done, list(config.tuning.space))}")
         return
     _refuse_older(run)
@@ -58,7 +59,7 @@ def tune(config: TuneConfig) -> None:
     from raylm.parallel.plan.precision import with_precision
     from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import note_precision, run_precision
-    from raylm.training.ray_train.launch import exclusive, new_attempt
+    from raylm.training.ray_train.launch import new_attempt
 
     # Without the dashboard, trials that are killed leak their placement groups.
     with ray_session(dashboard=True):
@@ -70,9 +71,8 @@ def tune(config: TuneConfig) -> None:
         resolved = [planner.resolve(candidate) for candidate in candidates]
         first, use_gpu = resolved[0]
         at_a_time = concurrency(config, capacity.cpus, capacity.gpus, use_gpu, first.resources.workers)
-        run.create(planned)
-        note_precision(run, precision)
-        with exclusive(run.path):
+        with run.begin(planned):
+            note_precision(run, precision)
             data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
             base = TrainingJob(
                 config=first,
@@ -85,6 +85,7 @@ def tune(config: TuneConfig) -> None:
                 use_gpu=use_gpu,
                 attempt=new_attempt(),
             )
+            run.keep()
             with groups_given_back():
                 rows = _search(planner, base, len(candidates), at_a_time)
     best = _export_best(run, rows)

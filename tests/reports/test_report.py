@@ -13,13 +13,12 @@ import pytest
 
 from raylm.cli import main
 from raylm.config.loading import validate
-from raylm.config.run_directory import RunDirectory
+from raylm.config.run_directory import RunDirectory, exclusive
 from raylm.config.stages import STAGES
 from raylm.errors import UserError
 from raylm.reports.charts import LEAST_SMOOTHED, MOST_POINTS, smoothed, thinned
 from raylm.reports.report import write_report
 from raylm.reports.runs import differing, open_run, open_runs
-from raylm.training.ray_train.launch import exclusive
 from raylm.training.reports.events import append_event
 from raylm.training.reports.metrics import MetricsRecorder
 

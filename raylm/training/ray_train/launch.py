@@ -7,17 +7,15 @@ progress that rank 0 sends, and turns a failure into one line with the first fai
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.cluster.environment import training_environment, worker_environment
-from raylm.errors import RunFailure, UserError
+from raylm.errors import RunFailure
 from raylm.progress import Activity, ProgressBar
 from raylm.training.checkpoints.mirror import METRICS
 from raylm.training.loop.worker import TrainingJob, Worker
@@ -283,21 +281,6 @@ def _note(latest: dict[str, Any]) -> str:
         return latest["finishing"]
     validation = f", validation loss {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
     return f"loss {latest['loss']:.4f}{validation}, {latest['tokens_per_second']:,.0f} tokens/s"
-
-
-@contextlib.contextmanager
-def exclusive(directory: Path):
-    """Hold the run directory, so that two commands never train the same run at once; a dead driver lets go.
-
-    Raises:
-        UserError: another command holds it.
-    """
-    with (directory / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"run.name: {directory} is in use by another command that is still running") from None
-        yield
 
 
 def new_attempt() -> str:
