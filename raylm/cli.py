@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -346,6 +347,12 @@ def _run(arguments: list[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return 2
+    except OSError as error:
+        # Of a disk, not of the code: where nobody nearer knew what was to be written.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"raylm: failed: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
 
