@@ -8,6 +8,7 @@ that ``raylm --help`` needs neither torch nor ray.
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
 import json
 import os
@@ -319,6 +320,10 @@ def _failed(error: Exception) -> int:
         return 2
     if isinstance(error, RunFailure):
         print(f"raylm: failed: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        # Of a disk, not of the code: where nobody nearer knew what was to be written.
+        print(f"raylm: failed: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         return 1
     raise error
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raylm.cluster.session import _start_ray
-from raylm.errors import RunFailure
+from raylm.cluster.session import _start_ray, check_space, ray_files
+from raylm.errors import RunFailure, UserError
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
@@ -68,3 +68,16 @@ def test_a_ray_that_comes_up_too_late_is_started_again(
     with pytest.raises(RunFailure, match="Ray did not start: x"):
         _start_ray(dashboard=False)
     assert failures == ["asked"]
+
+
+def test_a_full_disk_for_rays_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "new"))
+    assert ray_files() == tmp_path / "new" / "ray"
+    check_space(ray_files())
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=r"TMPDIR: .*new/ray, found \d+ MB free, allowed: 1000000000000 MB or more"):
+        check_space(ray_files(), least=10**18)
+    monkeypatch.setenv("RAY_TMPDIR", "/dev/null/x")
+    with pytest.raises(UserError, match=r"TMPDIR: .*/dev/null/x/ray, which is not writable; export RAY_TMPDIR"):
+        check_space(ray_files())

@@ -10,11 +10,14 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from raylm.cluster.environment import without_api_keys
 from raylm.cluster.local_access import local_access, reread_environment
@@ -25,6 +28,8 @@ from raylm.progress import Activity
 CONNECT_SECONDS = 10.0
 # Starts of a local Ray: it gives its own processes 30 seconds each, which a busy machine may need for other things.
 ATTEMPTS = 3
+# Ray's logs alone take some of it.
+LEAST_FREE_BYTES = 200 * 10**6
 
 
 @contextlib.contextmanager
@@ -39,13 +44,15 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
             their placement groups.
 
     Raises:
-        UserError: ``RAY_ADDRESS`` names a cluster that does not answer.
+        UserError: ``RAY_ADDRESS`` names a cluster that does not answer, or a local Ray has no room for its files.
         RunFailure: Ray could not be started.
     """
     if joined():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        check_space(ray_files())
     with contextlib.nullcontext() if address else local_access():
         with Activity("joining the Ray cluster" if address else "starting Ray"), _own_termination():
             _start_ray(dashboard)
@@ -55,6 +62,29 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
             import ray
 
             ray.shutdown()
+
+
+def ray_files() -> Path:
+    """Where a local Ray writes its files and objects: RAY_TMPDIR, on Linux else TMPDIR, else /tmp."""
+    place = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform.startswith("linux") else None)
+    return Path(place or ("/tmp" if os.name == "posix" else tempfile.gettempdir())) / "ray"
+
+
+def check_space(place: Path, least: int = LEAST_FREE_BYTES) -> None:
+    """Refuse a folder that Ray cannot write to: it would try again without an end.
+
+    Raises:
+        UserError: the disk is full, or the folder is not writable; names the variable that chooses another.
+    """
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    mend = "export RAY_TMPDIR=DIRECTORY"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"TMPDIR: Ray's files go to {place}, which is not writable; {mend} that is")
+    if (free := shutil.disk_usage(existing).free) < least:
+        raise UserError(
+            f"TMPDIR: Ray's files go to {place}, found {free / 1e6:.0f} MB free, allowed: {least / 1e6:.0f} MB or "
+            f"more; free some space, or {mend} on another disk"
+        )
 
 
 def joined() -> bool:

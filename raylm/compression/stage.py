@@ -51,7 +51,7 @@ def compress(config: CompressConfig) -> None:
         RunFailure: the export's logits do not agree with the original's, or measuring failed.
     """
     from raylm.data.loading import resolve_model
-    from raylm.models.loading import load_parts
+    from raylm.models.loading import load_config, load_parts
     from raylm.tasks import task_of
 
     run = RunDirectory("compress", config)
@@ -64,9 +64,9 @@ def compress(config: CompressConfig) -> None:
     source = resolve_model(config.model.path)
     if not Path(source).is_dir():
         raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
-    model_config, _ = load_parts(source)
-    task, steps = task_of(model_config), Steps(config.compression.steps)
+    task, steps = task_of(load_config(source)), Steps(config.compression.steps)
     steps.check(task.head)
+    load_parts(source)
     with run.held(resumes=False):
         if task.evaluation is not None:
             report = _compress_encoder(task, task.evaluation, source, config, run)

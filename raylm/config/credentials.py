@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from raylm.config.base import LONGEST_PATH_BYTES
 from raylm.errors import UserError
 
 # The user information of an address (RFC 3986, section 3.2.1) is in front of its host. A secret of AWS may hold slashes
 # that should be encoded and are not. HOST:PORT is none.
-_PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*)://[^/?#@\s:]*:(?!\d{1,5}(?:[/?#\s]|$))\S*@", re.IGNORECASE)
+_PASSWORD = re.compile(r"(?<![a-z])([a-z][a-z0-9+.-]{0,31})://[^/?#@\s:]*:(?!\d{1,5}(?:[/?#\s]|$))\S*@", re.IGNORECASE)
 # Here a name alone is a key or a token; to hdfs:// it is a user, to abfs:// a container.
-_TOKEN = re.compile(r"((?:[a-z0-9.-]+\+)?(?:s3[an]?|https?))://[^/?#@\s]+@", re.IGNORECASE)
+_TOKEN = re.compile(r"((?:[a-z0-9.-]{1,31}\+)?(?:s3[an]?|https?))://[^/?#@\s]+@", re.IGNORECASE)
 _PARAMETER = re.compile(
-    r"([a-z][a-z0-9+.-]*)://\S*[?&]"
+    r"(?<![a-z])([a-z][a-z0-9+.-]{0,31})://\S*[?&]"
     r"([\w.-]*(?:secret|password|signature|security-token|session_token|(?:access|account|secret|api)[_-]?key)[\w.-]*"
     r"|token|sas_token|sig|x-(?:amz|goog)-credential)=",
     re.IGNORECASE,
@@ -64,8 +65,13 @@ def refuse_credentials(value: Any, origin: str, key: str = "") -> None:
 
 def _scheme(text: str) -> tuple[str, str] | None:
     """Scheme of the address in ``text`` with a secret, and what holds it; None where there is none."""
-    if match := _PASSWORD.search(text) or _TOKEN.search(text):
-        return match[1], "a key or password"
-    if match := _PARAMETER.search(text):
-        return match[1], f"the secret parameter '{match[2]}'"
+    for word in text.split():
+        if "://" not in word:
+            continue
+        # No address is longer, and the patterns are not linear.
+        address = word[:LONGEST_PATH_BYTES]
+        if match := _PASSWORD.search(address) or _TOKEN.search(address):
+            return match[1], "a key or password"
+        if match := _PARAMETER.search(address):
+            return match[1], f"the secret parameter '{match[2]}'"
     return None

@@ -80,9 +80,9 @@ def apply_override(parsed: Parsed, override: str) -> None:
     refuse_credentials(override, f"override '{key}'" if re.fullmatch(r"[\w.-]+", key) else "override")
     if not separator or not key:
         raise UserError(
-            f"override '{cut(override)}': found no KEY=VALUE, allowed: a key with its value, as training.steps=1"
+            f"override {shown(override)}: found no KEY=VALUE, allowed: a key with its value, as training.steps=1"
         )
-    found = parse_value(text, f"override '{cut(override)}'")
+    found = parse_value(text, f"override {shown(override)}")
     set_key(parsed.values, key, found.values)
     place = tuple(key.split("."))
     for stale in [other for other in parsed.written if other[: len(place)] == place]:
@@ -94,14 +94,14 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Set the dotted ``key`` in nested dictionaries, making the sections on the way."""
     *parents, last = key.split(".")
     if len(parents) >= DEEPEST:
-        raise UserError(f"override '{cut(key)}': found {len(parents) + 1} keys, allowed: at most {DEEPEST}")
+        raise UserError(f"override {shown(key)}: found {len(parents) + 1} keys, allowed: at most {DEEPEST}")
     section = values
     for parent in parents:
         if section.get(parent) is None:
             section[parent] = {}
         section = section[parent]
         if not isinstance(section, dict):
-            raise UserError(f"override '{cut(key)}': '{cut(parent)}' is a value and has no keys of its own")
+            raise UserError(f"override {shown(key)}: {shown(parent)} is a value and has no keys of its own")
     section[last] = value
 
 
@@ -131,7 +131,7 @@ def validate(
 
 def _unusable(value: Any, place: Place) -> str:
     """What no key takes, wherever it stands; empty where there is nothing."""
-    key = ".".join(map(str, place))
+    key = ".".join(cut(str(part)) for part in place)
     if isinstance(value, dict):
         bad = next((name for name in value if isinstance(name, str) and _NO_TEXT.search(name)), None)
         if bad is not None:

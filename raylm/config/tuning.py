@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -68,8 +69,21 @@ class TuningSection(Section):
                 raise ValueError(f"space: found '{key}', allowed: keys of training and objective")
         return value
 
+    @property
+    def _points(self) -> int:
+        """Points of the grid: combinations of the values that are all tried."""
+        every = self.searcher == "grid"
+        sizes = [len(d.grid) for d in self.space.values() if d.grid]
+        sizes += [len(d.choice) for d in self.space.values() if d.choice and every]
+        sizes += [d.integer[1] - d.integer[0] + 1 for d in self.space.values() if d.integer and every]
+        return math.prod(sizes)
+
     @model_validator(mode="after")
     def _countable(self) -> TuningSection:
+        once = self.searcher == "grid" or all(distribution.grid for distribution in self.space.values())
+        trials = self._points * (1 if once else self.trials)
+        if trials > MOST_TRIALS:
+            raise ValueError(f"space: found a grid of {trials} trials, allowed: at most {MOST_TRIALS}")
         endless = [key for key, d in self.space.items() if d.uniform is not None or d.log_uniform is not None]
         if self.searcher == "grid" and endless:
             raise ValueError(

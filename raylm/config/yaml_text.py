@@ -48,6 +48,17 @@ class _Loader(yaml.SafeLoader):
         tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (None, *(f"{_CORE}{part}" for part in _PARTS))
     }
 
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self._depth > DEEPEST:
+            raise _too_deep(self.peek_event().start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise _mistake("expected keys with values", node)
@@ -64,7 +75,7 @@ class _Loader(yaml.SafeLoader):
             current, depth = waiting.pop()
             count += 1
             if depth > DEEPEST:
-                raise _mistake(f"more than {DEEPEST} sections or lists inside of each other", current)
+                raise _too_deep(current.start_mark)
             if count > MOST_VALUES:
                 raise _mistake(f"more than {MOST_VALUES} values, those repeated by aliases included", current)
             if isinstance(current, yaml.MappingNode):
@@ -89,6 +100,12 @@ class _Loader(yaml.SafeLoader):
             raise _mistake(f"the tag !!{node.tag.removeprefix(_CORE)} does not fit '{node.value[:20]}'", node)
         if len(node.value) > LONGEST_NUMBER:
             raise _mistake(f"a number of {len(node.value)} characters", node)
+
+
+def _too_deep(mark: yaml.Mark) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(
+        None, None, f"more than {DEEPEST} sections or lists inside of each other", mark
+    )
 
 
 def _mistake(problem: str, node: yaml.Node) -> yaml.YAMLError:
@@ -126,8 +143,6 @@ def parse_yaml(text: str, origin: str) -> Parsed:
             return Parsed(None, {})
         loader.check(node)
         values = loader.construct_document(node)
-    except RecursionError:
-        raise UserError(f"{origin}: more than {DEEPEST} sections or lists inside of each other") from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""

@@ -6,10 +6,10 @@ import locale
 import os
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from raylm.cluster.session import ray_files
 from raylm.doctor.finding import GB, Finding, State, gigabytes
 
 # The quickstart's peak is under 6 GB; Python with torch, Ray and one worker take 3.
@@ -160,7 +160,7 @@ def probe_disk(directory: Path | None = None) -> list[Finding]:
     """Free space of the working directory, and of Ray's temporary one."""
     place = directory or Path.cwd()
     lines = [_disk("disk", place, f"working directory {place}")]
-    ray = Path(os.environ.get("RAY_TMPDIR") or ("/tmp" if os.name == "posix" else tempfile.gettempdir())) / "ray"
+    ray = ray_files()
     existing = next(folder for folder in [ray, *ray.parents] if folder.exists())
     return [*lines, _disk("ray's files", existing, str(ray), ray=True)]
 

@@ -128,9 +128,9 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
         source = resolve_model(config.model.path)
         model_config = load_config(source)
         task = task_of(model_config)
-        # What reads and does not generate runs on the export, where there is one.
-        _, tokenizer = load_parts(source, weights=task.generates or find_export(source) is None)
         if scored := task.evaluation is not None and task.evaluation.results:
+            # An export needs no other weights.
+            load_parts(source, weights=find_export(source) is None)
             examples = task.evaluation.open(config, source)
         else:
             check_head(model_config, CAUSAL, config.model.path)
@@ -139,6 +139,7 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
                     f"model.path: found {config.model.path}, {task.service.what}, allowed: a text generator, a reader "
                     "or a classifier"
                 )
+            _, tokenizer = load_parts(source)
             window = window_of(config.evaluation, model_config)
             stream = open_text(config.data, config.evaluation.split, tokenizer)
     with run.held(resumes=False), ray_session():

@@ -60,18 +60,19 @@ def validate(config: TrainConfig) -> Checked:
         UserError: one line.
     """
     from raylm.models.families.build import check_head
-    from raylm.models.loading import load_parts
+    from raylm.models.loading import load_config, load_parts
     from raylm.parallel.engines.compilation import check_compilation
     from raylm.parallel.plan.planning import check_model
     from raylm.tasks import make_objective
 
     if config.training.compile:
         check_compilation(config.parallel.zero_stage)
-    loaded, tokenizer = load_parts(config.model.path) if config.model.path is not None else (None, None)
+    loaded = load_config(config.model.path) if config.model.path is not None else None
     objective = make_objective(config.objective, loaded.model_type if loaded else config.model.family)
     data = check_data(config, objective, loaded)
     if config.model.path is not None:
         check_head(loaded, objective.head, config.model.path)
+        _, tokenizer = load_parts(config.model.path)
         objective.check_tokenizer(tokenizer, config.training.sequence_length, config.model.path)
     # CPUs, GPUs and memory of the cluster are looked at once it is joined.
     return Checked(check_model(config, loaded), data)

@@ -165,6 +165,21 @@ def test_cpus_of_a_replica_are_bounded(value: str) -> None:
         load_config("serve", ROOT / "jobs/recipes/quickstart/serve.yaml", [f"serving.cpus_per_replica={value}"])
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tuning.searcher=grid", "tuning.space={training.batch_size: {integer: [1, 2000000000]}}"],
+        [
+            "tuning.trials=5001",
+            "tuning.space={training.batch_size: {grid: [1, 2]}, training.momentum: {choice: [0]}}",
+        ],
+    ],
+)
+def test_a_search_has_a_bound_of_trials(overrides: list[str]) -> None:
+    with pytest.raises(UserError, match=r"tuning\.space: found a grid of \d+ trials, allowed: at most 10000"):
+        load_config("tune", ROOT / "jobs/recipes/quickstart/tune.yaml", overrides)
+
+
 def test_configuration_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "pretrain.yaml"
     path.write_bytes(b"\xff\xfer\0u\0n\0")

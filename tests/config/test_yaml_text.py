@@ -109,7 +109,8 @@ def test_text_stays_as_written_where_a_key_takes_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: " + "[" * 50_000, "file: more than 32 sections or lists inside of each other"),
+        ("a: " + "[" * 50_000, "file:1: not valid YAML: more than 32 sections or lists inside of each other"),
+        ("a: " + "{a: " * 50_000, "file:1: not valid YAML: more than 32 sections or lists inside of each other"),
         ("a: " + "[" * 40 + "]" * 40, "file:1: not valid YAML: more than 32 sections"),
         ("a: &a [*a]", "file:1: not valid YAML: more than 32 sections"),
         ("a: &a {<<: *a}", "file:1: not valid YAML: more than 32 sections"),
@@ -134,4 +135,4 @@ def test_hostile_yaml_is_refused_at_once_in_one_line(text: str, expected: str) -
         parse_yaml(text, "file")
     assert expected in str(caught.value)
     assert len(str(caught.value)) < 400
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 2

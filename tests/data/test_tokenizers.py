@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer
 
 from raylm.config.data import TokenizerSection
 from raylm.data.chat import pair_messages, question_messages
+from raylm.data.prepare.stage import check_template
 from raylm.data.sources.documents import Document, make_pair
 from raylm.data.tokens.encoding import DocumentEncoder, PairEncoder
 from raylm.data.tokens.tokenizers import make_tokenizer, reuse_tokenizer, tokenizer_hash
@@ -145,3 +147,33 @@ def test_a_path_without_a_usable_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
     with pytest.raises(UserError, match="has neither an EOS token nor a separator"):
         reuse_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ([{"name": "rag", "template": "x"}], "several chat templates and none named default"),
+        ("{{ 1 / 0 }}", "its chat template refuses a question and an answer: division by zero"),
+        ("{{ messages[9].role.name }}", "its chat template refuses a question and an answer: "),
+        ("{% for", "its chat template refuses a question and an answer: "),
+    ],
+)
+def test_chat_templates_that_cannot_lay_out_a_pair_are_refused(
+    tiny_model: Path, tmp_path: Path, template: object, expected: str
+) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (directory / "chat_template.jinja").unlink()
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    with pytest.raises(UserError, match=rf"^tokenizer\.path: .*{expected}"):
+        check_template(reuse_tokenizer(str(directory)))
+
+
+def test_of_several_chat_templates_the_default_is_taken(tiny_model: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    template = directory / "chat_template.jinja"
+    both = [{"name": "rag", "template": "x"}, {"name": "default", "template": template.read_text()}]
+    template.unlink()
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": both}))
+    check_template(reuse_tokenizer(str(directory)))

@@ -119,7 +119,7 @@ def test_a_damaged_model_is_named(ray_instance, tiny_model: Path, tmp_path: Path
     shutil.copytree(tiny_model, copy)
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"model\.path: .*model cannot be loaded"):
+    with pytest.raises(UserError, match=r"model\.path: .*model\.safetensors is damaged"):
         evaluate(load_config("evaluate", write_config(tmp_path, copy, "damaged")))
 
 

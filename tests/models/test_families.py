@@ -148,3 +148,26 @@ FLOPS = {"gpt2": 30048.0, "llama": 26976.0, "bert": 27744.0, "t5": 29984.0}
 def test_the_operations_of_a_token_are_counted_by_family(family: str) -> None:
     lengths = (24, 8) if family == "t5" else (24,)
     assert flops_per_token(empty(family), *lengths) == FLOPS[family]
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "num_hidden_layers", 10**9),
+        ("llama", "num_hidden_layers", 0),
+        ("llama", "intermediate_size", -1),
+        ("llama", "intermediate_size", 2.5),
+        ("llama", "hidden_size", 10**12),
+        ("llama", "num_attention_heads", True),
+        ("llama", "max_position_embeddings", 2**40),
+        ("gpt2", "n_layer", "2"),
+        ("t5", "d_ff", 0),
+        ("bert", "hidden_act", "nothing"),
+        ("llama", "hidden_act", 7),
+        ("llama", "num_key_value_heads", -1),
+        ("gpt2", "n_inner", "x"),
+    ],
+)
+def test_values_that_no_layer_is_built_from_are_refused(family: str, key: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"model\.config\.{key}: found '?{value}'?, allowed: "):
+        config_of(family, **{key: value})

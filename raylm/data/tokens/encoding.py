@@ -16,7 +16,7 @@ from tokenizers import Encoding, Tokenizer
 from raylm.data.chat import neutralize, pair_messages, question_messages
 from raylm.data.sources.documents import Document
 from raylm.data.tokens.word_encoding import WordEncoder, applies_to
-from raylm.errors import UserError
+from raylm.errors import UserError, first_line
 
 
 class DocumentEncoder:
@@ -54,7 +54,14 @@ class PairEncoder:
 
     def __init__(self, directory: Path) -> None:
         self._tokenizer = load_backend(directory)
-        self._template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        template = directory / "chat_template.jinja"
+        if not template.is_file():
+            # So transformers saves a tokenizer with several, which it asks for by name.
+            raise UserError(
+                "tokenizer.path: it has several chat templates and none named default, which pairs are laid out with; "
+                "name one of them default in its tokenizer_config.json"
+            )
+        self._template = template.read_text(encoding="utf-8")
         settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
         # What transformers hands to a template: the named special tokens.
         self._named = {
@@ -97,7 +104,6 @@ class PairEncoder:
         return tokens, np.array(columns, dtype=np.int64).reshape(len(tokens), 3)
 
     def _render(self, conversations: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[str]:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -107,8 +113,10 @@ class PairEncoder:
                 add_generation_prompt=add_generation_prompt,
                 **self._named,
             )
-        except TemplateError as error:
-            raise UserError(f"tokenizer.path: its chat template refuses a question and an answer: {error}") from None
+        except Exception as error:  # noqa: BLE001 - a template computes anything, and fails in as many ways
+            raise UserError(
+                f"tokenizer.path: its chat template refuses a question and an answer: {first_line(error)}"
+            ) from None
         return rendered
 
 

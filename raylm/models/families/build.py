@@ -8,14 +8,20 @@ by default, as is usual in pretraining.
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, Any
 
+from raylm.config.base import LARGEST_COUNT
 from raylm.errors import UserError
 from raylm.models.families import all_families, find_family
 from raylm.models.heads import CAUSAL, Head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Far above the largest models that there are.
+MOST_LAYERS = 2_000
+MOST_WIDTH = 10**6
 
 
 def build_config(
@@ -45,6 +51,7 @@ def build_config(
             close = difflib.get_close_matches(key, sorted(names), n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise UserError(f"model.config.{key}: no such key in the {family} configuration{hint}")
+        _check_value(key, values[key], getattr(reference, key, None), known.positions_key)
     positions = {known.positions_key: sequence_length} if known.positions_key else {}
     settings = {**positions, **known.defaults, **values}
     settings |= {
@@ -76,6 +83,27 @@ def build_config(
             f"allowed: a divisor of {known.heads_key} ({heads})"
         )
     return config
+
+
+def _check_value(key: str, value: Any, default: Any, positions_key: str | None) -> None:
+    """Refuse what no layer can be built from, or not in a lifetime: the configuration itself takes any number.
+
+    Args:
+        default: what the configuration has without the key.
+    """
+    from transformers.activations import ACT2FN
+
+    if isinstance(default, str) and default in ACT2FN and not (isinstance(value, str) and value in ACT2FN):
+        raise UserError(f"model.config.{key}: found {str(value)[:100]!r}, allowed: {', '.join(sorted(ACT2FN))}")
+    # None is what follows from other sizes, as num_key_value_heads.
+    derived = default is None and re.search("size|num_|head_dim|inner", key) is not None
+    counts = isinstance(default, int) and not isinstance(default, bool) and default > 0
+    if not (derived or counts) or key.endswith("_id") or (derived and value is None):
+        return
+    is_context = key in (positions_key, "max_position_embeddings")
+    most = LARGEST_COUNT if is_context else MOST_LAYERS if "layer" in key else MOST_WIDTH
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise UserError(f"model.config.{key}: found {str(value)[:100]}, allowed: an integer from 1 to {most}")
 
 
 def check_positions(config: PretrainedConfig, sequence_length: int, key: str = "training.sequence_length") -> None:

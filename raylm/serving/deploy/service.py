@@ -155,10 +155,10 @@ class ModelService:
         Text that reads as a special token is defused: no message can end its own turn. Where the ``whole`` of it has
         to fit into the context, it is refused before it is tokenized.
         """
-        if not self.tokenizer.chat_template:
-            raise RequestError(
-                f"The model '{self.name}' has no chat template; use /v1/completions", code="no_chat_template"
-            )
+        templates = self.tokenizer.chat_template
+        if not templates or (isinstance(templates, dict) and "default" not in templates):
+            what = "several chat templates and none named default" if templates else "no chat template"
+            raise RequestError(f"The model '{self.name}' has {what}; use /v1/completions", code="no_chat_template")
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         safe = [message | {"content": neutralize(message["content"], special)} for message in messages]
         try:
