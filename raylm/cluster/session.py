@@ -66,11 +66,19 @@ def joined() -> bool:
 def _own_termination() -> Iterator[None]:
     """Keep the handler of SIGTERM that is set: Ray's own ends the process amid its C++ threads, which abort it."""
     before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    terminated = False
     try:
         yield
+    except SystemExit:
+        # Ray's answer, given while it starts.
+        terminated = True
     finally:
-        if callable(before) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _start_ray(dashboard: bool) -> None:

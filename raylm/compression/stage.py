@@ -30,6 +30,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
+from raylm.interrupts import insistent
 from raylm.models.heads import CAUSAL, Head
 from raylm.progress import Activity, ProgressBar
 
@@ -66,11 +67,12 @@ def compress(config: CompressConfig) -> None:
     model_config, _ = load_parts(source)
     task, steps = task_of(model_config), Steps(config.compression.steps)
     steps.check(task.head)
-    if task.evaluation is not None:
-        report = _compress_encoder(task, task.evaluation, source, config, run)
-    else:
-        report = _compress_generator(source, config, run)
-    run.write_report(report)
+    with run.held(resumes=False):
+        if task.evaluation is not None:
+            report = _compress_encoder(task, task.evaluation, source, config, run)
+        else:
+            report = _compress_generator(source, config, run)
+        run.write_report(report)
     print(
         f"compress: {config.model.path} to {steps.describe()}, {report['threads']} CPU threads\n"
         f"{table(report)}\n{_next(run)}"
@@ -91,7 +93,7 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
     from raylm.models.families.build import check_positions
     from raylm.models.loading import load_model
 
-    with Activity("compress: loading the model and the text"):
+    with Activity("compress: loading the model and the text"), insistent():
         tokenizer = load_tokenizer(source)
         model = load_model(source)
         window = window_of(config.evaluation, model.config)
@@ -102,39 +104,40 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
         )
         stream = open_text(config.data, config.evaluation.split, tokenizer)
         prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
-    with run.begin(resumes=False):
-        partial, applied = _compressed_copy(source, run, config, CAUSAL)
-        threads = os.cpu_count() or 1
-        with Activity("compress: comparing the outputs of both models") as activity:
-            scorer = _compare_logits(model, partial, prompts)
-            activity.change("compress: measuring bits per byte before")
-            before = figures(stream, score_stream(stream, TransformersScorer(model), *window))
-            activity.change("compress: measuring bits per byte after")
-            after = figures(stream, score_stream(stream, scorer[0], *window))
-        measured = _measure(
-            {"transformers": source, "openvino": str(partial)}, prompts, config.compression.new_tokens, threads
-        )
-        _replace_model(partial, run)
-        outputs = measured["transformers"].pop("outputs"), measured["openvino"].pop("outputs")
-        return {
-            "model": config.model.path,
-            "steps": applied.steps,
-            "threads": threads,
-            "logits_cosine": scorer[1],
-            "before": {
-                "engine": "transformers fp32",
-                "weight_bytes": _size(Path(source), "*.safetensors"),
-                **measured["transformers"],
-                "bits_per_byte": before["bits_per_byte"],
-            },
-            "after": {
-                "engine": applied.engine,
-                "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
-                **measured["openvino"],
-                "bits_per_byte": after["bits_per_byte"],
-            },
-            "greedy_agreement": agreement(*outputs),
-        }
+    run.create()
+
+    partial, applied = _compressed_copy(source, run, config, CAUSAL)
+    threads = os.cpu_count() or 1
+    with Activity("compress: comparing the outputs of both models") as activity:
+        scorer = _compare_logits(model, partial, prompts)
+        activity.change("compress: measuring bits per byte before")
+        before = figures(stream, score_stream(stream, TransformersScorer(model), *window))
+        activity.change("compress: measuring bits per byte after")
+        after = figures(stream, score_stream(stream, scorer[0], *window))
+    measured = _measure(
+        {"transformers": source, "openvino": str(partial)}, prompts, config.compression.new_tokens, threads
+    )
+    _replace_model(partial, run)
+    outputs = measured["transformers"].pop("outputs"), measured["openvino"].pop("outputs")
+    return {
+        "model": config.model.path,
+        "steps": applied.steps,
+        "threads": threads,
+        "logits_cosine": scorer[1],
+        "before": {
+            "engine": "transformers fp32",
+            "weight_bytes": _size(Path(source), "*.safetensors"),
+            **measured["transformers"],
+            "bits_per_byte": before["bits_per_byte"],
+        },
+        "after": {
+            "engine": applied.engine,
+            "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
+            **measured["openvino"],
+            "bits_per_byte": after["bits_per_byte"],
+        },
+        "greedy_agreement": agreement(*outputs),
+    }
 
 
 def _compress_encoder(
@@ -143,42 +146,42 @@ def _compress_encoder(
     """The report of a model that reads and does not generate."""
     from raylm.compression import encoders
 
-    with Activity("compress: reading the data"):
+    with Activity("compress: reading the data"), insistent():
         examples = evaluation.open(config, source)
-    with run.begin(resumes=False):
-        partial, applied = _compressed_copy(source, run, config, task.head)
-        threads = os.cpu_count() or 1
-        with Activity("compress: comparing the outputs of both models"):
-            compared = encoders.compare(task, examples, source, partial, threads)
-        paths = {"transformers": source, "openvino": str(partial)}
-        rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in paths}
-        with _measuring(paths) as bar:
-            for _ in range(ROUNDS):
-                for engine, path in paths.items():
-                    job = encoders.latency_job(engine, path, task, examples, threads)
-                    rounds[engine].append(_measure_once(job, "raylm.compression.measure_encoder"))
-                    bar.update(bar.done + 1)
-        _replace_model(partial, run)
-        return {
-            "model": config.model.path,
-            "task": task.name,
-            "steps": applied.steps,
-            "threads": threads,
-            "sequence_length": examples.length,
-            **compared["closeness"],
-            "before": {
-                "engine": "transformers fp32",
-                "weight_bytes": _size(Path(source), "*.safetensors"),
-                **encoders.medians(rounds["transformers"]),
-                **compared["before"],
-            },
-            "after": {
-                "engine": applied.engine,
-                "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
-                **encoders.medians(rounds["openvino"]),
-                **compared["after"],
-            },
-        }
+    run.create()
+    partial, applied = _compressed_copy(source, run, config, task.head)
+    threads = os.cpu_count() or 1
+    with Activity("compress: comparing the outputs of both models"):
+        compared = encoders.compare(task, examples, source, partial, threads)
+    paths = {"transformers": source, "openvino": str(partial)}
+    rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in paths}
+    with _measuring(paths) as bar:
+        for _ in range(ROUNDS):
+            for engine, path in paths.items():
+                job = encoders.latency_job(engine, path, task, examples, threads)
+                rounds[engine].append(_measure_once(job, "raylm.compression.measure_encoder"))
+                bar.update(bar.done + 1)
+    _replace_model(partial, run)
+    return {
+        "model": config.model.path,
+        "task": task.name,
+        "steps": applied.steps,
+        "threads": threads,
+        "sequence_length": examples.length,
+        **compared["closeness"],
+        "before": {
+            "engine": "transformers fp32",
+            "weight_bytes": _size(Path(source), "*.safetensors"),
+            **encoders.medians(rounds["transformers"]),
+            **compared["before"],
+        },
+        "after": {
+            "engine": applied.engine,
+            "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
+            **encoders.medians(rounds["openvino"]),
+            **compared["after"],
+        },
+    }
 
 
 def _measuring(models: dict[str, str]) -> ProgressBar:
@@ -200,7 +203,7 @@ def _compressed_copy(source: str, run: RunDirectory, config: CompressConfig, hea
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("openvino"))
     candidate, steps = Candidate(partial, head), Steps(config.compression.steps)
-    with Activity(f"compress: making {steps.describe()} (OpenVINO)"):
+    with Activity(f"compress: making {steps.describe()} (OpenVINO)"), insistent():
         from raylm.compression.exporters import openvino
 
         reports = steps.apply(candidate)

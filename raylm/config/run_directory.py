@@ -1,9 +1,9 @@
 """A stage's run directory, ``<storage>/<name>/``: who may use it, and what every stage leaves in it.
 
-The same name resumes. ``config.yaml`` records what the run was started with; a start with another configuration is
-refused with the differing keys named. ``.lock`` is held by the one command that runs. ``report.json``, written last,
-says that the stage is done. A command that finds its input wrong leaves nothing of a run that it began. Needs neither
-Ray nor torch.
+The same name resumes. A stage holds the directory while it writes there; a second command is refused. ``config.yaml``
+records what the run was started with; a start with another configuration is refused with the differing keys named.
+``report.json``, written last, says that the stage is done. A command that finds its input wrong leaves nothing of a run
+that it began. Needs neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from raylm.config.base import Section
 from raylm.config.loading import differing_keys, read_configuration, to_yaml, validate
 from raylm.config.yaml_text import parse_yaml
-from raylm.errors import UserError, first_line
+from raylm.errors import UserError
 
-CONFIG, LOCK = "config.yaml", ".lock"
-# What a command leaves that was killed before the run began.
-NOT_BEGUN = {LOCK, f".{CONFIG}.partial"}
+LOCK = ".lock"
+# Who only looks whether a directory is held holds it for a moment.
+LOOK_SECONDS = 0.5
 
 
 class RunDirectory:
@@ -39,22 +40,23 @@ class RunDirectory:
         self.stage = stage
         self.path: Path = config.run.directory
         self._config = config
-        self._kept = False
+        self._held = self._begun = self._kept = False
 
     def check(self) -> None:
-        """Refuse a directory of another stage or of another configuration; write nothing.
+        """Refuse a directory that is in use, of another stage or of another configuration; write nothing.
 
         Raises:
             UserError: the name is taken; names the differing keys with both values.
         """
-        saved_path = self.path / CONFIG
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.storage: {self.path} is a file, a directory is needed")
-        if not saved_path.exists():
-            if self.path.is_dir() and any(each.name not in NOT_BEGUN for each in self.path.iterdir()):
+        if not self._held and is_held(self.path):
+            raise _in_use(self.path)
+        saved = self.saved()
+        if saved is None:
+            if self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
                 raise UserError(f"run.name: {self.path} holds files but no config.yaml; choose another name")
             return
-        saved = self.saved() or {}
         stage = saved.pop("stage", None)
         if not isinstance(stage, str):
             raise self._damaged("config.yaml", "it names no stage")
@@ -80,98 +82,15 @@ class RunDirectory:
         Raises:
             UserError: the file is damaged.
         """
-        path = self.path / CONFIG
+        path = self.path / "config.yaml"
         if not path.exists():
             return None
         try:
-            found = parse_yaml(read_configuration(path), CONFIG).values
+            found = parse_yaml(read_configuration(path), path.name).values
         except UserError as error:
             raise self._damaged(path.name, str(error)) from None
         if not isinstance(found, dict):
             raise self._damaged(path.name, "it holds no sections")
-        return found
-
-    def create(self, resolved: Section | None = None) -> None:
-        """Make the directory and write ``config.yaml``; call after everything else was validated.
-
-        Args:
-            resolved: what stands in it; by default the configuration as it was given.
-
-        Raises:
-            UserError: the storage is read-only or full.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / CONFIG, f"stage: {self.stage}\n{to_yaml(resolved or self._config)}")
-        except OSError as error:
-            raise UserError(f"run.storage: {self.path} cannot be written: {error.strerror}") from None
-
-    @contextlib.contextmanager
-    def begin(self, resolved: Section | None = None, *, resumes: bool = True) -> Iterator[None]:
-        """Hold the run directory for the block, :meth:`create` it, and take back what is no use after a failure.
-
-        Where the block raises a UserError before :meth:`keep` is called, a run that this command has begun is removed,
-        as the corrected file would else be refused as another configuration. So are the directories made for it, if
-        nothing else is in them.
-
-        Args:
-            resolved: see :meth:`create`.
-            resumes: the stage goes on from what a failed start leaves. Without it, any failure takes the run back.
-
-        Raises:
-            UserError: the storage is read-only or full, another command holds the directory, or has begun another run
-                there since :meth:`check`.
-        """
-        made = self._make()
-        begins = False
-        try:
-            with exclusive(self.path):
-                try:
-                    self.check()
-                    begins = self.saved() is None
-                    self.create(resolved)
-                    yield
-                except BaseException as error:
-                    if begins and not self._kept and (isinstance(error, UserError) or not resumes):
-                        for entry in self.path.iterdir():
-                            _remove(entry)
-                    raise
-        finally:
-            _remove_empty(made)
-
-    def keep(self) -> None:
-        """From here on a failure leaves the run as it is."""
-        self._kept = True
-
-    def _make(self) -> list[Path]:
-        """Make the directory and those above it; returns the ones that were missing, from the top."""
-        made = []
-        try:
-            for directory in (*reversed(self.path.parents), self.path):
-                if not directory.is_dir():
-                    with contextlib.suppress(FileExistsError):
-                        directory.mkdir()
-                        made.append(directory)
-        except OSError as error:
-            _remove_empty(made)
-            raise UserError(f"run.storage: {self.path} cannot be written: {error.strerror}") from None
-        return made
-
-    def report(self) -> dict[str, Any] | None:
-        """The finished stage's ``report.json``, or None while it is not done.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        path = self.path / "report.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, RecursionError) as error:
-            raise self._damaged(path.name, first_line(error)) from None
-        if not isinstance(found, dict):
-            raise self._damaged(path.name, "it is no JSON object")
         return found
 
     def _damaged(self, name: str, reason: str) -> UserError:
@@ -180,57 +99,143 @@ class RunDirectory:
             "choose another run.name"
         )
 
+    @contextlib.contextmanager
+    def held(self, *, resumes: bool = True) -> Iterator[None]:
+        """Hold the directory within the block, so that no other command writes there; a dead command lets go.
+
+        Where the block raises a UserError before :meth:`keep`, a run that it has begun is taken back, as the corrected
+        file would else be refused as another configuration. What had to be made for the run is then gone again, as it
+        is where the block ends before :meth:`create`. Within the block of another call nothing is done.
+
+        Args:
+            resumes: the stage goes on from what a failed start leaves. Without it, any failure takes the run back.
+
+        Raises:
+            UserError: another command holds it, or the storage is read-only or full. Nothing was touched.
+        """
+        if self._held:
+            yield
+            return
+        made: list[Path] = []
+        try:
+            for parent in reversed([self.path, *self.path.parents]):
+                if not parent.exists():
+                    parent.mkdir(exist_ok=True)
+                    made.append(parent)
+            lock = _take_lock(self.path)
+        except OSError as error:
+            _remove_empty(made)
+            raise UserError(f"run.storage: {self.path} cannot be written: {error.strerror}") from None
+        self._held, is_new = True, self.path in made
+        with lock:
+            try:
+                yield
+            except BaseException as error:
+                if self._begun and not self._kept and (isinstance(error, UserError) or not resumes):
+                    is_new = True
+                    self._take_back()
+                raise
+            finally:
+                self._held = False
+                if is_new and [path.name for path in self.path.iterdir()] == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    _remove_empty(made)
+
+    def _take_back(self) -> None:
+        """Remove what the run consists of; it was begun in an empty directory."""
+        self._begun = False
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != LOCK:
+                entry.unlink(missing_ok=True)
+
+    def keep(self) -> None:
+        """From here on the run stays, whatever happens to it."""
+        self._kept = True
+
+    def create(self, resolved: Section | None = None) -> None:
+        """Make the directory and write ``config.yaml``; call while it is :meth:`held`, after everything was validated.
+
+        Args:
+            resolved: what stands in it; by default the configuration as it was given.
+
+        Raises:
+            UserError: the storage is read-only or full, or another command has begun the run since :meth:`check`.
+        """
+        self.check()
+        self._begun = self._begun or self.saved() is None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.yaml", f"stage: {self.stage}\n{to_yaml(resolved or self._config)}")
+        except OSError as error:
+            raise UserError(f"run.storage: {self.path} cannot be written: {error.strerror}") from None
+
+    def report(self) -> dict[str, Any] | None:
+        """The finished stage's ``report.json``, or None while it is not done; a damaged one does not count."""
+        found = read_object(self.path / "report.json")
+        return found or None
+
     def write_report(self, report: dict[str, Any]) -> None:
         """Write ``report.json``; its presence says that the stage is done."""
         write_atomically(self.path / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-@contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold a run directory, so that two commands never run the same run at once; a dead command lets go.
-
-    Raises:
-        UserError: another command holds it, or it cannot be written.
-    """
+def is_held(directory: Path) -> bool:
+    """Whether a command, of this process or another, holds the run directory."""
     try:
-        stream = (directory / LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"run.storage: {directory} cannot be written: {error.strerror}") from None
-    with stream:
+        with (directory / LOCK).open("r") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _take_lock(directory: Path) -> IO[str]:
+    """The lock file, held until it is closed."""
+    path, deadline = directory / LOCK, time.monotonic() + LOOK_SECONDS
+    while True:
+        stream = path.open("a")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A start that failed takes away what it made.
+            if path.exists() and os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+                return stream
         except BlockingIOError:
-            raise UserError(_in_use(directory)) from None
-        # A command that takes its run back removes the lock too: then what was opened here locks nothing.
-        if not _is_file(stream.fileno(), directory / LOCK):
-            raise UserError(_in_use(directory))
-        yield
+            if time.monotonic() > deadline:
+                stream.close()
+                raise _in_use(directory) from None
+            time.sleep(LOOK_SECONDS / 10)
+        stream.close()
 
 
-def _in_use(directory: Path) -> str:
-    return f"run.name: {directory} is in use by another command that is still running"
+def _in_use(directory: Path) -> UserError:
+    return UserError(f"run.name: {directory} is in use by another command that is still running")
 
 
-def _is_file(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one under its name."""
+def _remove_empty(made: list[Path]) -> None:
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of a run; None where there is no file, or it is damaged or no object."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return parse_object(path.read_bytes())
     except FileNotFoundError:
-        return False
+        return None
 
 
-def _remove_empty(directories: list[Path]) -> None:
-    """Remove directories, the last first, up to the first one with something in it."""
-    with contextlib.suppress(OSError):
-        for directory in reversed(directories):
-            directory.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def parse_object(text: str | bytes) -> dict[str, Any] | None:
+    """The JSON object that ``text`` is; None where it is damaged or no object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -43,6 +43,17 @@ class ReplicaScaling(Section):
         return self
 
 
+class CollectionQuota(Section):
+    """``serving.collection_quota``: what the collections of one API key may hold together, and the common ones."""
+
+    collections: int = Field(default=100, ge=1)
+    """Most collections."""
+    documents: int = Field(default=100_000, ge=1)
+    """Most documents in all of them."""
+    megabytes: float = Field(default=256.0, gt=0)
+    """Most megabytes of titles and texts (UTF-8) in all of them."""
+
+
 class ServingSection(Section):
     """``serving``: address, engine, limits, and the collection that questions are answered from."""
 
@@ -104,6 +115,8 @@ class ServingSection(Section):
     """Directory made by ``raylm prepare`` whose documents /v1/qa searches."""
     collections: PathText | None = None
     """Directory of the collections that clients upload, shared by all replicas; by default in the run's directory."""
+    collection_quota: CollectionQuota = CollectionQuota()
+    """Most that each API key may store in collections."""
     encoder: PathText | None = None
     """Directory of a sentence encoder such as all-MiniLM-L6-v2. With it, passages are ranked by meaning and by words;
     without it, by words only (BM25)."""

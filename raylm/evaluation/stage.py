@@ -30,6 +30,7 @@ from raylm.evaluation.perplexity import (
     make_stream,
     window_batches,
 )
+from raylm.interrupts import insistent
 from raylm.progress import Activity, ProgressBar
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
-    """Write and return the report of a model that has none yet; begins the run once everything is checked."""
+    """Write the report of a model that has none yet; makes the run directory once everything is checked."""
     from raylm.data.loading import resolve_model
     from raylm.models.families.build import check_head
     from raylm.models.heads import CAUSAL
@@ -123,7 +124,7 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
     from raylm.models.openvino import find_export
     from raylm.tasks import task_of
 
-    with Activity("evaluate: reading the model's configuration and the data"):
+    with Activity("evaluate: reading the model's configuration and the data"), insistent():
         source = resolve_model(config.model.path)
         model_config = load_config(source)
         task = task_of(model_config)
@@ -140,7 +141,8 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
                 )
             window = window_of(config.evaluation, model_config)
             stream = open_text(config.data, config.evaluation.split, tokenizer)
-    with ray_session(), run.begin(resumes=False):
+    with run.held(resumes=False), ray_session():
+        run.create()
         if scored:
             figures = evaluate_examples(source, task, examples, config, run.path)
         else:

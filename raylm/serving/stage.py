@@ -53,7 +53,12 @@ def serve(config: ServeConfig) -> None:
         run = check(config)
     try:
         # Ray puts a handler of its own on SIGTERM when it starts: ours must come after it.
-        with _serve_session(config.serving), _interrupted_by_sigterm(), _application(config, run) as url:
+        with (
+            _serve_session(config.serving),
+            _interrupted_by_sigterm(),
+            run.held(resumes=False),
+            _application(config, run) as url,
+        ):
             _announce(config, url)
             _watch(url)
     except KeyboardInterrupt:
@@ -76,7 +81,7 @@ def running_server(config: ServeConfig) -> Iterator[str]:
         RunFailure: the server did not come up.
     """
     run = check(config)
-    with _serve_session(config.serving), _application(config, run) as url:
+    with _serve_session(config.serving), run.held(resumes=False), _application(config, run) as url:
         yield url
 
 
@@ -107,24 +112,24 @@ def _application(config: ServeConfig, run: RunDirectory) -> Iterator[str]:
     """The running application, from start to report; gives its base URL."""
     from ray import serve as ray_serve
 
+    run.create()
     began = time.monotonic()
     started = None
     url = f"http://{_url_host(config.serving.host)}:{config.serving.port}"
-    with run.begin(resumes=False):
-        try:
-            with Activity("serve: starting the server and loading the model"):
-                _start(config)
-                _wait_until_healthy(url)
-            started = time.monotonic()
+    try:
+        with Activity("serve: starting the server and loading the model"):
+            _start(config)
+            _wait_until_healthy(url)
+        started = time.monotonic()
+        run.keep()
+        yield url
+    finally:
+        # Others may ask a server that is up a moment before this process knows it, and stop it at once.
+        if (last := health(url)) is not None:
+            ended = time.monotonic()
+            _report(run, url, last, (started or ended) - began, ended - (started or ended))
             run.keep()
-            yield url
-        finally:
-            # Others may ask a server that is up a moment before this process knows it, and stop it at once.
-            if (last := health(url)) is not None:
-                ended = time.monotonic()
-                _report(run, url, last, (started or ended) - began, ended - (started or ended))
-                run.keep()
-            ray_serve.delete(APPLICATION)
+        ray_serve.delete(APPLICATION)
 
 
 def _report(run: RunDirectory, url: str, last: dict[str, Any], start_seconds: float, served_seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.data.sources.segments import MANIFEST
 from raylm.errors import UserError
+from raylm.interrupts import insistent
 from raylm.progress import Activity
 
 if TYPE_CHECKING:
@@ -240,23 +242,28 @@ def run_training(stage: str, config: TrainConfig) -> None:
 
     run = RunDirectory(stage, config)
     mirror = Mirror(Storage(config.run.uri), run.path)
-    mirror.open_run()
-    run.check()
-    if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
-        check_raw_unchanged(config)
-        print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
-        return
-    with Activity(f"{stage}: checking the data and the model"):
-        checked = validate(config)
+    # A mirror is written from here on, a directory only after everything is checked.
+    with run.held() if mirror.remote else contextlib.nullcontext():
+        mirror.open_run()
+        run.check()
+        if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
+            check_raw_unchanged(config)
+            print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
+            return
+        with Activity(f"{stage}: checking the data and the model"), insistent():
+            checked = validate(config)
 
-    with ray_session():
-        final, data_directory, precision = _train(stage, config, checked, run, mirror)
-    final |= bits_per_byte(config, checked.model.objective, data_directory, final)
-    run.write_report({**final, "precision": precision.record(), "training": config.training.model_dump(mode="json")})
-    (run.path / SUMMARY).write_text(
-        summarize(stage, config.run.name, read_metrics(run.path / METRICS), final), encoding="utf-8"
-    )
-    mirror.send("report.json", SUMMARY, EVENTS)
+        with run.held():
+            with ray_session():
+                final, data_directory, precision = _train(stage, config, checked, run, mirror)
+            final |= bits_per_byte(config, checked.model.objective, data_directory, final)
+            text = summarize(stage, config.run.name, read_metrics(run.path / METRICS), final)
+            (run.path / SUMMARY).write_text(text, encoding="utf-8")
+            run.write_report(
+                {**final, "precision": precision.record(), "training": config.training.model_dump(mode="json")}
+            )
+            # The report goes last, here and to the storage: it says that the run is done.
+            mirror.send(SUMMARY, EVENTS, "report.json")
     print(describe(stage, run, final))
 
 
@@ -284,27 +291,27 @@ def _train(
         print(f"{stage}: {warning}", file=sys.stderr, flush=True)
     precision = replace(precision, name=layout.precision)
     check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
-    with run.begin(recorded(planned, layout)):
-        note_precision(run, precision)
-        data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
-        attempt = new_attempt()
-        mirror.own(attempt)
-        mirror.send("config.yaml", FILE)
-        mirror.send_data()
-        # What comes of the training is never taken back.
-        run.keep()
-        job = TrainingJob(
-            config=apply_layout(planned, layout),
-            stage=stage,
-            directory=run.path,
-            storage=config.run.uri,
-            data_directory=data_directory,
-            tokenizer_directory=tokenizer_directory,
-            model_source=resolve_model(config.model.path) if config.model.path else None,
-            use_gpu=layout.use_gpu,
-            attempt=attempt,
-        )
-        return launch(job, config.resources.cpus_per_worker, config.resources.max_failures), data_directory, precision
+    run.create(recorded(planned, layout))
+    note_precision(run, precision)
+    attempt = new_attempt()
+    mirror.own(attempt)
+    # Before the configuration reaches the storage, as it may be taken back here.
+    data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+    run.keep()
+    mirror.send("config.yaml", FILE)
+    mirror.send_data()
+    job = TrainingJob(
+        config=apply_layout(planned, layout),
+        stage=stage,
+        directory=run.path,
+        storage=config.run.uri,
+        data_directory=data_directory,
+        tokenizer_directory=tokenizer_directory,
+        model_source=resolve_model(config.model.path) if config.model.path else None,
+        use_gpu=layout.use_gpu,
+        attempt=attempt,
+    )
+    return launch(job, config.resources.cpus_per_worker, config.resources.max_failures), data_directory, precision
 
 
 def describe(stage: str, run: RunDirectory, final: dict[str, Any]) -> str:

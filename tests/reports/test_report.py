@@ -13,7 +13,7 @@ import pytest
 
 from raylm.cli import main
 from raylm.config.loading import validate
-from raylm.config.run_directory import RunDirectory, exclusive
+from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import STAGES
 from raylm.errors import UserError
 from raylm.reports.charts import LEAST_SMOOTHED, MOST_POINTS, smoothed, thinned
@@ -135,7 +135,7 @@ def test_a_run_that_failed_or_goes_on(tmp_path: Path) -> None:
     page = read(write_report([run.path]))
     assert "not finished" in page.text and "Nothing has been measured yet" in page.text
     record(run.path, 25)
-    with exclusive(run.path):
+    with run.held():
         page = read(write_report([run.path]))
         assert "running" in page.text and "25 of 40" in page.text
     events = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -13,6 +14,7 @@ from raylm.cluster.environment import API_KEYS_VARIABLE
 from raylm.config.serving import ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.errors import UserError
+from raylm.serving.engines.client import start_engine
 from raylm.serving.http.access import hash_key, load_key_hashes
 from raylm.serving.http.gate import Allowance, Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics
@@ -89,6 +91,20 @@ def test_a_keyless_server_answers_to_no_other_name(host: str, path: str) -> None
     error = reply.json()["error"]
     assert error["code"] == "unknown_host"
     assert f"found {host!r}, allowed: localhost" in error["message"]
+
+
+def test_engines_do_not_see_the_keys(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEYS_VARIABLE, KEY)
+    engine = start_engine(str(tiny_model), ServingSection(engine="transformers"), threads=1)
+    try:
+        (process,) = [
+            child for child in psutil.Process().children() if "raylm.serving.engines.process" in child.cmdline()
+        ]
+        environment = process.environ()
+    finally:
+        engine.close()
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert KEY not in str(environment)
 
 
 def test_with_keys_any_name_is_answered() -> None:

@@ -124,10 +124,11 @@ def prepare(config: PrepareConfig) -> None:
     with Activity("prepare: looking at the sources"):
         checked = Input(config.data, config.tokenizer, read=False)
     workers, laps = config.resources.workers, _Laps()
-    with ray_session(), run.begin(), _nothing_half_written(run.path, "config.yaml"):
+    with run.held(), ray_session(), _nothing_half_written(run.path, "config.yaml"):
         laps.end("ray_start")
         # Another command may have finished it since.
         if (report := run.report()) is None:
+            run.create()
             report = _build(run.path, checked, laps, cpus=None if workers == "auto" else workers)
             run.write_report(report)
             write_card(run.path, report)

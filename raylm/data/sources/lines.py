@@ -72,7 +72,7 @@ class Lines:
                     continue
                 content = raw.removeprefix(BYTE_ORDER_MARK) if begin == 0 else raw
                 offset_of_text = begin + len(raw) - len(content)
-                text = self._errors.decode(content, self.path, offset_of_text, lambda: self.place(self.count))
+                text = self._errors.decode(content, self.path, offset_of_text, self._here)
                 if text is not None:
                     yield begin, text
 
@@ -84,6 +84,9 @@ class Lines:
         if self._before is None:
             self._before = self._line_ends(self._begin)
         return f"{self.path}:{self._before + count}"
+
+    def _here(self) -> str:
+        return self.place(self.count)
 
     def _line_ends(self, left: int) -> int:
         """Line ends in the first ``left`` bytes of the file."""

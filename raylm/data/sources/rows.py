@@ -73,8 +73,10 @@ def rows_to_documents(
     make = {"text": _text, "pair": _pair, "messages": _conversation, "squad": _squad_pair}[kind]
     for number, row in itertools.chain([first], table.rows):
         try:
-            label = "" if fields.label is None else _label(row, fields.label)
-            documents = list(make(row, fields))
+            if fields.label is None:
+                yield from make(row, fields)
+                continue
+            label, documents = _label(row, fields.label), list(make(row, fields))
         except ValueError as error:
             errors.bad("malformed", f"{table.place(number)}: {error}")
             continue
@@ -85,7 +87,7 @@ def rows_to_documents(
                 "data.errors: skip leaves such rows out and counts them",
             )
             continue
-        yield from (replace(document, label=label) for document in documents) if label else documents
+        yield from (replace(document, label=label) for document in documents)
 
 
 def kind_of(columns: Sequence[str], fields: FieldsSection) -> str | None:

@@ -13,8 +13,8 @@ from raylm.serving.deploy.service import Models, ModelService, TextPiece, Usage
 from raylm.serving.http.replies import Reply, send_reply, stream_reply
 from raylm.serving.http.requests import QuestionRequest
 from raylm.serving.retrieval.collections import describe_matches, refusals
-from raylm.serving.retrieval.library import Library
-from raylm.serving.retrieval.store import Match, Passage
+from raylm.serving.retrieval.records import Match, Passage
+from raylm.serving.retrieval.shelf import Shelf
 from raylm.serving.tasks.citations import Citer
 from raylm.serving.tasks.encoders import EncoderService
 from raylm.serving.tasks.extraction import extract
@@ -69,7 +69,7 @@ class QuestionReply(Reply):
 
 
 async def answer_question(
-    models: Models, library: Library, request: QuestionRequest, count: int, least_relevance: float
+    models: Models, shelf: Shelf, request: QuestionRequest, count: int, least_relevance: float
 ) -> Response:
     """Find ``count`` passages, or take the given context, and let a reader or a generator answer.
 
@@ -78,8 +78,8 @@ async def answer_question(
     """
     service = choose_model(models, request)
     if isinstance(service, EncoderService):
-        return await extract(service, library, request, count, least_relevance)
-    return await generate_answer(service, library, request, count, least_relevance)
+        return await extract(service, shelf, request, count, least_relevance)
+    return await generate_answer(service, shelf, request, count, least_relevance)
 
 
 def choose_model(models: Models, request: QuestionRequest) -> ModelService:
@@ -96,7 +96,7 @@ def choose_model(models: Models, request: QuestionRequest) -> ModelService:
 
 
 async def generate_answer(
-    service: ModelService, library: Library, request: QuestionRequest, count: int, least_relevance: float
+    service: ModelService, shelf: Shelf, request: QuestionRequest, count: int, least_relevance: float
 ) -> Response:
     """Put passages before the question, and answer; or say that none has to do with it.
 
@@ -110,7 +110,7 @@ async def generate_answer(
         matches = [Match(given, 1.0, 1.0)]
     else:
         with refusals():
-            matches = await library.search(request.collection, request.question, count)
+            matches = await shelf.search(request.collection, request.question, count)
     if max((match.relevance for match in matches), default=0.0) < least_relevance:
         return refuse(request, QuestionReply(service, matches, 0))
     wanted = request.max_tokens

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from raylm.serving.deploy.service import ModelService, TextPiece, Usage
 from raylm.serving.http.replies import ChatReply, CompletionReply, send_reply
 from raylm.serving.http.requests import ChatRequest, CompletionRequest
-from raylm.serving.tasks.logprobs import chat_logprobs, completion_logprobs, describe
+from raylm.serving.tasks.logprobs import chat_logprobs, completion_logprobs, describe, score
 from raylm.serving.tasks.prompts import encode_messages, encode_prompts
 from raylm.serving.tasks.structured import wanted_schema
 
@@ -74,16 +74,17 @@ async def _score(
         service.check_length([*prompt, *range(request.max_tokens or 0)], "prompt")
     service.admit(len(prompts))
     usage, pieces = Usage(prompt_tokens=sum(map(len, prompts))), []
-    for index, prompt in enumerate(prompts):
-        scores = await service.engine.score(prompt, max(request.logprobs or 0, 1))
+    scored = await score(service, prompts, request.logprobs or 0)
+    for index, (prompt, scores) in enumerate(zip(prompts, scored, strict=True)):
         # The likeliest token after the prompt is the answer, where there is to be one.
         tokens = scores.top_ids[-1, : request.max_tokens].tolist()
         usage.completion_tokens += len(tokens)
         logprobs = None
         if request.logprobs is not None:
             chosen = np.concatenate([scores.chosen, scores.top[-1, : len(tokens)]])
-            scores = dataclasses.replace(scores, chosen=chosen)
-            logprobs = describe(service, scores, [*prompt, *tokens], 0, request.logprobs)
+            logprobs = describe(
+                service, dataclasses.replace(scores, chosen=chosen), [*prompt, *tokens], 0, request.logprobs
+            )
         text = service.tokenizer.decode(tokens, skip_special_tokens=True)
         pieces.append(TextPiece(index, text, "length", tuple(tokens), logprobs))
     return JSONResponse(CompletionReply(service, echoes).whole(pieces, usage))
