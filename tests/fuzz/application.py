@@ -10,12 +10,16 @@ import asyncio
 import collections
 import contextlib
 import logging
+import multiprocessing
 import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +46,7 @@ REQUEST_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Attack:
-    """One request: its body is made in a thread, from its own random numbers."""
+    """One request: its body is made in a process of its own, from its own random numbers."""
 
     route: str
     body: bytes
@@ -70,7 +74,7 @@ class Findings:
         for name, found in (("stall", self.stalls), ("error", self.errors)):
             print(f"{name}s: {len(found)}")
             for text in found[:20]:
-                print(f"  {name}: {text[:1500]}")
+                print(f"  {name}: {text[:900]}")
         return not (self.stalls or self.errors)
 
 
@@ -129,17 +133,38 @@ async def application(*, encoders: bool, exported: bool) -> AsyncIterator[tuple[
         shutil.rmtree(root)
 
 
-async def watch_loop(findings: Findings) -> None:
-    """Note when the event loop did not come round for long."""
-    while True:
-        began, computed = time.monotonic(), time.process_time()
-        await asyncio.sleep(0.01)
-        lag, own = time.monotonic() - began - 0.01, time.process_time() - computed
-        if lag > STALL_SECONDS:
-            if own > STALL_SECONDS:
-                findings.stalls.append(f"{lag:.2f} s ({own:.2f} s computed) during {list(findings.in_work.values())}")
-            else:
-                findings.slow_machine += 1
+class LoopWatch:
+    """Notes when the event loop did not come round for long, and where it was then.
+
+    A thread looks, as the loop cannot; where a call holds the interpreter's lock, it looks just after.
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+        self._beat, self._place = time.monotonic(), ""
+        self._loop_thread = threading.get_ident()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    async def beat(self) -> None:
+        """Come round for ever; runs in the loop."""
+        while True:
+            began, computed = time.monotonic(), time.process_time()
+            self._beat, self._place = began, ""
+            await asyncio.sleep(0.01)
+            lag, own = time.monotonic() - began - 0.01, time.process_time() - computed
+            if lag > STALL_SECONDS:
+                self._findings.slow_machine += own <= STALL_SECONDS
+                if own > STALL_SECONDS:
+                    doing = list(self._findings.in_work.values())
+                    self._findings.stalls.append(f"{lag:.2f} s ({own:.2f} s computed) {self._place} during {doing}")
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(0.02)
+            if time.monotonic() - self._beat > STALL_SECONDS * 0.6 and not self._place:
+                frame = sys._current_frames().get(self._loop_thread)
+                stack = traceback.extract_stack(frame)[-7:]
+                self._place = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(stack))
 
 
 async def watch_memory(findings: Findings, began: float) -> None:
@@ -195,20 +220,23 @@ async def fuzz(
 ) -> bool:
     """Send what ``make`` makes until the time is over; whether nothing was found."""
     print(f"seed {options.seed}", flush=True)
-    findings = Findings()
+    findings, loop = Findings(), asyncio.get_running_loop()
+    # Bodies of megabytes are made elsewhere, so that only the application holds up the loop; forked before any thread.
+    maker = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+    maker.submit(int).result()
     logging.getLogger().addHandler(Records(findings))
-    asyncio.get_running_loop().set_exception_handler(
+    loop.set_exception_handler(
         lambda _, context: findings.errors.append(f"loop: {context.get('message')}: {context.get('exception')!r}")
     )
     numbers: Iterator[int] = iter(range(10**9)) if options.only is None else iter([options.only])
     async with application(encoders=encoders, exported=exported) as (app, models):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         began = time.monotonic()
-        watchers = [asyncio.create_task(watch_loop(findings)), asyncio.create_task(watch_memory(findings, began))]
+        watchers = [asyncio.create_task(LoopWatch(findings).beat()), asyncio.create_task(watch_memory(findings, began))]
 
         async def work(place: int) -> None:
             for number in numbers:
-                attack = await asyncio.to_thread(make, random.Random(f"{options.seed}-{number}"))
+                attack = await loop.run_in_executor(maker, make, random.Random(f"{options.seed}-{number}"))
                 findings.in_work[place] = f"{number} {attack.route} {attack.what}"
                 await send(client, attack, findings, f"--seed {options.seed} --only {number}")
                 if time.monotonic() - began > options.minutes * 60:
@@ -222,6 +250,7 @@ async def fuzz(
             await send(client, Attack("/health", b"", "GET"), findings, "health")
         for watcher in watchers:
             watcher.cancel()
+    maker.shutdown()
     return findings.report()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 from tests.fuzz.application import Attack, run
@@ -123,20 +124,26 @@ def main_value(chance: random.Random, name: str) -> Any:
 
 def raw(chance: random.Random, body: bytes) -> bytes:
     """Bytes that are no JSON, or JSON of a kind that no client sends."""
-    depth = chance.choice([10, 500, 990, 5000, 10**6])
-    place = chance.randrange(len(body) + 1)
-    return chance.choice(
-        [
-            b"", b"\x00", b"\xff\xfe", b"null", b"[]", b'"a"', b"1e999", b"NaN", b"[" * depth,
-            b"[" * depth + b"]" * depth,
-            b'{"a":' * depth + b"1" + b"}" * depth, b'{"prompt":' + b"[" * depth + b"]" * depth + b"}", body[:place],
-            body[:place] + b"\xff" + body[place:], body + b"}", b" " * 10**6 + body, b"9" * 10**5, b"-" * 100,
-            b'{"prompt":' + b"9" * 10**6 + b"}", b"{" + b'"a":1,' * 10**5 + b'"b":1}', b"\xef\xbb\xbf" + body,
-            b"{" + b",".join(b'"k%d":1' % n for n in range(10**5)) + b"}", body.decode("utf-8").encode("utf-16"),
-            b'{"prompt":"a","response_format":{"type":"json_schema","json_schema":{"schema":' + b'{"a":' * depth + b"1"
-            + b"}" * depth + b"}}}",
-        ]
-    )  # fmt: skip
+    depth, place = chance.choice([10, 500, 990, 5000, 10**6]), chance.randrange(len(body) + 1)
+    schema = b'{"prompt":"a","response_format":{"type":"json_schema","json_schema":{"schema":'
+    kinds: list[Callable[[], bytes]] = [
+        lambda: chance.choice([b"", b"\x00", b"\xff\xfe", b"null", b"[]", b'"a"', b"1e999", b"NaN", b"-" * 100]),
+        lambda: b"[" * depth,
+        lambda: b"[" * depth + b"]" * depth,
+        lambda: b'{"a":' * depth + b"1" + b"}" * depth,
+        lambda: b'{"prompt":' + b"[" * depth + b"]" * depth + b"}",
+        lambda: schema + b'{"a":' * depth + b"1" + b"}" * depth + b"}}}",
+        lambda: body[:place],
+        lambda: body[:place] + b"\xff" + body[place:],
+        lambda: body + b"}",
+        lambda: b" " * 10**6 + body,
+        lambda: b'{"prompt":' + b"9" * chance.choice([10, 10**5, 10**6]) + b"}",
+        lambda: b"{" + b'"a":1,' * 10**5 + b'"b":1}',
+        lambda: b"{" + b",".join(b'"k%d":1' % number for number in range(10**5)) + b"}",
+        lambda: b"\xef\xbb\xbf" + body,
+        lambda: body.decode("utf-8").encode("utf-16"),
+    ]
+    return chance.choice(kinds)()
 
 
 def attack(chance: random.Random) -> Attack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,27 @@ def test_any_ids_give_the_whole_text(tiny_model: Path) -> None:
         decoder = IncrementalDecoder(tokenizer)
         text = "".join([decoder.push([token]) for token in ids]) + decoder.finish()
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_bytes_that_are_no_text_take_no_square_of_their_number(tiny_model: Path) -> None:
+    """Ids of a prompt are named one after the other: those of 30,000 halves of characters took minutes."""
+    tokenizer = load_tokenizer(tiny_model)
+    half, letter = tokenizer("é")["input_ids"][0], tokenizer("a")["input_ids"][0]
+    for ids in ([half] * 30_000, [letter, half] * 15_000):
+        decoder, began = IncrementalDecoder(tokenizer), time.process_time()
+        text = "".join([decoder.push([token]) for token in ids]) + decoder.finish()
+        assert time.process_time() - began < 30
+        assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("size", [41, 50])
+def test_large_pieces_that_end_within_a_character(tiny_model: Path, size: int) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    ids = tokenizer("😀" * 200)["input_ids"]
+    decoder = IncrementalDecoder(tokenizer)
+    pieces = [decoder.push(ids[start : start + size]) for start in range(0, len(ids), size)]
+    assert "".join([*pieces, decoder.finish()]) == "😀" * 200
+    assert not any(REPLACEMENT in piece for piece in pieces)
 
 
 def test_incomplete_character_at_the_end(tiny_model: Path) -> None:

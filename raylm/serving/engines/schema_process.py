@@ -6,6 +6,7 @@ once, and so is each model's tokenizer: a fork begins with both. The process end
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -18,7 +19,7 @@ from raylm.serving.engines.base import reason_of
 
 # Of processor time, so that a busy machine refuses nothing; ordinary schemas take milliseconds, with a vocabulary of
 # 50,000 a tenth of a second.
-COMPILE_SECONDS = 2.0
+COMPILE_SECONDS = 3.0
 # Beyond what the process holds when it begins.
 COMPILE_BYTES = 2 << 30
 # Of what the library says, which may quote the schema.
@@ -45,6 +46,8 @@ class Trials:
             source: directory of the model whose tokens the grammar is compiled for; None only makes the grammar.
         """
         try:
+            # Loaded once, before any fork.
+            import jsonschema  # noqa: F401
             import xgrammar  # noqa: F401
         except ImportError:
             return "this server cannot force JSON: it lacks xgrammar (pip install 'raylm[cpu]')"
@@ -95,9 +98,21 @@ class Trials:
 
 
 def _try(schema: str, vocabulary: Any) -> str:
-    """``yes``, or ``no`` and the reason."""
+    """``yes``, or ``no`` and the reason.
+
+    A keyword of the wrong type is refused first: libraries differ in whether they look at it at all, and OpenVINO
+    GenAI's does so in a step, which fails for every request in it.
+    """
+    import jsonschema
     import xgrammar
 
+    try:
+        jsonschema.Draft202012Validator.check_schema(json.loads(schema), format_checker=None)
+    except jsonschema.SchemaError as error:
+        place = "/".join(map(str, error.absolute_path)) or "its top"
+        return f"no: no JSON schema at {place[:LONGEST_REASON]}: {error.message[:LONGEST_REASON]}"
+    except RecursionError:
+        return "no: the schema is nested too deep"
     try:
         if vocabulary is None:
             xgrammar.Grammar.from_json_schema(schema)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from raylm.serving.http.bodies import Items, RequestBody
+from raylm.serving.http.bodies import MOST_KEYS, Items, RequestBody
 from raylm.serving.tasks.structured import ResponseFormat
 
 # Texts that one request may ask for: its prompts times n.
@@ -81,7 +81,8 @@ class GenerationRequest(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_has_no_effect(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
+        # This comes before the base's check of how many there are.
+        if not isinstance(values, dict) or len(values) > MOST_KEYS:
             return values
         if values.get("logprobs") is False:
             values = {name: value for name, value in values.items() if name != "logprobs"}

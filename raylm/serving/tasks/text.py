@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 
 # What a tokenizer writes for bytes that are no character, or not yet.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Ids that are decoded again with each further one, while the end of a character is awaited; bytes that never become one
+# would cost the square of their number.
+MOST_UNSETTLED = 32
+# A character has four bytes at most, and there may be ids without text between them.
+MOST_OF_CHARACTER = 8
 
 
 class IncrementalDecoder:
@@ -31,19 +36,30 @@ class IncrementalDecoder:
         self._ids += ids
         text = self._unsettled()
         certain = text.rstrip(REPLACEMENT)
-        if len(certain) < len(text):
-            piece = certain[self._ahead :]
-            self._ahead = max(self._ahead, len(certain))
-            return piece
-        return self._settle(text)
+        if len(certain) == len(text):
+            return self._settle(text)
+        piece = certain[self._ahead :]
+        self._ahead = max(self._ahead, len(certain))
+        return piece + (self._settle_most(text) if len(self._ids) - self._settled > MOST_UNSETTLED else "")
 
     def finish(self) -> str:
         """What is left at the end, with replacement characters for incomplete ones."""
         return self._settle(self._unsettled())
 
-    def _unsettled(self) -> str:
+    def _settle_most(self, text: str) -> str:
+        """Settle all but the beginning of a last character; everything where no such beginning is found."""
+        for end in range(len(self._ids) - 1, len(self._ids) - 1 - MOST_OF_CHARACTER, -1):
+            shorter = self._unsettled(end)
+            if shorter and not shorter.endswith(REPLACEMENT):
+                # What of it is text is out already.
+                self._context, self._settled = self._settled, end
+                self._ahead = max(0, self._ahead - len(shorter))
+                return ""
+        return self._settle(text)
+
+    def _unsettled(self, end: int | None = None) -> str:
         settled = self._decode(self._ids[self._context : self._settled])
-        return self._decode(self._ids[self._context :])[len(settled) :]
+        return self._decode(self._ids[self._context : end])[len(settled) :]
 
     def _settle(self, text: str) -> str:
         piece = text[self._ahead :]
