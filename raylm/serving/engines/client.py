@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import raylm
-from raylm.cluster.environment import worker_environment
+from raylm.cluster.environment import inherited_environment, worker_environment
 from raylm.config.serving import ServingSection
 from raylm.serving.engines.base import (
     Alive,
@@ -299,7 +299,7 @@ def start_engine(source: str, serving: ServingSection, *, threads: int, task: st
         process = subprocess.Popen(
             [sys.executable, "-m", "raylm.serving.engines.process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, **worker_environment(threads), "PYTHONPATH": _module_path()},
+            env=inherited_environment() | worker_environment(threads) | {"PYTHONPATH": _module_path()},
         )
     try:
         ours.send((source, serving, threads, task))

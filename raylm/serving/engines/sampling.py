@@ -33,16 +33,10 @@ class Sampler:
         self._random = torch.Generator().manual_seed(parameters.seed)
 
     def draw(self, logits: torch.Tensor) -> int:
-        """A token id drawn from ``logits`` [vocabulary] by temperature and nucleus (Holtzman et al. 2020).
-
-        Raises:
-            ValueError: no token may follow in the grammar.
-        """
+        """A token id drawn from ``logits`` [vocabulary] by temperature and nucleus (Holtzman et al. 2020)."""
         logits = self._penalize(logits.float().cpu())
         if self._grammar is not None:
             logits = self._grammar.allowed(logits)
-            if logits.max() == -torch.inf:
-                raise ValueError("response_format: the model has no token that may follow here")
         if self._parameters.greedy:
             return int(logits.argmax())
         logits = logits / self._parameters.temperature

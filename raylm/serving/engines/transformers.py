@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raylm.errors import first_line
-from raylm.serving.engines.base import Backend, EngineRefusal, Event, Generate, Reading
+from raylm.serving.engines.base import Backend, EngineFailure, EngineRefusal, Event, Generate, Reading
 from raylm.serving.engines.grammar import Grammar, Grammars
 from raylm.serving.engines.rows import Rows, is_plain, left_pad, plain_cache
 from raylm.serving.engines.sampling import Sampler
@@ -192,7 +192,10 @@ class TransformersBackend(Backend):
         )
 
     def _sample(self, numbers: list[int], logits: torch.Tensor) -> tuple[torch.Tensor, list[Event]]:
-        """The next token of each row, [rows, 1], and the events; requests that end lose their sampler."""
+        """The next token of each row, [rows, 1], and the events; requests that end lose their sampler.
+
+        A schema that allows no further token, and logits that are not finite, end their own request only.
+        """
         highest, likeliest = logits.max(dim=-1)
         finite, likeliest = highest.isfinite().tolist(), likeliest.tolist()
         tokens, events = [], []
@@ -200,12 +203,12 @@ class TransformersBackend(Backend):
             sampler = self._samplers[number]
             try:
                 if not finite[row]:
-                    raise ValueError("the model's output is not finite here")
+                    raise EngineFailure("the model's output is not finite here")
                 token = likeliest[row] if sampler.plain else sampler.draw(logits[row])
                 events.append(Event(number, [token], sampler.account(token)))
-            except ValueError as error:
+            except EngineFailure as error:
                 token = 0
-                events.append(Event(number, error=str(error)))
+                events.append(Event(number, error=str(error), refused=isinstance(error, EngineRefusal)))
             if events[-1].last:
                 del self._samplers[number]
             tokens.append(token)

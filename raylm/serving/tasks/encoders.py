@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -58,15 +59,16 @@ class EncoderService(ModelService):
         def cut() -> list[Window]:
             with self._cutting:
                 cutter = Windows(self.tokenizer, self.reading.sequence_length, self.reading.overlap)
-                return list(cutter.cut(question, context))
+                return list(itertools.islice(cutter.cut(question, context), MOST_WINDOWS + 1))
 
-        windows = await asyncio.to_thread(cut)
+        self.admit(1)
+        windows = await self.text_work.run(len(question) + len(context), 1, cut)
         for window in windows:
             self.check_ids(window.input_ids.tolist(), "context")
         if len(windows) > MOST_WINDOWS:
             raise RequestError(
-                f"The context needs {len(windows)} windows of {self.reading.sequence_length} tokens, allowed: at most "
-                f"{MOST_WINDOWS}; shorten it, or put it into a collection",
+                f"The context needs more than {MOST_WINDOWS} windows of {self.reading.sequence_length} tokens, "
+                f"allowed: at most {MOST_WINDOWS}; shorten it, or put it into a collection",
                 parameter="context",
                 code="context_length_exceeded",
             )
