@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from raylm.compression.exporters.openvino import export_model
@@ -23,6 +24,7 @@ from raylm.data.loading import load_tokenizer
 from raylm.serving.deploy.app import open_service
 from raylm.serving.deploy.service import Models
 from raylm.serving.http.metrics import ServerMetrics
+from raylm.serving.http.requests import QuestionRequest
 from raylm.serving.http.routes import create_app
 from raylm.serving.retrieval.opening import open_library
 
@@ -113,3 +115,75 @@ def test_ids_of_a_padded_vocabulary_are_taken(served: SimpleNamespace) -> None:
     status, answer = served.post("/v1/completions", {"prompt": f"fox {ADDED}", "max_tokens": 0, "echo": True})
     assert (status, answer["choices"][0]["text"]) == (200, f"fox {ADDED}")
     assert served.post("/v1/embeddings", {"input": [ROWS - 1, 3]})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": "\ud800"}, "surrogate"),
+        ({"max_tokens": 0}, "max_tokens: 0 is allowed only together with echo"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens: found 1" + "0" * 30 + ", allowed: at most 64"),
+        ({"n": 10**30}, "n: "),
+        ({"n": 64, "prompt": ["a", "b"]}, "at most 64 completions"),
+        ({"stop": ["x"] * 5000}, "stop: at most 4 strings"),
+        ({"logit_bias": {"5": 1e300}}, "Unsupported parameter: logit_bias"),
+        ({"logit_bias": {"999999": 1}}, "Unsupported parameter: logit_bias"),
+        ({"temperature": 1e30}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": -1e-30}, "temperature"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"top_p": 1.0000001}, "top_p"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"),
+        ({"frequency_penalty": 1e30}, "frequency_penalty"),
+        ({"seed": 1e30}, "seed"),
+        ({"logprobs": 10**30}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+    ],
+)
+def test_what_no_engine_may_see_is_refused(served: SimpleNamespace, change: dict[str, Any], message: str) -> None:
+    status, answer = served.post("/v1/completions", {"prompt": "the fox", "max_tokens": 4} | change)
+    assert status == 400
+    assert message in answer["error"]["message"]
+    assert answers(served)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": ""},
+        {"temperature": 1e-30},
+        {"temperature": 1e-3, "seed": 1},
+        {"top_p": 0},
+        {"top_p": 1e-300, "temperature": 2},
+        {"seed": 10**30},
+        {"seed": -(10**30)},
+        {"seed": 2**63},
+        {"seed": 2**64 - 1, "temperature": 2},
+        {"presence_penalty": 2, "frequency_penalty": -2},
+        {"logprobs": 20},
+        {"stop": ["x" * 1_000_000] * 4},
+        {"stop": ["", "\0"]},
+        {"logit_bias": {}},
+    ],
+)
+def test_what_is_hard_is_answered(served: SimpleNamespace, change: dict[str, Any]) -> None:
+    status, answer = served.post("/v1/completions", {"prompt": "the fox", "max_tokens": 4, "temperature": 1} | change)
+    assert status == 200, answer
+    assert answer["usage"]["completion_tokens"] <= 4
+    assert answers(served)
+
+
+def test_a_number_of_many_digits_is_refused(served: SimpleNamespace) -> None:
+    for key in ("seed", "max_tokens", "n"):
+        assert served.post("/v1/completions", f'{{"prompt": "a", "{key}": {"9" * 10_000}}}')[0] == 400
+    assert answers(served)
+
+
+def test_thresholds_are_numbers() -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValidationError, match="null_threshold"):
+            QuestionRequest(question="who", context="Anna", null_threshold=value)

@@ -85,7 +85,7 @@ class ModelReplica:
         return app
 
     async def check_health(self) -> None:
-        """What Ray Serve calls regularly: a replica whose engine has died is replaced."""
+        """What Ray Serve calls regularly: a replica whose engine has died or hangs is replaced."""
         self._library.check()
         self._library.tend()
         for service in self._models.services:

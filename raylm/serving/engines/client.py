@@ -220,6 +220,9 @@ class Engine:
         self._submitted += 1
         self._prompt_tokens += prompt_tokens
         self._send(command)
+        # The engine may have ended since the check, after those who waited then were told.
+        if self._failure is not None:
+            self._deliver([Event(number, error=self._failure)])
 
     def _cancel(self, number: int) -> None:
         if self._waiting.pop(number, None) is not None:

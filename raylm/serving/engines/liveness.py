@@ -8,6 +8,7 @@ minutes, but then it computes: what neither answers nor computes hangs.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 
@@ -49,7 +50,7 @@ class Pulse:
         # Whether a sign was asked for that has not come yet; since then, seconds, and those of them without computing.
         self._waits = False
         self._passed = self._stood = 0.0
-        self._looked = self._taken = 0.0
+        self._looked, self._taken = -math.inf, 0.0
 
     def beat(self) -> None:
         """Note a sign of life; called on another thread than :meth:`look`."""
@@ -58,6 +59,8 @@ class Pulse:
     def look(self) -> str | None:
         """Why the process hangs; None where it does not, as far as can be told."""
         now = self._clock()
+        if now - self._looked < LEAST_LOOK_SECONDS:
+            return None
         if not self._waits:
             self._looked, self._taken = now, self._cpu_seconds()
             self._passed = self._stood = 0.0
@@ -66,8 +69,6 @@ class Pulse:
             self._ask()
             return None
         passed = min(now - self._looked, LOOK_SECONDS)
-        if passed < LEAST_LOOK_SECONDS:
-            return None
         taken = self._cpu_seconds()
         self._passed += passed
         self._stood = self._stood + passed if taken - self._taken < LEAST_SHARE * passed else 0.0

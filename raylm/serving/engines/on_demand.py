@@ -146,7 +146,7 @@ class OnDemandEngine:
         return dataclasses.replace(stats, waiting=stats.waiting + self._waiting)
 
     def check(self) -> None:
-        """Raise :class:`~raylm.serving.engines.base.EngineFailure` if it runs and its process has died."""
+        """Raise :class:`~raylm.serving.engines.base.EngineFailure` if its process has died, or hangs."""
         if self._engine is not None:
             self._engine.check()
 

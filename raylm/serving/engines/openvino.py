@@ -104,6 +104,7 @@ class OpenVinoBackend(Backend):
                     event.finish_reason = _REASONS.get(output.finish_reason)
             if handle.get_status() == openvino_genai.GenerationStatus.IGNORED:
                 event.error = "the request does not fit into the key-value cache (serving.cache_gigabytes)"
+                event.refused = True
             if event.last:
                 del self._handles[number]
             if event.tokens or event.last:

@@ -42,6 +42,8 @@ LOAD_SECONDS = 0.5
 # A step takes all of the replica's CPUs, and each process that passes a token on waits for one: a first token gets this
 # long to leave before the next step. Later ones are passed on in groups, and can wait.
 FIRST_TOKEN_SECONDS = 0.003
+# Logits that scores are computed from together: 4 MB of them.
+LOGITS_AT_ONCE = 1 << 20
 
 
 class Decoding:
@@ -145,7 +147,7 @@ class Decoding:
 def _encode(backend: EncoderBackend, batch: list[Encode | Embed]) -> list[Event]:
     try:
         outputs = backend.encode(batch)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         return [Event(command.number, error=str(error)) for command in batch]
     return [
         Event(command.number, result=pool(output, command.pooling) if isinstance(command, Embed) else output)
@@ -161,27 +163,40 @@ def _read(backend: Backend, command: Score | Embed | Encode) -> Event:
         if isinstance(command, Embed):
             return Event(command.number, result=pool(reading.hidden(), command.pooling))
         return Event(command.number, result=score(reading, command.ids, command.top))
-    except (EngineFailure, RuntimeError, ValueError) as error:
+    except (EngineFailure, RuntimeError, ValueError, IndexError) as error:
         return Event(command.number, error=str(error))
 
 
 def score(reading: Reading, ids: list[int], top: int) -> TokenScores:
-    """Log-probabilities of ``ids`` and of the ``top`` likeliest tokens at each place."""
-    chosen, top_ids, tops, place = [], [], [], 0
+    """Log-probabilities of ``ids`` and of the ``top`` likeliest tokens at each place; of all where there are fewer."""
+    parts: list[TokenScores] = []
+    place = 0
     for logits in reading.logits():
-        highest = logits.max(axis=1, keepdims=True)
-        normalizer = highest + np.log(np.exp(logits - highest).sum(axis=1, keepdims=True, dtype=np.float64))
-        targets = np.array(ids[place + 1 : place + 1 + len(logits)], dtype=np.int64)
-        rows = np.arange(len(targets))
-        chosen.append((logits[rows, targets] - normalizer[rows, 0]).astype(np.float32))
-        best = np.argpartition(-logits, top - 1, axis=1)[:, :top]
-        values = np.take_along_axis(logits, best, axis=1)
-        # Of equals the lowest id comes first, as argmax has it.
-        order = np.lexsort((best, -values), axis=1)
-        top_ids.append(np.take_along_axis(best, order, axis=1))
-        tops.append((np.take_along_axis(values, order, axis=1) - normalizer).astype(np.float32))
-        place += len(logits)
-    return TokenScores(np.concatenate(chosen), np.concatenate(top_ids), np.concatenate(tops))
+        # What is computed from logits takes several times their memory: that of a few rows at a time.
+        rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
+        for start in range(0, len(logits), rows):
+            some = logits[start : start + rows]
+            parts.append(_score_rows(some, ids[place + 1 : place + 1 + len(some)], min(top, some.shape[1])))
+            place += len(some)
+    return TokenScores(
+        np.concatenate([part.chosen for part in parts]),
+        np.concatenate([part.top_ids for part in parts]),
+        np.concatenate([part.top for part in parts]),
+    )
+
+
+def _score_rows(logits: np.ndarray, targets: list[int], top: int) -> TokenScores:
+    """Scores of consecutive places from ``logits`` fp32 [places, vocabulary]; ``targets`` may lack the last place's."""
+    highest = logits.max(axis=1, keepdims=True)
+    normalizer = highest + np.log(np.exp(logits - highest).sum(axis=1, keepdims=True, dtype=np.float64))
+    rows = np.arange(len(targets))
+    chosen = logits[rows, np.array(targets, dtype=np.int64)] - normalizer[rows, 0]
+    best = np.argpartition(-logits, top - 1, axis=1)[:, :top]
+    values = np.take_along_axis(logits, best, axis=1)
+    # Of equals the lowest id comes first, as argmax has it.
+    order = np.lexsort((best, -values), axis=1)
+    likeliest = np.take_along_axis(values, order, axis=1) - normalizer
+    return TokenScores(chosen.astype(np.float32), np.take_along_axis(best, order, axis=1), likeliest.astype(np.float32))
 
 
 def pool(hidden: np.ndarray, pooling: str) -> np.ndarray:

@@ -10,18 +10,24 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from raylm.serving.engines.base import Backend, EngineRefusal, Event, Generate, Reading
+from raylm.errors import first_line
+from raylm.serving.engines.base import Backend, EngineFailure, EngineRefusal, Event, Generate, Reading
 from raylm.serving.engines.grammar import Grammar, Grammars
 from raylm.serving.engines.rows import Rows, is_plain, left_pad, plain_cache
 from raylm.serving.engines.sampling import Sampler
 
 # Padded tokens of one batch of newcomers, so that reading prompts does not hold up those that decode for long.
 TOKENS_PER_PREFILL = 2048
+# What a model raises where it cannot read a text; among them is that memory does not suffice.
+READING_ERRORS = (RuntimeError, ValueError, IndexError)
+# Logits of a part of a text that is scored: 64 MB in fp32.
+LOGITS_PER_PART = 1 << 24
 
 
 class TransformersBackend(Backend):
@@ -71,7 +77,7 @@ class TransformersBackend(Backend):
             grammar = self._begun.pop(request.number, None)
             self._samplers[request.number] = Sampler(request.parameters, self._end_ids, grammar)
         if not self.batches:
-            self._alone |= {request.number: _Alone(request.prompt_ids) for request in newcomers}
+            self._alone |= {request.number: _Alone(request) for request in newcomers}
             return [self._advance_alone(number) for number in list(self._alone)]
         if newcomers:
             # Those that decode pause for this step: a prompt's first token is what its sender waits for.
@@ -85,12 +91,30 @@ class TransformersBackend(Backend):
         self._alone.pop(number, None)
         self._rows.keep(lambda row: row != number)
 
-    @torch.inference_mode()
     def read(self, ids: list[int]) -> Reading:
-        """Read a whole text in one pass."""
-        input_ids = torch.tensor([ids], device=self._model.device)
-        output = self._model(input_ids=input_ids, output_hidden_states=True)
-        return _TransformersReading(output.logits[0], output.hidden_states[-1][0])
+        """Read a whole text."""
+        return _TransformersReading(self, ids)
+
+    @torch.inference_mode()
+    def parts(self, ids: list[int], *, logits: bool) -> Iterator[torch.Tensor]:
+        """Read ``ids`` part by part, so that the logits of a long text are never all in memory.
+
+        Args:
+            logits: give logits [tokens, vocabulary] of each part; else its last hidden states [tokens, hidden size].
+        """
+        # What keeps more than keys and values is read in one pass.
+        vocabulary = self._model.config.get_text_config().vocab_size
+        size = max(1, LOGITS_PER_PART // vocabulary) if self.batches else len(ids)
+        cache = plain_cache() if self.batches else None
+        for start in range(0, len(ids), size):
+            input_ids = torch.tensor([ids[start : start + size]])
+            extra = {"output_hidden_states": not logits}
+            if cache is None:
+                output = self._model(input_ids=input_ids.to(self._model.device), **extra)
+            else:
+                mask = torch.ones(1, start + input_ids.shape[1], dtype=torch.int64)
+                output = self._run(input_ids, mask, cache, 0 if logits else 1, **extra)
+            yield output.logits[0] if logits else output.hidden_states[-1][0]
 
     def _grammar(self, schema: str) -> Grammar:
         if self._tokenizer is None:
@@ -118,12 +142,25 @@ class TransformersBackend(Backend):
         """Read the prompts, sample each one's first token, and let the rows join the others."""
         input_ids, mask = left_pad([request.prompt_ids for request in newcomers])
         cache = plain_cache()
-        logits = self._forward(input_ids, mask, cache)
+        try:
+            logits = self._forward(input_ids, mask, cache)
+        except READING_ERRORS as error:
+            return self._blame(newcomers, error)
         tokens, events = self._sample([request.number for request in newcomers], logits)
         joined = Rows([request.number for request in newcomers], cache, mask, tokens)
         joined.keep(self._samplers.__contains__)
         self._rows.join(joined)
         return events
+
+    def _blame(self, newcomers: list[Generate], error: Exception) -> list[Event]:
+        """Find whose prompt cannot be read, as memory does not suffice for it, and end that request alone."""
+        if self._model.device.type == "cuda":
+            # After some errors a GPU answers nothing any more: this raises then, and the engine ends.
+            torch.cuda.synchronize()
+        if len(newcomers) > 1:
+            return [event for request in newcomers for event in self._prefill([request])]
+        del self._samplers[newcomers[0].number]
+        return [Event(newcomers[0].number, error=f"the prompt cannot be read: {first_line(error)}")]
 
     def _decode(self) -> list[Event]:
         """One more token for every row."""
@@ -136,49 +173,58 @@ class TransformersBackend(Backend):
 
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, cache: object) -> torch.Tensor:
         """Logits after the last column, [rows, vocabulary]; ``cache`` grows by the columns of ``input_ids``."""
+        return self._run(input_ids, mask, cache, 1).logits[:, -1]
+
+    def _run(self, input_ids: torch.Tensor, mask: torch.Tensor, cache: object, keep: int, **extra: Any) -> Any:
+        """The model's output, with logits of the last ``keep`` columns where it can leave out others; of all for 0."""
         device = self._model.device
-        extra: dict = {}
         if "position_ids" in self._takes:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             extra["position_ids"] = positions[:, -input_ids.shape[1] :].to(device)
         if "logits_to_keep" in self._takes:
-            extra["logits_to_keep"] = 1
+            extra["logits_to_keep"] = keep
         return self._model(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             past_key_values=cache,
             use_cache=True,
             **extra,
-        ).logits[:, -1]
+        )
 
     def _sample(self, numbers: list[int], logits: torch.Tensor) -> tuple[torch.Tensor, list[Event]]:
         """The next token of each row, [rows, 1], and the events; requests that end lose their sampler.
 
-        A schema that allows no further token ends its own request only.
+        A schema that allows no further token, and logits that are not finite, end their own request only.
         """
-        likeliest = logits.argmax(dim=-1).tolist()
+        highest, likeliest = logits.max(dim=-1)
+        finite, likeliest = highest.isfinite().tolist(), likeliest.tolist()
         tokens, events = [], []
         for row, number in enumerate(numbers):
             sampler = self._samplers[number]
             try:
+                if not finite[row]:
+                    raise EngineFailure("the model's output is not finite here")
                 token = likeliest[row] if sampler.plain else sampler.draw(logits[row])
-            except EngineRefusal as error:
-                del self._samplers[number]
-                tokens.append(0)
-                events.append(Event(number, error=str(error), refused=True))
-                continue
-            reason = sampler.account(token)
-            if reason:
+                events.append(Event(number, [token], sampler.account(token)))
+            except EngineFailure as error:
+                token = 0
+                events.append(Event(number, error=str(error), refused=isinstance(error, EngineRefusal)))
+            if events[-1].last:
                 del self._samplers[number]
             tokens.append(token)
-            events.append(Event(number, [token], reason))
         return torch.tensor(tokens)[:, None], events
 
     def _advance_alone(self, number: int) -> Event:
         alone = self._alone[number]
         fresh = alone.ids if alone.memory is None else alone.ids[-1:]
         extra = {"past_key_values": alone.memory, "use_cache": True} if "past_key_values" in self._takes else {}
-        output = self._model(input_ids=torch.tensor([fresh], device=self._model.device), **extra)
+        if "logits_to_keep" in self._takes:
+            extra["logits_to_keep"] = 1
+        try:
+            output = self._model(input_ids=torch.tensor([fresh], device=self._model.device), **extra)
+        except READING_ERRORS as error:
+            del self._alone[number]
+            return self._blame([alone.request], error)[0]
         # Without a memory that can be handed back, the whole text is read again at each step.
         alone.memory = getattr(output, "past_key_values", None)
         _, (event,) = self._sample([number], output.logits[:, -1])
@@ -208,21 +254,21 @@ class TransformersBackend(Backend):
 
 
 class _TransformersReading(Reading):
-    """Logits [tokens, vocabulary] and last hidden states [tokens, hidden size] of one text."""
-
-    def __init__(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        self._logits, self._hidden = logits, hidden
+    def __init__(self, backend: TransformersBackend, ids: list[int]) -> None:
+        self._backend, self._ids = backend, ids
 
     def logits(self) -> Iterator[np.ndarray]:
-        yield self._logits.float().cpu().numpy()
+        return (part.float().cpu().numpy() for part in self._backend.parts(self._ids, logits=True))
 
     def hidden(self) -> np.ndarray:
-        return self._hidden.float().cpu().numpy()
+        parts = [part.float().cpu().numpy() for part in self._backend.parts(self._ids, logits=False)]
+        return np.concatenate(parts)
 
 
 class _Alone:
     """A request that is decoded by itself."""
 
-    def __init__(self, prompt_ids: list[int]) -> None:
-        self.ids = list(prompt_ids)
+    def __init__(self, request: Generate) -> None:
+        self.request = request
+        self.ids = list(request.prompt_ids)
         self.memory: object | None = None

@@ -233,7 +233,7 @@ class QuestionRequest(GenerationRequest):
     mode: Literal["extractive", "generative"] | None = None
     """extractive: a reader points at the answer (sampling has no effect). generative: a model writes it. By default
     extractive for a context if a reader is served, else generative."""
-    null_threshold: float | None = None
+    null_threshold: float | None = Field(default=None, allow_inf_nan=False)
     """extractive: give no answer if the score (a logit) of no answer exceeds the best answer's score by more than this;
     by default the server's setting."""
     passages: int | None = Field(default=None, ge=1, le=20)

@@ -275,7 +275,7 @@ def in_a_thread(backend: Backend) -> Iterator[Engine]:
     engine.close()
 
 
-def _families() -> dict[str, PreTrainedModel]:
+def families() -> dict[str, PreTrainedModel]:
     torch.manual_seed(1)
     sizes = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     return {
@@ -299,7 +299,7 @@ def _families() -> dict[str, PreTrainedModel]:
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "mistral", "mamba"])
 def test_any_family(family: str) -> None:
     """Learned positions, ALiBi, a sliding window, and no keys and values at all."""
-    model = _families()[family].eval()
+    model = families()[family].eval()
     model.generation_config.eos_token_id = None
     backend = TransformersBackend(model, frozenset(), sequences=3)
     prompts = PROMPTS[:4]
