@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up; rooms of one line do not know each other.
 FLOORS = (
-    ("errors", "progress", "pages"),
-    ("config", "doctor", "recipes"),
+    ("errors", "progress", "pages", "interrupts"),
+    ("config", "recipes"),
     ("cluster",),
-    ("data",),
+    ("data", "doctor"),
     ("models",),
     ("tasks",),
     ("parallel",),

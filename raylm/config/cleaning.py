@@ -7,19 +7,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import Count, CountFromZero, PathText, Section, Seed
 
 
 class LengthSection(Section):
     """``cleaning.length``: documents outside of these bounds are dropped."""
 
-    min_characters: int = Field(default=1, ge=0)
+    min_characters: CountFromZero = 1
     """Fewest characters."""
-    max_characters: int | None = Field(default=None, ge=1)
+    max_characters: Count | None = None
     """Most characters; no limit by default."""
-    min_words: int = Field(default=0, ge=0)
+    min_words: CountFromZero = 0
     """Fewest words; a Chinese or Japanese character counts as one."""
-    max_words: int | None = Field(default=None, ge=1)
+    max_words: Count | None = None
     """Most words; no limit by default."""
 
     @model_validator(mode="after")
@@ -36,7 +36,7 @@ class LanguageSection(Section):
 
     keep: list[str] = Field(min_length=1)
     """ISO 639-1 codes, such as en and zh; zh stands for Wu and Cantonese too, which are hard to tell from it."""
-    characters: int = Field(default=1000, ge=50)
+    characters: int = Field(default=1000, ge=50, le=10**6)
     """Characters at the beginning of a document that its language is found from."""
 
 
@@ -64,7 +64,8 @@ class CleaningSection(Section):
     language: LanguageSection | None = None
     """Languages to keep."""
     repetition: bool = False
-    """Drop documents that repeat themselves: the rules of Gopher (Rae et al. 2021, table A1)."""
+    """Drop documents that repeat themselves: the rules of Gopher (Rae et al. 2021, table A1). Of a pair the answer is
+    judged, from 50 words on."""
     gopher: bool = False
     """Drop documents that are not prose: the quality rules of Gopher (Rae et al. 2021, section A.1.1). For English."""
     c4: bool = False
@@ -79,16 +80,16 @@ class DeduplicationSection(Section):
     """Drop documents whose text is the same but for letter case, white space and Unicode form."""
     near: bool = True
     """Drop documents that share most of their shingles (runs of words) with an earlier one (MinHash,
-    locality-sensitive hashing)."""
+    locality-sensitive hashing). A pair is near to pairs with the same context only, by its prompt and answer."""
     threshold: float = Field(default=0.8, gt=0, le=1)
     """Least Jaccard similarity of the shingles of two documents at which the later document is dropped."""
     shingle_words: int = Field(default=5, ge=1, le=32)
     """Words of a shingle; a Chinese or Japanese character is a word."""
     permutations: int = Field(default=128, ge=8, le=1024)
     """Length of a MinHash signature."""
-    bands: int | None = Field(default=None, ge=1)
+    bands: Count | None = None
     """Bands that a signature is cut into; the default finds 99% of the pairs at ``threshold``."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of the permutations."""
 
     @model_validator(mode="after")
@@ -117,7 +118,7 @@ class DeduplicationSection(Section):
 class DecontaminationSection(Section):
     """``data.decontamination``: drop documents that contain text of evaluation sets."""
 
-    sources: list[str] = Field(min_length=1)
+    sources: list[PathText] = Field(min_length=1)
     """Evaluation sets: sources like those of ``data.train``."""
     ngram_words: int = Field(default=13, ge=1, le=64)
     """Words of an n-gram; 13 as for GPT-3 (Brown et al. 2020, appendix C)."""

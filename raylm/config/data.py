@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from raylm.config.augmentation import AugmentationSection
-from raylm.config.base import Section
+from raylm.config.base import PathText, Section, Total
 from raylm.config.cleaning import CleaningSection, DecontaminationSection, DeduplicationSection
 
 STDLIB_DOCS = "stdlib-docs"
@@ -33,19 +33,19 @@ class FieldsSection(Section):
     default."""
 
 
-Format = Literal["auto", "text", "jsonl", "csv", "parquet", "squad", "parallel", "hub", "prepared"]
+Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "squad", "parallel", "hub", "prepared"]
 
 
 class SourceSection(Section):
     """One source of a mixture."""
 
-    path: str = Field(min_length=1)
+    path: PathText
     """Path, glob, directory, URI, hub name or embedded corpus."""
     weight: float = Field(default=1.0, gt=0, le=100)
     """How often each training document is used: 2 is twice, 0.5 is every second document (chosen by hash)."""
     format: Format | None = None
     """Format of this source; ``data.format`` by default."""
-    target: str | None = None
+    target: PathText | None = None
     """Parallel text: a file whose line n translates line n of ``path``, a text file. Makes pairs."""
 
 
@@ -56,13 +56,14 @@ class DataSection(Section):
     embedded corpora: ``stdlib-docs`` (documents) and ``stdlib-pairs`` (prompt and answer).
     """
 
-    train: str | list[str | SourceSection]
+    train: PathText | list[PathText | SourceSection]
     """Source, or list of sources, to train on. A source is a name, or ``{path: ..., weight: ..., format: ...}``."""
-    validation: str | list[str] | None = None
+    validation: PathText | list[PathText] | None = None
     """Source, or list of sources, to validate on. Without it, ``validation_fraction`` of the documents is held out."""
     format: Format = "auto"
-    """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2. parallel:
-    text files with a sentence, a tab and its translation on each line, without a header; makes pairs."""
+    """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2. json: a
+    list of rows, or SQuAD. squad: questions of that format, also as rows of a .json file. parallel: text files
+    with a sentence, a tab and its translation on each line, without a header; makes pairs."""
     fields: FieldsSection = FieldsSection()
     """Which column of a row holds what."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -77,9 +78,12 @@ class DataSection(Section):
     """What happens to input that cannot be read. strict: stop and name the place. replace: bytes that are not UTF-8
     become U+FFFD. skip: the document, row or line is left out. The last two count what they touched."""
     encoding: str = "utf-8"
-    """Encoding of text, JSONL, CSV and SQuAD files, such as gb18030 or latin-1; ``detect`` guesses each file's own from
-    its beginning."""
-    max_document_bytes: int = Field(default=128 << 20, ge=1)
+    """Encoding of text, JSONL, CSV and JSON files, such as gb18030, latin-1 or utf-16; ``detect`` guesses each file's
+    own from its beginning."""
+    delimiter: str | None = None
+    """What parts the columns of CSV files, one character or ``tab``. By default the first of comma (.tsv: tab),
+    semicolon, tab and ``|`` by which the header has the columns that ``fields`` names."""
+    max_document_bytes: Total = 128 << 20
     """Longest document, line or row that is read, in bytes; ``errors`` says what happens to a longer one."""
     cleaning: CleaningSection = CleaningSection()
     """Changes to documents, and filters that drop documents; off by default."""
@@ -97,13 +101,25 @@ class DataSection(Section):
             return encoding
         try:
             name = codecs.lookup(encoding).name
+            if name.startswith(("utf-16", "utf-32")):
+                return name
             if "\n".encode(name) != b"\n" or name in ("utf-7", "idna", "punycode"):
                 raise LookupError
         except (LookupError, UnicodeError, TypeError):
             raise ValueError(
-                "allowed: detect, or an encoding of Python in which a line feed is one byte, such as utf-8 or gb18030"
+                "allowed: detect, utf-16, utf-32, or an encoding of Python in which a line feed is one byte, such as "
+                "utf-8 or gb18030"
             ) from None
         return name
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, delimiter: str | None) -> str | None:
+        if delimiter in ("tab", "\\t"):
+            return "\t"
+        if delimiter is not None and (len(delimiter) != 1 or delimiter in '\r\n"\0'):
+            raise ValueError("allowed: tab, or one character such as ';' that is no quote and no line end")
+        return delimiter
 
     @model_validator(mode="after")
     def _not_empty(self) -> DataSection:
@@ -146,16 +162,16 @@ class TokenizerSection(Section):
     """Kind of tokenizer to train: byte-level BPE, WordPiece, Unigram, single bytes, single characters, or words."""
     segmenter: Literal["whitespace", "jieba"] | None = None
     """type word: how text is cut into words, at white space and punctuation (default) or by jieba."""
-    vocab_size: int | None = Field(default=None, ge=1)
+    vocab_size: int | None = Field(default=None, ge=1, le=10**7)
     """Most entries of the vocabulary, special tokens included; default 8192. Not for the types byte and character."""
-    path: str | None = None
+    path: PathText | None = None
     """Hugging Face directory or hub name of a tokenizer to reuse."""
     mask_token: bool | None = None
     """Give a new tokenizer a mask token. By default only if the same file has the objective masked, which needs it."""
-    sentinels: int | None = Field(default=None, ge=0)
+    sentinels: int | None = Field(default=None, ge=0, le=10_000)
     """Sentinel tokens of a new tokenizer. By default 100 if the same file has the objective span, which needs them."""
 
-    sample_bytes: int = Field(default=32 << 20, ge=1)
+    sample_bytes: Total = 32 << 20
     """Bytes of text that a tokenizer is trained on. From a larger set, documents are chosen by hash."""
 
     @property

@@ -30,6 +30,7 @@ from raylm.evaluation.perplexity import (
     make_stream,
     window_batches,
 )
+from raylm.interrupts import insistent
 from raylm.progress import Activity, ProgressBar
 
 if TYPE_CHECKING:
@@ -111,22 +112,24 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.model.path is None:
             raise UserError("model.path: missing; evaluate needs an existing model")
         report = _measure(config, run)
-        run.write_report(report)
     print(f"{describe(report)}\n  report     {run.path / 'report.json'}; as a page: raylm report {run.path}")
 
 
 def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
-    """The report of a model that has none yet; makes the run directory once everything is checked."""
-    from raylm.data.loading import load_tokenizer, resolve_model
+    """Write the report of a model that has none yet; makes the run directory once everything is checked."""
+    from raylm.data.loading import resolve_model
     from raylm.models.families.build import check_head
     from raylm.models.heads import CAUSAL
-    from raylm.models.loading import load_config
+    from raylm.models.loading import load_config, load_parts
+    from raylm.models.openvino import find_export
     from raylm.tasks import task_of
 
-    with Activity("evaluate: reading the model's configuration and the data"):
+    with Activity("evaluate: reading the model's configuration and the data"), insistent():
         source = resolve_model(config.model.path)
         model_config = load_config(source)
         task = task_of(model_config)
+        # What reads and does not generate runs on the export, where there is one.
+        _, tokenizer = load_parts(source, weights=task.generates or find_export(source) is None)
         if scored := task.evaluation is not None and task.evaluation.results:
             examples = task.evaluation.open(config, source)
         else:
@@ -136,16 +139,17 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
                     f"model.path: found {config.model.path}, {task.service.what}, allowed: a text generator, a reader "
                     "or a classifier"
                 )
-            tokenizer = load_tokenizer(source)
             window = window_of(config.evaluation, model_config)
             stream = open_text(config.data, config.evaluation.split, tokenizer)
-    with ray_session():
+    with run.held(resumes=False), ray_session():
         run.create()
         if scored:
             figures = evaluate_examples(source, task, examples, config, run.path)
         else:
             figures = evaluate_stream(source, stream, window, config)
-    return {"model": config.model.path, **figures}
+        report = {"model": config.model.path, **figures}
+        run.write_report(report)
+    return report
 
 
 def describe(report: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from raylm.config.run_directory import is_held
 from raylm.config.stages import STAGES
 from raylm.errors import UserError
 from raylm.training.reports.events import read_events
@@ -56,7 +56,7 @@ class Run:
         """In one or a few words: done, running, failed, interrupted, not finished."""
         if self.report is not None:
             return "done"
-        if _is_held(self.path / ".lock"):
+        if is_held(self.path):
             return "running"
         if self.events and self.events[-1]["kind"] in ("failure", "interrupted"):
             return "failed" if self.events[-1]["kind"] == "failure" else "interrupted"
@@ -132,18 +132,6 @@ def _events(path: Path, report: dict[str, Any] | None) -> list[dict[str, Any]]:
         text = f"workers started again after {reason}"
         events.append({"kind": "restart", "step": int(step) if step.isdigit() else 0, "text": text})
     return events
-
-
-def _is_held(path: Path) -> bool:
-    """Whether another process holds the lock file of a run that trains."""
-    try:
-        with path.open("r") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def shown_configuration(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.data.sources.segments import MANIFEST
 from raylm.errors import UserError
+from raylm.interrupts import insistent
 from raylm.progress import Activity
 
 if TYPE_CHECKING:
@@ -57,21 +59,20 @@ def validate(config: TrainConfig) -> Checked:
     Raises:
         UserError: one line.
     """
-    from raylm.data.loading import load_tokenizer
     from raylm.models.families.build import check_head
-    from raylm.models.loading import load_config
+    from raylm.models.loading import load_parts
     from raylm.parallel.engines.compilation import check_compilation
     from raylm.parallel.plan.planning import check_model
     from raylm.tasks import make_objective
 
     if config.training.compile:
         check_compilation(config.parallel.zero_stage)
-    loaded = load_config(config.model.path) if config.model.path is not None else None
+    loaded, tokenizer = load_parts(config.model.path) if config.model.path is not None else (None, None)
     objective = make_objective(config.objective, loaded.model_type if loaded else config.model.family)
     data = check_data(config, objective, loaded)
     if config.model.path is not None:
         check_head(loaded, objective.head, config.model.path)
-        objective.check_tokenizer(load_tokenizer(config.model.path), config.training.sequence_length, config.model.path)
+        objective.check_tokenizer(tokenizer, config.training.sequence_length, config.model.path)
     # CPUs, GPUs and memory of the cluster are looked at once it is joined.
     return Checked(check_model(config, loaded), data)
 
@@ -92,7 +93,8 @@ def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfi
                 f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from"
             )
         objective.rows.check(config.data, objective.name)
-        written = objective.rows.written(own, objective.name)
+        if written := objective.rows.written(own, objective.name):
+            check_raw_unchanged(config)
         return None if written else objective.rows.read(config.data, model, config.objective)
     if source is not None:
         if config.tokenizer is not None:
@@ -102,10 +104,30 @@ def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfi
         return None
     if (own / MANIFEST).is_file():
         # What an interrupted start of the same run has prepared.
+        check_raw_unchanged(config)
         verify_prepared(own)
         return None
     # Reads all of it, so that a bad row is found before anything is written.
-    return Input(config.data, tokenizer_section(config))
+    found = Input(config.data, tokenizer_section(config))
+    if not found.survey.documents["validation"]:
+        raise UserError(
+            f"data.validation_fraction: found {config.data.validation_fraction:g}, which leaves no {found.survey.kind} "
+            "for validation; allowed in training: more than 0, or a data.validation source"
+        )
+    return found
+
+
+def check_raw_unchanged(config: TrainConfig) -> None:
+    """Refuse to go on with what the run has prepared from raw sources where a file of them has changed since.
+
+    Raises:
+        UserError: names the file.
+    """
+    from raylm.data.prepare.inputs import check_unchanged
+
+    # Files of another host, on which a run in a remote storage may go on, have times of their own.
+    if not config.run.remote:
+        check_unchanged(config.run.directory / "data", config.data, config.run.directory)
 
 
 def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
@@ -154,12 +176,15 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple
         checked: what :func:`validate` returned.
     """
     from raylm.data.loading import load_tokenizer
+    from raylm.data.prepare.inputs import note_inputs, open_inputs, stamps_of
     from raylm.data.prepare.stage import prepare_directory, prepared_directory
 
     objective, own = checked.model.objective, directory / "data"
     if objective.rows is not None:
         if checked.data is not None:
+            stamps = stamps_of(open_inputs(config.data))
             checked.data.write(own, load_tokenizer(config.model.path), config.training.sequence_length)
+            note_inputs(own, stamps)
         return own, own / "tokenizer"
     if (source := prepared_directory(config.data)) is not None:
         return source, source / "tokenizer"
@@ -217,22 +242,28 @@ def run_training(stage: str, config: TrainConfig) -> None:
 
     run = RunDirectory(stage, config)
     mirror = Mirror(Storage(config.run.uri), run.path)
-    mirror.open_run()
-    run.check()
-    if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
-        print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
-        return
-    with Activity(f"{stage}: checking the data and the model"):
-        checked = validate(config)
+    # A mirror is written from here on, a directory only after everything is checked.
+    with run.held() if mirror.remote else contextlib.nullcontext():
+        mirror.open_run()
+        run.check()
+        if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
+            check_raw_unchanged(config)
+            print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
+            return
+        with Activity(f"{stage}: checking the data and the model"), insistent():
+            checked = validate(config)
 
-    with ray_session():
-        final, data_directory, precision = _train(stage, config, checked, run, mirror)
-    final |= bits_per_byte(config, checked.model.objective, data_directory, final)
-    run.write_report({**final, "precision": precision.record(), "training": config.training.model_dump(mode="json")})
-    (run.path / SUMMARY).write_text(
-        summarize(stage, config.run.name, read_metrics(run.path / METRICS), final), encoding="utf-8"
-    )
-    mirror.send("report.json", SUMMARY, EVENTS)
+        with run.held():
+            with ray_session():
+                final, data_directory, precision = _train(stage, config, checked, run, mirror)
+            final |= bits_per_byte(config, checked.model.objective, data_directory, final)
+            text = summarize(stage, config.run.name, read_metrics(run.path / METRICS), final)
+            (run.path / SUMMARY).write_text(text, encoding="utf-8")
+            run.write_report(
+                {**final, "precision": precision.record(), "training": config.training.model_dump(mode="json")}
+            )
+            # The report goes last, here and to the storage: it says that the run is done.
+            mirror.send(SUMMARY, EVENTS, "report.json")
     print(describe(stage, run, final))
 
 
@@ -245,7 +276,7 @@ def _train(
     from raylm.parallel.plan.precision import with_precision
     from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
-    from raylm.training.ray_train.launch import exclusive, launch, new_attempt
+    from raylm.training.ray_train.launch import launch, new_attempt
     from raylm.training.ray_train.sharing import check_shared
 
     capacity, model_config = cluster_capacity(), checked.model.config
@@ -262,24 +293,25 @@ def _train(
     check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
     run.create(recorded(planned, layout))
     note_precision(run, precision)
-    with exclusive(run.path):
-        attempt = new_attempt()
-        mirror.own(attempt)
-        mirror.send("config.yaml", FILE)
-        data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
-        mirror.send_data()
-        job = TrainingJob(
-            config=apply_layout(planned, layout),
-            stage=stage,
-            directory=run.path,
-            storage=config.run.uri,
-            data_directory=data_directory,
-            tokenizer_directory=tokenizer_directory,
-            model_source=resolve_model(config.model.path) if config.model.path else None,
-            use_gpu=layout.use_gpu,
-            attempt=attempt,
-        )
-        return launch(job, config.resources.cpus_per_worker, config.resources.max_failures), data_directory, precision
+    attempt = new_attempt()
+    mirror.own(attempt)
+    # Before the configuration reaches the storage, as it may be taken back here.
+    data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+    run.keep()
+    mirror.send("config.yaml", FILE)
+    mirror.send_data()
+    job = TrainingJob(
+        config=apply_layout(planned, layout),
+        stage=stage,
+        directory=run.path,
+        storage=config.run.uri,
+        data_directory=data_directory,
+        tokenizer_directory=tokenizer_directory,
+        model_source=resolve_model(config.model.path) if config.model.path else None,
+        use_gpu=layout.use_gpu,
+        attempt=attempt,
+    )
+    return launch(job, config.resources.cpus_per_worker, config.resources.max_failures), data_directory, precision
 
 
 def describe(stage: str, run: RunDirectory, final: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.config.loading import set_key, validate
-from raylm.config.run_directory import write_atomically
+from raylm.config.run_directory import read_object, write_atomically
 from raylm.config.stages import FinetuneConfig, TuneConfig
 from raylm.errors import UserError
 from raylm.training.loop.worker import TrainingJob, Worker, join_single_process_group
@@ -182,11 +182,12 @@ class Outcome:
         self._path, self._config = directory / "outcome.json", config.model_dump(mode="json")
 
     def read(self) -> dict[str, Any] | None:
-        """The metrics; None where the trial has not ended, or had another configuration."""
-        if not self._path.exists():
-            return None
-        found = json.loads(self._path.read_text(encoding="utf-8"))
-        return found["metrics"] if found["config"] == self._config else None
+        """The metrics; None where the trial has not ended, or had another configuration, or the file is damaged."""
+        found = read_object(self._path) or {}
+        metrics = found.get("metrics")
+        whole = isinstance(metrics, dict) and isinstance(metrics.get("validation_loss"), int | float)
+        whole = whole and (self._path.parent / "model").is_dir()
+        return metrics if whole and found.get("config") == self._config else None
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Note that the trial ended with ``metrics``, unless it ended by a ``failure``."""

@@ -23,6 +23,7 @@ from edited_corpus import base_documents
 from raylm.config.cleaning import DeduplicationSection
 from raylm.data.cleaning.duplicates import dropped_documents, duplicate_jobs, find_duplicates
 from raylm.data.cleaning.signatures import Signatures
+from raylm.data.sources.documents import Document
 from raylm.data.words import normalized, words_of
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -89,7 +90,7 @@ def main() -> None:
             parts = [texts[start : start + 500] for start in range(0, len(texts), 500)]
             for number, part in enumerate(parts):
                 signatures = Signatures(section)
-                signatures.add(part)
+                signatures.add([Document(text=text) for text in part])
                 signatures.write(root / f"p{number}")
             names, counts = [f"p{number}" for number in range(len(parts))], [len(part) for part in parts]
             jobs = duplicate_jobs(section, len(texts))

@@ -121,6 +121,20 @@ def test_the_account_counts_changes_and_shows_what_was_dropped():
     assert account.examples["length"][0] == {"reason": "fewer than 3 words", "text": "two words"}
 
 
+def test_repetition_of_a_pair_is_that_of_its_answer():
+    """A question rightly repeats words of its context, and so does the answer."""
+    answer = " ".join(f"word{number}" for number in range(60))
+    asked = make_pair("What is the name of the first of the kings of the land?", answer, f"{answer} {PROSE}")
+    looping = make_pair("What?", "over and over again " * 20, PROSE)
+    short = make_pair("What?", "no no no", PROSE)
+    account = Account()
+    found = Cleaner(CleaningSection(repetition=True), account).clean(
+        [asked, looping, short, Document(text="a b " * 40)]
+    )
+    assert [each is not None for each in found] == [True, False, True, False]
+    assert sum(account.dropped["repetition"].values()) == 2
+
+
 def test_pairs_are_cleaned_part_by_part():
     cleaner = Cleaner(CleaningSection(full_width=True, pii=["email"]), Account())
     pair = cleaner.clean([make_pair("Ｑ?", "a@b.org", "Ｃ")])[0].document

@@ -9,6 +9,7 @@ from raylm.config.cleaning import DeduplicationSection
 from raylm.data.cleaning import duplicates
 from raylm.data.cleaning.duplicates import dropped_documents, duplicate_jobs, find_duplicates, jaccard
 from raylm.data.cleaning.signatures import Signatures, shingle_hashes
+from raylm.data.sources.documents import Document, make_pair
 from raylm.data.words import normalized
 
 WORDS = [f"w{number}" for number in range(3000)]
@@ -31,7 +32,7 @@ def dropped(tmp_path, parts: list[list[str]], **options) -> set[int]:
     names, counts = [], []
     for number, texts in enumerate(parts):
         signatures = Signatures(section)
-        signatures.add(texts)
+        signatures.add([Document(text=text) for text in texts])
         signatures.write(tmp_path / f"part{number}")
         names.append(f"part{number}")
         counts.append(len(texts))
@@ -60,6 +61,25 @@ def test_near_duplicates_are_those_of_the_threshold(tmp_path, shares, monkeypatc
         monkeypatch.setattr(duplicates, "TASK_DOCUMENTS", 30)
     found = dropped(tmp_path, [originals[:25], originals[25:] + copies[:30], copies[30:]], threshold=0.8)
     assert found == {40 + number for number, value in enumerate(similar) if value >= 0.8}
+
+
+def test_questions_about_one_passage_are_no_duplicates(tmp_path):
+    """They share almost all of their words. Of the same passage the same question is one, in other words of a few."""
+    passage, other = document(1, 400), document(2, 400)
+    asked = [f"{document(10 + number, 12)}?" for number in range(6)]
+    pairs = [make_pair(question, f"{number} apples", passage) for number, question in enumerate(asked)]
+    pairs += [make_pair(asked[0], "0 apples", other)]
+    assert min(true_jaccard(pairs[0].text, pair.text) for pair in pairs[1:6]) > 0.9
+    long = document(30, 60)
+    pairs += [make_pair(long, "yes", passage), make_pair(edited(long, 1, 0), "yes", passage)]
+    pairs += [make_pair(asked[2].upper(), "2 apples", passage)]
+    section = DeduplicationSection()
+    signatures = Signatures(section)
+    signatures.add(pairs)
+    signatures.write(tmp_path / "part")
+    jobs = duplicate_jobs(section, len(pairs))
+    found = [find_duplicates(job, tmp_path, ["part"], [len(pairs)], section)["file"] for job in jobs]
+    assert dropped_documents(tmp_path, found, 0, len(pairs)).tolist() == [8, 9]
 
 
 def test_many_copies_and_short_and_empty_texts(tmp_path):

@@ -170,6 +170,71 @@ def test_a_killed_prepare_leaves_no_whole_set_and_the_same_command_completes_it(
     assert process.returncode == 2 and "tokenizer.vocab_size (was 600, now 700)" in errors
 
 
+def test_sigterm_ends_prepare_with_one_line_and_the_same_command_completes_it(ray_instance, large_file, tmp_path):
+    config = write_config(tmp_path, {"train": str(large_file), "text_unit": "line"}, tokenizer={"vocab_size": 600})
+    environment = {**os.environ, "RAY_ADDRESS": ray_instance.get_runtime_context().gcs_address}
+    directory = tmp_path / "runs" / "set"
+    process = raylm("prepare", config, env=environment)
+    deadline = time.monotonic() + 120
+    while not list(directory.glob("work/blocks/*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    # In use: a second command is refused, in one line, and changes nothing.
+    with raylm("prepare", config, env=environment) as second:
+        process.send_signal(signal.SIGSTOP)
+        _, errors = second.communicate(timeout=60)
+        process.send_signal(signal.SIGCONT)
+    assert second.returncode == 2, errors
+    assert errors.splitlines()[-1].endswith(f"{directory} is in use by another command that is still running")
+    assert errors.count("raylm: ") == 1 and "Traceback" not in errors
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and output == "", errors
+    *doing, last = errors.splitlines()
+    assert last == "raylm: ended by SIGTERM"
+    assert not re.search(r"Traceback|Error|SIG|\.cc|@ +0x", "\n".join(doing)), errors
+    assert not (directory / "manifest.json").exists() and not (directory / "report.json").exists()
+    process = raylm("prepare", config, env=environment)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    verify_prepared(directory)
+
+
+def test_a_failed_prepare_leaves_what_others_have_finished(ray_instance, tmp_path):
+    """The storage was missing when it began, so that it made the directories above its own too."""
+    (tmp_path / "good.txt").write_text("a good document")
+    storage = tmp_path / "new" / "runs"
+    config = write_config(tmp_path, {"train": f"{tmp_path}/good.txt"})
+    environment = {**os.environ, "RAY_ADDRESS": ray_instance.get_runtime_context().gcs_address}
+    process = raylm("prepare", config, f"run.storage={storage}", env=environment)
+    deadline = time.monotonic() + 120
+    while not (storage / "set" / "work").is_dir() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    (storage / "other").mkdir()
+    (storage / "other" / "report.json").write_text("{}")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "leaves none for validation" in errors
+    assert [str(path.relative_to(storage)) for path in sorted(storage.rglob("*"))] == ["other", "other/report.json"]
+    # The corrected file begins the run: it is not refused as another configuration.
+    process = raylm("prepare", config, f"run.storage={storage}", "data.validation_fraction=0", env=environment)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    verify_prepared(storage / "set")
+    # An input that has changed since is not done.
+    (tmp_path / "good.txt").write_text("another good document")
+    process = raylm("prepare", config, f"run.storage={storage}", "data.validation_fraction=0")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and output == ""
+    assert errors.splitlines()[-1] == (
+        f"raylm: error: data: {tmp_path}/good.txt has changed (15 bytes, now 21) since {storage}/set was prepared; "
+        f"choose another run.name to prepare the data as it is now, or remove {storage}/set first"
+    )
+    # A set whose sources are gone stands for them.
+    (tmp_path / "good.txt").unlink()
+    process = raylm("prepare", config, f"run.storage={storage}", "data.validation_fraction=0")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "is done already" in output
+
+
 def test_prepared_directory_is_told_from_raw_sources(large_prepared, tmp_path):
     assert prepared_directory(DataSection(train=str(large_prepared))) == large_prepared.resolve()
     assert prepared_directory(DataSection(train="stdlib-docs")) is None

@@ -19,7 +19,6 @@ from raylm.errors import UserError
 from raylm.reports.charts import LEAST_SMOOTHED, MOST_POINTS, smoothed, thinned
 from raylm.reports.report import write_report
 from raylm.reports.runs import differing, open_run, open_runs
-from raylm.training.ray_train.launch import exclusive
 from raylm.training.reports.events import append_event
 from raylm.training.reports.metrics import MetricsRecorder
 
@@ -136,7 +135,7 @@ def test_a_run_that_failed_or_goes_on(tmp_path: Path) -> None:
     page = read(write_report([run.path]))
     assert "not finished" in page.text and "Nothing has been measured yet" in page.text
     record(run.path, 25)
-    with exclusive(run.path):
+    with run.held():
         page = read(write_report([run.path]))
         assert "running" in page.text and "25 of 40" in page.text
     events = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,5 +28,11 @@ def test_measured_stages_are_kept_for_their_layout(tmp_path: Path) -> None:
     make(tmp_path, 2).note([0, 3, 6])
     assert make(tmp_path, 2).known() == [0, 3, 6]
     assert make(tmp_path, 4).known() is None
-    (tmp_path / "stages.json").write_text("{")
-    assert make(tmp_path, 2).known() is None
+    layout = json.loads((tmp_path / "stages.json").read_text())["layout"]
+    bounds = [None, [], [0, 3], [0, 6, 3], ["0", 3, 6], {"0": 1}]
+    damaged = ["{", "[]", "null", json.dumps({"layout": layout}), *(
+        json.dumps({"layout": layout, "stage_bounds": found}) for found in bounds
+    )]  # fmt: skip
+    for text in damaged:
+        (tmp_path / "stages.json").write_text(text)
+        assert make(tmp_path, 2).known() is None

@@ -22,6 +22,8 @@ from raylm.data.words import WordTable, words_of
 CHINESE = {"zh", "wuu", "yue"}
 MOST_EXAMPLES = 3
 EXAMPLE_CHARACTERS = 240
+# The shortest text that Gopher's rules were made for (Rae et al. 2021, A.1.1).
+LEAST_ANSWER_WORDS = 50
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Cleaned:
 
 @dataclass(frozen=True)
 class Texts:
-    """What filters judge: texts, and the words of each, as they stand and as numbers."""
+    """What filters judge: documents, their texts, and the words of each, as they stand and as numbers."""
 
+    documents: list[Document]
     texts: list[str]
     words: list[list[str]]
     numbers: list[np.ndarray]
@@ -108,8 +111,12 @@ class Cleaner:
             numbers = {place: self._table.numbers(each) for place, each in words.items()}
             for name, judge in self._filters.items():
                 places = list(kept)
-                columns = ([kept[place].text for place in places], [words[place] for place in places])
-                reasons = judge(Texts(*columns, [numbers[place] for place in places], self._table))
+                judged = [kept[place] for place in places]
+                texts, columns = (
+                    [each.text for each in judged],
+                    [[each[place] for place in places] for each in (words, numbers)],
+                )
+                reasons = judge(Texts(judged, texts, *columns, self._table))
                 for place, reason in zip(places, reasons, strict=True):
                     if reason is not None:
                         self._account.drop(name, reason, kept.pop(place).text)
@@ -156,9 +163,17 @@ def _filters(section: CleaningSection) -> dict[str, Filter]:
 
 
 def _judge_repetition(batch: Texts) -> list[str | None]:
+    """Of a pair the answer is judged: a context and what is asked and said about it rightly share their words."""
     if not batch.texts:
         return []
-    return gopher_repetition(batch.texts, batch.numbers, batch.table.lengths(np.concatenate(batch.numbers)))
+    texts, numbers = list(batch.texts), list(batch.numbers)
+    for place, document in enumerate(batch.documents):
+        if document.prompt:
+            words = words_of(document.answer)
+            is_long = len(words) >= LEAST_ANSWER_WORDS
+            texts[place] = document.answer if is_long else ""
+            numbers[place] = batch.table.numbers(words if is_long else [])
+    return gopher_repetition(texts, numbers, batch.table.lengths(np.concatenate(numbers)))
 
 
 def _length_filter(section: CleaningSection) -> Filter:

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from raylm.config.cleaning import DeduplicationSection
+from raylm.data.sources.documents import Document
 from raylm.data.words import WordTable, compatible, normalized, rolling, runs, words_of
 
 # Texts of one call: bounds the memory that their words take.
@@ -35,28 +36,36 @@ class Signatures:
         self._shingles: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []
 
-    def add(self, texts: Sequence[str], hashes: Sequence[np.ndarray | None] | None = None) -> None:
+    def add(self, documents: Sequence[Document], hashes: Sequence[np.ndarray | None] | None = None) -> None:
         """Append documents in their order.
 
         Args:
-            texts: of the documents.
+            documents: pairs are near to pairs with the same context only, by prompt and answer: else all questions
+                about a long passage would be near to each other.
             hashes: of their words where they are known, see :class:`~raylm.data.words.WordTable`.
         """
         begin = size = 0
-        for place, text in enumerate(texts, start=1):
-            size += len(text)
-            if size >= BATCH_BYTES or place == len(texts):
-                self._add(texts[begin:place], hashes[begin:place] if hashes else [None] * (place - begin))
+        for place, document in enumerate(documents, start=1):
+            size += len(document.text)
+            if size >= BATCH_BYTES or place == len(documents):
+                self._add(documents[begin:place], hashes[begin:place] if hashes else [None] * (place - begin))
                 begin, size = place, 0
 
-    def _add(self, texts: Sequence[str], hashes: Sequence[np.ndarray | None]) -> None:
+    def _add(self, documents: Sequence[Document], hashes: Sequence[np.ndarray | None]) -> None:
+        texts = [document.text for document in documents]
         exact = np.array([xxhash.xxh3_64_intdigest(normalized(text).encode()) for text in texts], dtype=np.uint64)
         if not self._section.near:
             self._keys.append(exact[None])
             return
         self._table.trim()
-        words = [word_hashes(text, self._table, known) for text, known in zip(texts, hashes, strict=True)]
+        words = [
+            word_hashes(f"{document.prompt}\n{document.answer}", self._table)
+            if document.context
+            else word_hashes(document.text, self._table, known)
+            for document, known in zip(documents, hashes, strict=True)
+        ]
         flat, counts = shingle_sets(words, self._section.shingle_words)
+        flat = _apart(flat, counts, [document.context for document in documents])
         self._keys.append(np.concatenate([exact[None], band_keys(flat, counts, self._section)]))
         self._shingles.append(flat)
         self._counts.append(counts)
@@ -104,6 +113,16 @@ def shingle_sets(hashes: Sequence[np.ndarray], words: int) -> tuple[np.ndarray, 
     fresh = np.concatenate([[True], found[1:] != found[:-1]])
     fresh[edges[:-1]] = True
     return found[fresh], np.add.reduceat(fresh, edges[:-1], dtype=np.int64)
+
+
+def _apart(flat: np.ndarray, counts: np.ndarray, contexts: Sequence[str]) -> np.ndarray:
+    """``flat`` of :func:`shingle_sets` with other hashes for every context, so that none are shared by two."""
+    if not any(contexts):
+        return flat
+    keys = [xxhash.xxh3_64_intdigest(normalized(context).encode()) if context else 0 for context in contexts]
+    found = flat ^ np.repeat(np.array(keys, dtype=np.uint64), counts)
+    # Sorted within each document again.
+    return found[np.lexsort([found, np.repeat(np.arange(len(counts)), counts)])]
 
 
 def shingle_hashes(texts: Sequence[str], words: int) -> list[np.ndarray]:

@@ -71,7 +71,7 @@ class PartWriter:
             self._file = DocumentFile(self._folder / f"{name}.parquet", kind, True, self._columns)
             self._sample = DocumentFile(self._folder / f"{name}.sample.parquet", "documents")
             self._signatures = Signatures(self._deduplication) if self._deduplication else None
-            self._texts: list[str] = []
+            self._unsigned: list[Document] = []
             self._hashes: list[np.ndarray | None] = []
             self._text_bytes = 0
             self._part = {"name": name, "train": 0, "validation": 0, "bytes": 0}
@@ -81,7 +81,7 @@ class PartWriter:
             # The row's number stands in for a title: duplicates are taken out by it.
             self._sample.write(Document(text=document.text, title=str(self._file.documents - 1)))
         if self._signatures is not None:
-            self._texts.append(document.text)
+            self._unsigned.append(document)
             self._hashes.append(hashes)
             self._text_bytes += len(document.text)
             if self._text_bytes >= 1 << 20:
@@ -90,9 +90,9 @@ class PartWriter:
             self.finish()
 
     def _sign(self) -> None:
-        if self._signatures is not None and self._texts:
-            self._signatures.add(self._texts, self._hashes)
-        self._texts, self._hashes, self._text_bytes = [], [], 0
+        if self._signatures is not None and self._unsigned:
+            self._signatures.add(self._unsigned, self._hashes)
+        self._unsigned, self._hashes, self._text_bytes = [], [], 0
 
     def finish(self) -> None:
         """Close the part that is open."""

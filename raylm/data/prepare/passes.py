@@ -33,7 +33,7 @@ from raylm.data.tokens.tokenization import AUGMENTED, is_taken, make_files, surv
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 # More is sampled than a tokenizer needs, as cleaning and deduplication take some away.
 SAMPLE_MARGIN = 1.5
 
@@ -266,7 +266,7 @@ class Pipeline:
         if self._data.deduplication is not None:
             account["duplicates"] = {"dropped": duplicates, "compared": sum(r["compared"] for r in self.duplicates)}
             account["duplicates"] |= describe_duplicates(self.work, self._duplicate_files, self.parts)
-        account["errors"] = _add_up([record["errors"] for record in self.records])
+        account["errors"] = {"policy": self._data.errors, **_add_up([record["errors"] for record in self.records])}
         account["lengths"] = np.sum([record["lengths"] for record in self.records], axis=0).tolist()
         return account
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from raylm.data.cleaning.changes import changes_of
 from raylm.data.prepare.baselines import compressed_sizes
 from raylm.data.prepare.card import describe_set
 from raylm.data.prepare.card_page import write_card
+from raylm.data.prepare.inputs import FILE, check_unchanged, note_inputs, open_inputs, stamps_of
+from raylm.data.prepare.summary import describe, warning
 from raylm.data.sources.corpus import Corpus, Survey
 from raylm.data.sources.documents import Split, make_pair, read_documents
 from raylm.data.sources.segments import MANIFEST
@@ -114,19 +117,24 @@ def prepare(config: PrepareConfig) -> None:
     """
     run = RunDirectory("prepare", config)
     run.check()
-    report = run.report()
-    if report is not None:
+    if (report := run.report()) is not None:
+        check_unchanged(run.path, config.data, run.path)
         print(f"prepare: {run.path} is done already\n{describe(run.path, report)}")
         return
     with Activity("prepare: looking at the sources"):
         checked = Input(config.data, config.tokenizer, read=False)
-    workers = config.resources.workers
-    with _nothing_half_written(run.path):
-        run.create()
-        report = _build(run.path, checked, cpus=None if workers == "auto" else workers)
-    run.write_report(report)
-    write_card(run.path, report)
-    print(describe(run.path, report))
+    workers, laps = config.resources.workers, _Laps()
+    with run.held(), ray_session(), _nothing_half_written(run.path, "config.yaml"):
+        laps.end("ray_start")
+        # Another command may have finished it since.
+        if (report := run.report()) is None:
+            run.create()
+            report = _build(run.path, checked, laps, cpus=None if workers == "auto" else workers)
+            run.write_report(report)
+            write_card(run.path, report)
+    print(describe(run.path, report), flush=True)
+    if (text := warning(report)) is not None:
+        print(f"prepare: {text}", file=sys.stderr)
 
 
 def prepare_directory(
@@ -152,11 +160,14 @@ def prepare_directory(
     if (directory / MANIFEST).is_file():
         read_manifest(directory)
         return
-    checked = checked or Input(data, tokenizer, read=False)
-    with _nothing_half_written(directory):
-        report = _build(directory, checked, cpus=cpus)
-    write_atomically(directory / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_card(directory, report)
+    checked, laps = checked or Input(data, tokenizer, read=False), _Laps()
+    with ray_session(), _nothing_half_written(directory):
+        laps.end("ray_start")
+        report = _build(directory, checked, laps, cpus=cpus)
+        write_atomically(directory / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        write_card(directory, report)
+    if (text := warning(report)) is not None:
+        print(f"data.train: {text}", file=sys.stderr)
 
 
 class _Laps:
@@ -175,16 +186,14 @@ class _Laps:
         return {**self.seconds, "total": round(time.monotonic() - self._began, 3)}
 
 
-def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, Any]:
-    """Write the whole set, the manifest last; returns the report."""
+def _build(directory: Path, checked: Input, laps: _Laps, *, cpus: int | None) -> dict[str, Any]:
+    """Write the whole set, the manifest last; returns the report. On the Ray that is running."""
     from raylm.data.prepare.passes import Pipeline
     from raylm.data.tokens.tokenizers import tokenizer_hash
 
-    laps = _Laps()
+    stamps = stamps_of(open_inputs(checked.data))
     pipeline = Pipeline(directory, checked.data, checked.tokenizer, checked.corpus, cpus)
-    with ray_session():
-        laps.end("ray_start")
-        made = _tokenize(pipeline, checked, laps)
+    made = _tokenize(pipeline, checked, laps)
     entries = [entry for result in made.results for entry in result["entries"]]
     with Activity("measuring what the set holds, for its data card"):
         baselines = compressed_sizes(document.text for document in read_documents(directory, "validation"))
@@ -218,6 +227,7 @@ def _build(directory: Path, checked: Input, *, cpus: int | None) -> dict[str, An
         "seconds": laps.with_total(),
     }
     pipeline.close_work()
+    note_inputs(directory, stamps)
     write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return report
 
@@ -290,14 +300,26 @@ def _measured(directory: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _nothing_half_written(directory: Path) -> Iterator[None]:
-    """On bad input take back what was written into ``directory``, and the directories that were made for it."""
+def _nothing_half_written(directory: Path, *files: str) -> Iterator[None]:
+    """On bad input take back what was written into ``directory``, an interrupted start's too, and the directory.
+
+    Others may have written beside it since, so that nothing else is removed.
+
+    Args:
+        directory: of the set.
+        files: what else there is of it.
+    """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         yield
     except UserError:
-        for part in [directory / part for part in PARTS] if not missing else [missing[-1]]:
-            shutil.rmtree(part, ignore_errors=True)
+        for part in PARTS:
+            shutil.rmtree(directory / part, ignore_errors=True)
+        for name in (FILE, *files):
+            (directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            for path in missing:
+                path.rmdir()
         raise
 
 
@@ -309,35 +331,3 @@ def _split_entry(entries: list[dict[str, Any]], split: Split) -> dict[str, Any]:
     ]
     totals = {key: sum(entry[key] for entry in entries if entry["split"] == split) for key in ("tokens", "bytes")}
     return {"documents": sum(file["documents"] for file in files), **totals, "files": files}
-
-
-def describe(directory: Path, report: dict[str, Any]) -> str:
-    """The stage's summary for people, some lines of text."""
-    lines = []
-    for source in report["sources"]:
-        version = f" of Python {source['python']}" if "python" in source else ""
-        empty = f", {source['empty']:,} empty left out" if source["empty"] else ""
-        lines.append(
-            f"  source      {source['source']}{version}: {source['documents']:,} {report['kind']}, "
-            f"{source['bytes']:,} bytes{empty}, content hash {source['sha256'][:16]}"
-        )
-    for split in ("train", "validation"):
-        lines.append(
-            f"  {split:<11} {report['documents'][split]:,} {report['kind']}, {report['tokens'][split]:,} tokens, "
-            f"{report['bytes'][split]:,} bytes"
-        )
-    if "augmentation" in report:
-        account = report["augmentation"]
-        made = ", ".join(f"{name} {count:,}" for name, count in account["made"].items()) or "nothing"
-        failed = f"; {sum(account['failed'].values()):,} requests failed" if account["failed"] else ""
-        lines.append(f"  augmented   {account['originals']:,} training {report['kind']}: {made}{failed}")
-    unknown = f", {report['unknown_tokens']:,} unknown" if report["unknown_tokens"] else ""
-    lines.append(
-        f"  tokenizer   {report['vocab_size']:,} entries, {report['bytes_per_token']:.2f} bytes a token{unknown}"
-    )
-    if report["compressed"]:
-        figures = ", ".join(f"{name} {entry['bits_per_byte']:.3f}" for name, entry in report["compressed"].items())
-        lines.append(f"  to beat     {figures} bits per byte of the validation text, by compression alone")
-    lines.append(f"  files       {directory}; to train on them: data.train={directory}")
-    lines.append(f"  data card   {directory / 'report.html'}, for a browser")
-    return f"prepare: done in {report['seconds']['total']:.1f} s\n" + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What every request passes before it reaches a route: its id, API key, rate, body size, and its line in the log.
+"""What every request passes before it reaches a route: host name or API key, rate, body size, and its line in the log.
 
 Plain ASGI, so that streams pass through untouched. Limits are those of one replica.
 """
@@ -18,9 +18,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raylm.cluster.environment import API_KEYS_VARIABLE
 from raylm.config.serving import ServingSection
 from raylm.serving.http import request_log
-from raylm.serving.http.access import hash_key
+from raylm.serving.http.access import hash_key, names_loopback
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.metrics import ServerMetrics
 
@@ -57,7 +58,7 @@ class Gate:
     Args:
         app: the application.
         limits: what one client may ask for.
-        key_hashes: SHA-256 of each key and its name; empty lets everybody in.
+        key_hashes: SHA-256 of each key and its name; empty lets in whoever asks for a loopback name.
         metrics: counts the answers.
     """
 
@@ -106,7 +107,12 @@ class Gate:
             self._metrics.http(route, entry["status"])
 
     def _check(self, scope: Scope, headers: Headers, entry: dict[str, Any]) -> None:
-        """Refuse a wrong key, too many requests, and a body that says it is too long; note whose request it is."""
+        """Refuse a strange host name, a wrong key, too many requests, and a body that says it is too long.
+
+        Notes whose request it is.
+        """
+        if not self._key_hashes:
+            _check_host(headers)
         if scope["path"] in OPEN_PATHS:
             return
         name, hashed = self._identify(headers)
@@ -166,6 +172,18 @@ class Gate:
             return message
 
         return limited
+
+
+def _check_host(headers: Headers) -> None:
+    """Refuse a name that is none of this machine's own; a client without one (HTTP/1.0) is no browser."""
+    for host in headers.getlist("host"):
+        if not names_loopback(host):
+            raise RequestError(
+                f"Host: found {host[:LONGEST_PATH]!r}, allowed: localhost or a loopback address (127.0.0.1), as the "
+                f"server has no API keys (serving.api_keys_file or {API_KEYS_VARIABLE})",
+                status=421,
+                code="unknown_host",
+            )
 
 
 class Allowance:

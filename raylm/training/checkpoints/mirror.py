@@ -8,10 +8,14 @@ and mirror are one, and nothing here does anything.
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pyarrow.lib import ArrowException
 
+from raylm.config.run_directory import parse_object
+from raylm.data.sources.segments import MANIFEST
 from raylm.errors import RunFailure, UserError
 from raylm.training.checkpoints.storage import Storage
 
@@ -41,10 +45,9 @@ class Mirror:
             self.storage.remove(".probe")
             for name in DRIVER_FILES:
                 self._fetch(name)
+            self._have_data()
         except (OSError, ArrowException) as error:
             raise UserError(f"run.storage: {self.storage} cannot be used: {error}") from None
-        if not (self.directory / DATA).exists():
-            self.storage.download(DATA, self.directory / DATA)
 
     def own(self, attempt: str) -> None:
         """Make ``attempt`` the one start of the driver that may write; an older one stops at its next checkpoint."""
@@ -58,7 +61,7 @@ class Mirror:
             RunFailure: it has.
         """
         if self.remote and (owner := self.storage.read(OWNER)) != attempt.encode():
-            by = (owner or b"nobody").decode()
+            by = (owner or b"nobody").decode(errors="replace")
             raise RunFailure(f"{self.storage} was taken over by a later start of the same run ({by})")
 
     def send(self, *names: str) -> None:
@@ -69,9 +72,22 @@ class Mirror:
                     self.storage.upload(self.directory / name, name)
 
     def send_data(self) -> None:
-        """Copy prepared data that workers on other hosts will fetch."""
-        if self.remote and not self.storage.names(DATA):
-            self.send(DATA)
+        """Copy prepared data that workers on other hosts will fetch, or what an interrupted start has not sent of it.
+
+        The manifest goes last, so that it says that all is there.
+        """
+        source, folder = self.directory / DATA, self.storage / DATA
+        if not self.remote or not (source / MANIFEST).is_file():
+            return
+        same = folder.read(MANIFEST) == (source / MANIFEST).read_bytes()
+        files = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
+        files.remove(MANIFEST)
+        missing = [name for name in files if not (same and folder.size(name) == (source / name).stat().st_size)]
+        if same and not missing:
+            return
+        self.storage.remove(f"{DATA}/{MANIFEST}" if same else DATA)
+        for name in [*missing, MANIFEST]:
+            folder.upload(source / name, name)
 
     def fetch_data(self) -> None:
         """On a worker: have the prepared data on this host; the first worker of a host fetches it."""
@@ -80,8 +96,7 @@ class Mirror:
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / ".data.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (self.directory / DATA).exists():
-                self.storage.download(DATA, self.directory / DATA)
+            self._have_data()
 
     def fetch_metrics(self) -> None:
         """On rank 0, which may be on another host than before: have the metrics so far."""
@@ -92,6 +107,34 @@ class Mirror:
         """On rank 0, before a checkpoint counts: the metrics up to it."""
         self.send(METRICS, BOARD)
 
+    def _have_data(self) -> None:
+        """Have the prepared data here, if the storage has all of it; a part of it is not taken as whole."""
+        here = self.directory / DATA
+        if _is_whole(Storage(here)):
+            return
+        if _is_whole(self.storage / DATA):
+            self.storage.download(DATA, here)
+        else:
+            (here / MANIFEST).unlink(missing_ok=True)
+
     def _fetch(self, name: str) -> None:
         if not self.storage.download(name, self.directory / name):
             (self.directory / name).unlink(missing_ok=True)
+
+
+def _is_whole(data: Storage) -> bool:
+    """Whether a folder of prepared data has a manifest and every file that stands in it; reads no contents."""
+    manifest = parse_object(data.read(MANIFEST) or b"")
+    if manifest is None or not data.names("tokenizer"):
+        return False
+    return all(data.size(name) is not None for name in _paths(manifest.get("splits")))
+
+
+def _paths(part: Any) -> Iterator[str]:
+    """Every ``path`` in a part of a manifest, of token shards or of arrays."""
+    if isinstance(part, dict):
+        if isinstance(part.get("path"), str):
+            yield part["path"]
+        part = list(part.values())
+    for one in part if isinstance(part, list) else ():
+        yield from _paths(one)

@@ -9,9 +9,9 @@ the one before.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections import defaultdict
@@ -20,22 +20,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 
 from raylm.parallel.layout.fragments import Fragment
 from raylm.parallel.layout.slicing import Offset, Shape, Slicing, boxes
+from raylm.training.checkpoints.manifest import DIGEST, DIGESTS, MANIFEST, FileEntry, parse_manifest, state_of
 from raylm.training.checkpoints.storage import Storage
 
-LATEST, BEST, MANIFEST = "LATEST", "BEST", "checkpoint.json"
+LATEST, BEST = "LATEST", "BEST"
 COMMIT_TIMEOUT_SECONDS = 600.0
 # Most elements that are copied at once, where a tensor is not fp32 in main memory already: 64 MiB.
 PIECE_ELEMENTS = 1 << 24
 READ_BYTES = 1 << 22
 FLOAT_BYTES = 4
-# Against damage, not malice: XXH3 takes a twentieth of SHA-256's time. Checkpoints of earlier versions have the latter.
-DIGEST = "xxh3"
-DIGESTS = {DIGEST: xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 
 def checkpoint_name(step: int) -> str:
@@ -49,24 +46,22 @@ def _as_storage(root: Path | Storage) -> Storage:
 
 def damaged_files(checkpoint: Storage, rank: int = 0, world_size: int = 1) -> list[str]:
     """Names of files that lack the size or digest in the manifest, among this rank's share of the files."""
-    try:
-        files = json.loads(checkpoint.read(MANIFEST) or b"")["files"]
-    except ValueError:
+    manifest = parse_manifest(checkpoint.read(MANIFEST))
+    if manifest is None:
         return [MANIFEST]
-    return [name for name in sorted(files)[rank::world_size] if not _is_whole(checkpoint, name, files[name])]
+    return [n for n in sorted(manifest.files)[rank::world_size] if not _is_whole(checkpoint, n, manifest.files[n])]
 
 
-def _is_whole(checkpoint: Storage, name: str, expected: dict[str, Any]) -> bool:
-    if checkpoint.size(name) != expected["bytes"]:
+def _is_whole(checkpoint: Storage, name: str, expected: FileEntry) -> bool:
+    if checkpoint.size(name) != expected.bytes:
         return False
-    kind = next((kind for kind in DIGESTS if kind in expected), None)
-    if kind is None:
-        return False
+    assert expected.digest is not None
+    kind, value = expected.digest
     digest = DIGESTS[kind]()
     with checkpoint.open(name) as stream:
         while block := stream.read(READ_BYTES):
             digest.update(block)
-    return digest.hexdigest() == expected[kind]
+    return digest.hexdigest() == value
 
 
 def newest_whole(
@@ -85,6 +80,22 @@ def newest_whole(
             return root / name, damaged
         damaged.append(name)
     return None, damaged
+
+
+def whole_best(root: Storage, rank: int, world_size: int, gather: Callable[[list[str]], list[str]]) -> Storage | None:
+    """The checkpoint with the best validation loss; None where none is noted, or it is damaged; see newest_whole."""
+    if (name := _best_name(root)) is None:
+        return None
+    if gather(damaged_files(root / name, rank, world_size)):
+        if rank == 0:
+            print(f"raylm: the best checkpoint {root / name} is damaged; the last one is taken", flush=True)
+        return None
+    return root / name
+
+
+def _best_name(root: Storage) -> str | None:
+    name = (root.read(BEST) or b"").decode(errors="replace").strip()
+    return name if re.fullmatch(r"step-\d+", name) else None
 
 
 class CheckpointWriter:
@@ -128,8 +139,12 @@ class CheckpointWriter:
         self._streamed.set()
         self._error: BaseException | None = None
 
-    def save(self, step: int, fragments: list[Fragment], state: dict[str, Any], *, best: bool = False) -> None:
-        """Begin to write ``fragments``, which must not change before :meth:`settle`; ``state`` (JSON) is rank 0's."""
+    def save(self, step: int, fragments: list[Fragment], state: dict[str, Any], *, best: bool = False) -> str:
+        """Begin to write ``fragments``, which must not change before :meth:`settle`; ``state`` (JSON) is rank 0's.
+
+        Returns:
+            The checkpoint's name.
+        """
         self.wait()
         began = time.perf_counter()
         self._streamed.clear()
@@ -140,6 +155,7 @@ class CheckpointWriter:
         self.stall_seconds += time.perf_counter() - began
         if not self._asynchronous:
             self.wait()
+        return checkpoint_name(step)
 
     def settle(self) -> None:
         """Wait until the live tensors have been read; raises what went wrong with it."""
@@ -209,11 +225,12 @@ class CheckpointWriter:
         for name in self.root.names(folder):
             if name not in files and name != MANIFEST:
                 self.root.remove(f"{folder}/{name}")
-        self._remove_old()
+        self._remove_old(folder)
 
-    def _remove_old(self) -> None:
-        best = (self.root.read(BEST) or b"").decode().strip()
-        for name in [n for n in self.root.names() if n.startswith("step-")][: -self.keep]:
+    def _remove_old(self, newest: str) -> None:
+        best = _best_name(self.root)
+        # One of a later step is damaged, and was passed over.
+        for name in [n for n in self.root.names() if n.startswith("step-") and n <= newest][: -self.keep]:
             if name != best:
                 # The manifest goes first, so that half a removal never looks like a checkpoint.
                 self.root.remove(f"{name}/{MANIFEST}")
@@ -260,16 +277,22 @@ def _blocks(header: bytes, tensors: list[tuple[str, torch.Tensor]]) -> Iterator[
 
 
 class CheckpointReader:
-    """Reads rectangles of parameters and moments out of a checkpoint, whoever wrote them, and little else of it."""
+    """Reads rectangles of parameters and moments out of a checkpoint, whoever wrote them, and little else of it.
+
+    Raises:
+        SafetensorError: it is none, or its manifest is damaged.
+    """
 
     def __init__(self, checkpoint: Path | Storage) -> None:
         self.checkpoint = _as_storage(checkpoint)
-        manifest = json.loads(self.checkpoint.read(MANIFEST) or b"")
-        self.state: dict[str, Any] = manifest["state"]
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(s) for name, s in manifest["shapes"].items()}
+        manifest = parse_manifest(self.checkpoint.read(MANIFEST))
+        if manifest is None:
+            raise SafetensorError(f"{self.checkpoint}: {MANIFEST} is missing or damaged")
+        self.state: dict[str, Any] = state_of(manifest)
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(s) for name, s in manifest.shapes.items()}
         # kind/name -> (offset, shape, file, byte of the first element)
         self._chunks: dict[str, list[tuple[Offset, Shape, Any, int]]] = defaultdict(list)
-        for name in sorted(manifest["files"]):
+        for name in sorted(manifest.files):
             file = self.checkpoint.open(name)
             length = int.from_bytes(file.read(8), "little")
             for key, entry in json.loads(file.read(length)).items():

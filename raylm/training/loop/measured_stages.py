@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raylm.config.run_directory import write_atomically
+from raylm.config.run_directory import read_object, write_atomically
 from raylm.config.stages import TrainConfig
 
 FILE = "stages.json"
@@ -37,12 +37,13 @@ class MeasuredStages:
         }
 
     def known(self) -> list[int] | None:
-        """Where the stages begin, if it was measured for this layout."""
-        try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """Where the stages begin, if it was measured for this layout; a damaged file is measured anew."""
+        found = read_object(self._path) or {}
+        bounds = found.get("stage_bounds")
+        if found.get("layout") != self._layout or not isinstance(bounds, list):
             return None
-        return found["stage_bounds"] if found.get("layout") == self._layout else None
+        whole = all(type(bound) is int for bound in bounds) and bounds == sorted({0, *bounds})
+        return bounds if whole and len(bounds) == int(self._layout["pipeline"]) + 1 else None
 
     def note(self, stage_bounds: list[int]) -> None:
         """Keep what was measured."""

@@ -31,7 +31,7 @@ from raylm.tasks.objective import Batch, ObjectiveModule
 from raylm.training.checkpoints.export import export_model, largest_difference
 from raylm.training.checkpoints.mirror import BOARD, METRICS, Mirror
 from raylm.training.checkpoints.storage import Storage
-from raylm.training.checkpoints.store import BEST, LATEST, CheckpointReader, CheckpointWriter, newest_whole
+from raylm.training.checkpoints.store import CheckpointReader, CheckpointWriter, newest_whole, whole_best
 from raylm.training.loop.agreement import Agreement
 from raylm.training.loop.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.loop.batches import (
@@ -59,6 +59,7 @@ class TrainingLoop:
 
     def __init__(self, job: TrainingJob, worker: Worker) -> None:
         self.job, self.worker, self.config = job, worker, job.config
+        self.ranks = (worker.rank, worker.world_size, _gather)
         training, run = self.config.training, self.config.run
         torch.manual_seed(run.seed)
         if training.compile:
@@ -102,6 +103,8 @@ class TrainingLoop:
         # Under every layout the moments are this optimizer's, and the weights change in its step only.
         self.engine.optimizer.register_step_pre_hook(lambda *_: self.writer.settle())
         self.state = _initial_state()
+        # Name of the checkpoint that was saved or gone on from last.
+        self.newest: str | None = None
         self.recorder: MetricsRecorder | None = None
         self.sample_log = None
         if training.log_samples and self.engine.leads:
@@ -182,7 +185,7 @@ class TrainingLoop:
             )
 
     def _resume(self) -> None:
-        found, damaged = newest_whole(self.writer.root, self.worker.rank, self.worker.world_size, _gather)
+        found, damaged = newest_whole(self.writer.root, *self.ranks)
         if self.worker.rank == 0:
             for name in damaged:
                 print(f"raylm: checkpoint {self.writer.root / name} is damaged and passed over", flush=True)
@@ -190,6 +193,7 @@ class TrainingLoop:
         dist.barrier()
         if found is not None:
             self._load(CheckpointReader(found))
+            self.newest = str(found).rpartition("/")[2]
             if self.worker.rank == 0:
                 self.job.note("resume", self.state["step"], f"goes on from the checkpoint of step {self.state['step']}")
         elif self.config.training.anomalies.policy != "stop":
@@ -203,7 +207,7 @@ class TrainingLoop:
         self.state = {**_initial_state(), **reader.state}
 
     def _save(self, *, best: bool = False) -> None:
-        self.writer.save(self.state["step"], self.engine.fragments(), self.state, best=best)
+        self.newest = self.writer.save(self.state["step"], self.engine.fragments(), self.state, best=best)
 
     def _train(self) -> str | None:
         """Train to the end; returns why it did not come to it, or None."""
@@ -286,17 +290,17 @@ class TrainingLoop:
         """Go back to the last checkpoint without the ``batch``; returns why not, or None."""
         section, skipped, count = self.config.training.anomalies, self.state["skipped"], self.state["anomalies"] + 1
         self._finish_save()
-        latest = (self.writer.root.read(LATEST) or b"").decode().strip()
         text = f"step {step + 1}: {found}; training.anomalies.policy is {section.policy}"
         if section.policy == "stop" or count > section.limit:
             many = f" and the limit is {section.limit}" if section.policy != "stop" else ""
-            return f"{text}{many}; the last checkpoint is {latest or 'none'}"
-        self._load(CheckpointReader(self.writer.root / latest))
+            return f"{text}{many}; the last checkpoint is {self.newest or 'none'}"
+        self._load(CheckpointReader(self.writer.root / str(self.newest)))
         first = batch if section.policy == "skip" else batch_of_step(self.state["step"], skipped)
         self.state["skipped"] = leave_out(skipped, first, batch + 1)
         self.state["anomalies"] = count
         if self.worker.rank == 0:
-            self.job.note("anomaly", step + 1, f"{text}; back to {latest}, batches {first} to {batch} are left out")
+            back = f"back to {self.newest}, batches {first} to {batch} are left out"
+            self.job.note("anomaly", step + 1, f"{text}; {back}")
         self._record_from_here()
         return None
 
@@ -342,9 +346,8 @@ class TrainingLoop:
         """Export the final (under early stopping the best) weights, reload them and compare."""
         if self.worker.rank == 0 and self.job.progress is not None:
             self.job.progress.update.remote({"finishing": "exporting the model and comparing its outputs"})
-        root = self.writer.root
-        chosen = root.read(BEST) if self.config.training.early_stopping else None
-        source = root / (chosen or root.read(LATEST) or b"").decode().strip()
+        best = whole_best(self.writer.root, *self.ranks) if self.config.training.early_stopping else None
+        source = best or self.writer.root / str(self.newest)
         last_step = self.state["step"]
         reader = CheckpointReader(source)
         if reader.state["step"] != last_step:

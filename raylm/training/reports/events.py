@@ -13,9 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raylm.config.run_directory import parse_object
+
 EVENTS = "events.jsonl"
 # resume: went on from a checkpoint. restart: workers started again. anomaly: went back without some batches.
 KINDS = ("resume", "restart", "anomaly", "interrupted", "failure")
+
+ALWAYS: dict[str, type] = {"kind": str, "step": int, "text": str}
 
 
 def append_event(directory: Path, event: dict[str, Any]) -> None:
@@ -26,9 +30,10 @@ def append_event(directory: Path, event: dict[str, Any]) -> None:
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:
-    """The events of a run; empty where there is no file. A line that a crash cut off is left out."""
+    """The events of a run; empty where there is no file. A line that a crash cut off, or a damaged one, is left out."""
     try:
-        lines = (directory / EVENTS).read_text(encoding="utf-8").splitlines()
+        text = (directory / EVENTS).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    found = [event for line in text.splitlines() if (event := parse_object(line)) is not None]
+    return [event for event in found if all(isinstance(event.get(name), kind) for name, kind in ALWAYS.items())]

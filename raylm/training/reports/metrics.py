@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raylm.config.run_directory import write_atomically
+from raylm.config.run_directory import parse_object, write_atomically
 
 # Metrics that are curves; the others (step, tokens, samples, time) are their axes.
 CURVES = (
@@ -26,6 +26,9 @@ CURVES = (
     "data_wait_seconds",
     "checkpoint_seconds",
 )
+
+# Metrics that every line has, as numbers.
+ALWAYS = ("step", "tokens", "samples", "loss", "gradient_norm", "tokens_per_second")
 
 # Metrics of which each rank or pipeline stage has its own -> what such a place is called.
 PER_PLACE = {"memory_bytes": "rank", "stage_idle": "stage"}
@@ -91,13 +94,15 @@ def _make_gauges() -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line that a crash cut off is left out."""
-    if not path.exists():
+    """The lines of a ``metrics.jsonl`` up to the first that was cut off or is damaged; none without a file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+    for line in text.splitlines():
+        found = parse_object(line)
+        if found is None or not all(isinstance(found.get(name), int | float) for name in ALWAYS):
             break
+        lines.append(found)
     return lines
