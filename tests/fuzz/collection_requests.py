@@ -68,7 +68,7 @@ class Fuzz:
             metrics,
         )
         transport = httpx.ASGITransport(gate, raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server", timeout=None)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None)
         self.statuses: Counter[str] = Counter()
         self.faults: list[str] = []
         self.stalls: list[tuple[float, float, str]] = []
