@@ -39,7 +39,7 @@ class Server:
         self.library = Library(CollectionStore(root), quota=CollectionQuota(**quota))
         app = create_app(Models([]), metrics, self.library)
         gate = Gate(app, Limits.of(ServingSection()), {hash_key(key): key[-5:] for key in keys}, metrics)
-        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://server")
+        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://127.0.0.1")
 
     async def ask(self, method: str, path: str, body: Any = None, key: str = ALICE) -> tuple[int, Any]:
         """Status and JSON of one request."""
