@@ -16,7 +16,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.data.sources.segments import MANIFEST
 from raylm.errors import UserError
-from raylm.interrupts import insistent
+from raylm.interrupts import ended_at_once
 from raylm.progress import Activity
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
         if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
             print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
             return
-        with Activity(f"{stage}: checking the data and the model"), insistent():
+        with Activity(f"{stage}: checking the data and the model"), ended_at_once():
             checked = validate(config)
 
         with run.held():
