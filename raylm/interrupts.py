@@ -97,12 +97,15 @@ class Deferred:
 def interruptible() -> Iterator[Interrupts]:
     """Signals raise KeyboardInterrupt within the block; outside the main thread nothing changes.
 
-    One that comes while Python runs a finalizer or a callback is swallowed there, with a traceback: it is repeated.
+    One that comes while Python runs a finalizer or a callback is swallowed there, with a traceback: it is repeated. So
+    is a SIGTERM that Ray answers with an exit, while it starts.
     """
     handler, shown = Interrupts(), sys.unraisablehook
 
     def hook(found: sys.UnraisableHookArgs, /) -> None:
-        if handler.received is not None and issubclass(found.exc_type, KeyboardInterrupt):
+        if issubclass(found.exc_type, SystemExit):
+            handler.received = handler.received or signal.SIGTERM
+        if handler.received is not None and issubclass(found.exc_type, KeyboardInterrupt | SystemExit):
             handler.repeat()
         else:
             shown(found)

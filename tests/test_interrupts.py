@@ -142,6 +142,22 @@ def test_an_interrupt_in_a_finalizer_is_repeated_and_shows_no_traceback() -> Non
     assert (process.returncode, errors.splitlines()) == (143, ["raylm: ended by SIGTERM"])
 
 
+LIKE_RAY = """
+    import signal
+    from raylm.cluster.session import _own_termination
+    with _own_termination():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+""" + FINALIZER.replace("\n    ", "\n        ")
+
+
+def test_an_exit_of_ray_while_it_starts_is_the_end_too() -> None:
+    process = program(LIKE_RAY)
+    wait_for(process, "begun")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, errors.splitlines()) == (143, ["raylm: ended by SIGTERM"])
+
+
 def test_an_import_is_ended_at_once() -> None:
     process = program(SWALLOWING.replace("insistent()", "ended_at_once()"))
     wait_for(process, "begun")
