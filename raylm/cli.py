@@ -22,7 +22,7 @@ import typer
 
 import raylm
 from raylm.errors import RunFailure, UserError
-from raylm.interrupts import SIGNALS, Interrupts, insistent, interruptible
+from raylm.interrupts import SIGNALLED, SIGNALS, Interrupts, ended_at_once, ending, interruptible
 from raylm.progress import Activity
 
 app = typer.Typer(
@@ -38,9 +38,6 @@ ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the command."
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set, such as training.steps=100.")
 ]
-
-# A shell's exit status of what a signal ended, less the signal's number.
-SIGNALLED = 128
 
 # Stage -> module and function that run it; imported only when the stage is called.
 STAGE_FUNCTIONS = {
@@ -75,7 +72,7 @@ def run_stage(stage: str, path: Path, overrides: list[str] | None) -> None:
 
     config = load_config(stage, path, overrides or [])
     module, name = STAGE_FUNCTIONS[stage]
-    with Activity(f"{stage}: importing libraries"), insistent():
+    with Activity(f"{stage}: importing libraries"), ended_at_once():
         function = getattr(importlib.import_module(module), name)
     function(config)
 
@@ -199,7 +196,7 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     from raylm.config import load_config
     from raylm.parallel.plan.planning import make_plan
 
-    with insistent():
+    with ended_at_once():
         text = make_plan(load_config("pretrain", config, overrides or [])).describe()
     print(text)
 
@@ -222,7 +219,7 @@ def generate(
     """
     from raylm.evaluation.generation import generate_text
 
-    with insistent():
+    with ended_at_once():
         text = generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     print(text)
 
@@ -330,7 +327,7 @@ def _failed(error: Exception) -> int:
 
 def _interrupted(interrupts: Interrupts) -> int:
     number = interrupts.received or signal.SIGINT
-    print(f"raylm: {'interrupted' if number == signal.SIGINT else f'ended by {number.name}'}", file=sys.stderr)
+    print(ending(number), file=sys.stderr)
     return SIGNALLED + number
 
 
@@ -339,14 +336,15 @@ def run_and_exit(arguments: list[str] | None = None) -> NoReturn:
 
     A thread of Ray's C++ core lives on after ``ray.shutdown()``. Where it wakes while the interpreter takes itself
     apart, it ends the process with status 1 ("the core worker has already been shutdown"), whatever the stage had made.
-    So what is registered for the end runs, output is flushed, and the process ends at once.
+    A thread of a library whose work was interrupted may never end, which the interpreter would wait for. So what is
+    registered for the end runs, output is flushed, and the process ends at once.
     """
     status = main(arguments)
     # From here on there is nothing to wait for.
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    if "ray" in sys.modules:
+            signal.signal(number, lambda *_: os._exit(status))
+    if "ray" in sys.modules or status > SIGNALLED:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

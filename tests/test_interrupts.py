@@ -30,8 +30,8 @@ def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
 
 PROGRAM = """
 import sys, time
-from raylm.cli import _failed, _interrupted
-from raylm.interrupts import deferred, insistent, interruptible
+from raylm.cli import _interrupted
+from raylm.interrupts import deferred, ended_at_once, insistent, interruptible
 
 def work():
     {work}
@@ -122,6 +122,48 @@ def test_an_interrupt_that_a_library_swallows_is_repeated() -> None:
     _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert errors.splitlines() == [*["swallowed", "begun"] * 2, "swallowed", "raylm: ended by SIGTERM"]
     assert process.returncode == 143
+
+
+FINALIZER = """
+    class Slow:
+        def __del__(self):
+            say("begun")
+            time.sleep(30)
+    Slow()
+    time.sleep(30)
+"""
+
+
+def test_an_interrupt_in_a_finalizer_is_repeated_and_shows_no_traceback() -> None:
+    process = program(FINALIZER)
+    wait_for(process, "begun")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, errors.splitlines()) == (143, ["raylm: ended by SIGTERM"])
+
+
+LIKE_RAY = """
+    import signal
+    from raylm.cluster.session import _own_termination
+    with _own_termination():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+""" + FINALIZER.replace("\n    ", "\n        ")
+
+
+def test_an_exit_of_ray_while_it_starts_is_the_end_too() -> None:
+    process = program(LIKE_RAY)
+    wait_for(process, "begun")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, errors.splitlines()) == (143, ["raylm: ended by SIGTERM"])
+
+
+def test_an_import_is_ended_at_once() -> None:
+    process = program(SWALLOWING.replace("insistent()", "ended_at_once()"))
+    wait_for(process, "begun")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, errors.splitlines()) == (130, ["raylm: interrupted"])
 
 
 def test_what_is_ignored_stays_ignored() -> None:

@@ -30,7 +30,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
-from raylm.interrupts import insistent
+from raylm.interrupts import ended_at_once, insistent
 from raylm.models.heads import CAUSAL, Head
 from raylm.progress import Activity, ProgressBar
 
@@ -93,7 +93,7 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
     from raylm.models.families.build import check_positions
     from raylm.models.loading import load_model
 
-    with Activity("compress: loading the model and the text"), insistent():
+    with Activity("compress: loading the model and the text"), ended_at_once():
         tokenizer = load_tokenizer(source)
         model = load_model(source)
         window = window_of(config.evaluation, model.config)
@@ -146,7 +146,7 @@ def _compress_encoder(
     """The report of a model that reads and does not generate."""
     from raylm.compression import encoders
 
-    with Activity("compress: reading the data"), insistent():
+    with Activity("compress: reading the data"), ended_at_once():
         examples = evaluation.open(config, source)
     run.create()
     partial, applied = _compressed_copy(source, run, config, task.head)

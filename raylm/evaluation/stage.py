@@ -30,7 +30,7 @@ from raylm.evaluation.perplexity import (
     make_stream,
     window_batches,
 )
-from raylm.interrupts import insistent
+from raylm.interrupts import ended_at_once
 from raylm.progress import Activity, ProgressBar
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
     from raylm.models.openvino import find_export
     from raylm.tasks import task_of
 
-    with Activity("evaluate: reading the model's configuration and the data"), insistent():
+    with Activity("evaluate: reading the model's configuration and the data"), ended_at_once():
         source = resolve_model(config.model.path)
         model_config = load_config(source)
         task = task_of(model_config)

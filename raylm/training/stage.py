@@ -16,7 +16,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.data.sources.segments import MANIFEST
 from raylm.errors import UserError
-from raylm.interrupts import insistent
+from raylm.interrupts import ended_at_once
 from raylm.progress import Activity
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
             check_raw_unchanged(config)
             print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
             return
-        with Activity(f"{stage}: checking the data and the model"), insistent():
+        with Activity(f"{stage}: checking the data and the model"), ended_at_once():
             checked = validate(config)
 
         with run.held():

@@ -20,7 +20,7 @@ from raylm.cluster.session import ray_session
 from raylm.config.run_directory import RunDirectory, read_object
 from raylm.config.stages import TuneConfig
 from raylm.errors import RunFailure, UserError
-from raylm.interrupts import Deferred, deferred, insistent
+from raylm.interrupts import Deferred, deferred, ended_at_once
 from raylm.progress import Activity
 from raylm.tuning.progress import SearchProgress
 from raylm.tuning.search import (
@@ -59,7 +59,7 @@ def tune(config: TuneConfig) -> None:
         print(f"tune: {run.path} is done already\n{describe(run, done, list(config.tuning.space))}")
         return
     _refuse_older(run)
-    with Activity("tune: checking the data and the model"), insistent():
+    with Activity("tune: checking the data and the model"), ended_at_once():
         checked = validate(config)
         candidates = draw_candidates(config.tuning, config.run.seed)
         for candidate in candidates:
