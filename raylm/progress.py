@@ -55,7 +55,7 @@ class Activity:
             self._spinner.start()
             self._task = self._spinner.add_task(self.text, total=None)
         else:
-            _print_line(f"{self.text}…")
+            print_line(f"{self.text}…")
             self._ticker = _Ticker(lambda: f"{self.text}… {time.monotonic() - self._began:,.0f} s so far")
         return self
 
@@ -67,7 +67,7 @@ class Activity:
         if self._spinner is not None:
             self._spinner.reset(self._task, description=text)
         elif self._ticker is not None:
-            _print_line(f"{text}…")
+            print_line(f"{text}…")
             self._ticker.restart()
 
     def __exit__(
@@ -120,7 +120,7 @@ class ProgressBar:
                 self.title, total=self.total, completed=self.done, count=self._count(), rate="", note=""
             )
         else:
-            _print_line(f"{self.title}: {self._count()}")
+            print_line(f"{self.title}: {self._count()}")
             self._ticker = _Ticker(self._line)
         return self
 
@@ -175,10 +175,11 @@ class ProgressBar:
             self._ticker.stop()
             seconds = time.monotonic() - self._began
             if kind is None and seconds > SHORT_SECONDS:
-                _print_line(f"{self.title}: {self._count()} in {seconds:,.0f} s")
+                print_line(f"{self.title}: {self._count()} in {seconds:,.0f} s")
 
 
-def _print_line(line: str) -> None:
+def print_line(line: str) -> None:
+    """Print a line to stderr at once; beside a spinner or a bar, above it."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -195,7 +196,7 @@ class _Ticker:
     def _run(self) -> None:
         while True:
             if not self._wake.wait(PLAIN_LINE_SECONDS):
-                _print_line(self._line())
+                print_line(self._line())
             elif self._stopped:
                 return
             else:

@@ -33,7 +33,7 @@ class FieldsSection(Section):
     default."""
 
 
-Format = Literal["auto", "text", "jsonl", "csv", "parquet", "squad", "parallel", "hub", "prepared"]
+Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "squad", "parallel", "hub", "prepared"]
 
 
 class SourceSection(Section):
@@ -61,8 +61,9 @@ class DataSection(Section):
     validation: str | list[str] | None = None
     """Source, or list of sources, to validate on. Without it, ``validation_fraction`` of the documents is held out."""
     format: Format = "auto"
-    """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2. parallel:
-    text files with a sentence, a tab and its translation on each line, without a header; makes pairs."""
+    """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2. json: a
+    list of rows, or SQuAD. squad: questions of that format, also as rows of a .json file. parallel: text files
+    with a sentence, a tab and its translation on each line, without a header; makes pairs."""
     fields: FieldsSection = FieldsSection()
     """Which column of a row holds what."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -77,8 +78,11 @@ class DataSection(Section):
     """What happens to input that cannot be read. strict: stop and name the place. replace: bytes that are not UTF-8
     become U+FFFD. skip: the document, row or line is left out. The last two count what they touched."""
     encoding: str = "utf-8"
-    """Encoding of text, JSONL, CSV and SQuAD files, such as gb18030 or latin-1; ``detect`` guesses each file's own from
-    its beginning."""
+    """Encoding of text, JSONL, CSV and JSON files, such as gb18030, latin-1 or utf-16; ``detect`` guesses each file's
+    own from its beginning."""
+    delimiter: str | None = None
+    """What parts the columns of CSV files, one character or ``tab``. By default the first of comma (.tsv: tab),
+    semicolon, tab and ``|`` by which the header has the columns that ``fields`` names."""
     max_document_bytes: int = Field(default=128 << 20, ge=1)
     """Longest document, line or row that is read, in bytes; ``errors`` says what happens to a longer one."""
     cleaning: CleaningSection = CleaningSection()
@@ -97,13 +101,25 @@ class DataSection(Section):
             return encoding
         try:
             name = codecs.lookup(encoding).name
+            if name.startswith(("utf-16", "utf-32")):
+                return name
             if "\n".encode(name) != b"\n" or name in ("utf-7", "idna", "punycode"):
                 raise LookupError
         except (LookupError, UnicodeError, TypeError):
             raise ValueError(
-                "allowed: detect, or an encoding of Python in which a line feed is one byte, such as utf-8 or gb18030"
+                "allowed: detect, utf-16, utf-32, or an encoding of Python in which a line feed is one byte, such as "
+                "utf-8 or gb18030"
             ) from None
         return name
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, delimiter: str | None) -> str | None:
+        if delimiter in ("tab", "\\t"):
+            return "\t"
+        if delimiter is not None and (len(delimiter) != 1 or delimiter in '\r\n"\0'):
+            raise ValueError("allowed: tab, or one character such as ';' that is no quote and no line end")
+        return delimiter
 
     @model_validator(mode="after")
     def _not_empty(self) -> DataSection:

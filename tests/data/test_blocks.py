@@ -8,9 +8,10 @@ import pytest
 from raylm.config.data import DataSection
 from raylm.data.sources.blocks import Block, block_bytes, cut
 from raylm.data.sources.corpus import Corpus
+from raylm.data.sources.lines import Lines
 from raylm.data.sources.readers import read_block
 from raylm.data.sources.segments import open_sources
-from raylm.data.sources.streams import InputErrors, Lines
+from raylm.data.sources.streams import InputErrors
 
 
 def read(path, size: int, **options) -> list[list[str]]:

@@ -17,9 +17,8 @@ import numpy as np
 from raylm.config.data import DataSection
 from raylm.data.padding import encoder_batch
 from raylm.data.samples.array_sets import SPLITS, ArraySamples, write_set
-from raylm.data.sources.blocks import Block
 from raylm.data.sources.documents import Split, hash_share
-from raylm.data.sources.readers import read_block
+from raylm.data.sources.readers import read_table
 from raylm.data.sources.segments import open_sources
 from raylm.data.sources.streams import InputErrors
 from raylm.errors import UserError
@@ -27,7 +26,7 @@ from raylm.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMATS = ("jsonl", "csv", "parquet", "hub")
+FORMATS = ("jsonl", "json", "csv", "parquet", "hub")
 ARRAYS = ("tokens", "rows")
 KIND = "labelled"
 
@@ -81,15 +80,18 @@ def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[Label
                     f"{key}: {source.name}: found the format {segment.format}, allowed with labels: "
                     f"{', '.join(FORMATS)}"
                 )
-            for document in read_block(Block(0, 0, None, (segment,)), labelled, errors):
-                if document.text.strip() and document.label.strip():
+            for document in read_table(segment, labelled, errors, needs_label=True):
+                if document.text.strip():
                     yield LabelledText(document.text, document.label.strip())
+                else:
+                    errors.count("without a text", f"{source.name}: a row without a text")
+    errors.say(key)
 
 
 def in_order(labels: set[str]) -> list[str]:
     """Labels sorted: numbers by value, others by name."""
-    if all(label.lstrip("-").isdecimal() for label in labels):
-        return sorted(labels, key=int)
+    if all(label.removeprefix("-").isdecimal() for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)
 
 

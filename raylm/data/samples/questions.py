@@ -1,22 +1,25 @@
 """Questions about contexts from files in the SQuAD format, with all their answers and where these stand.
 
-In: the ``data`` section. Out: :class:`Question`, in the order of the files. The layout is that of SQuAD 1.1 and 2.0
-(Rajpurkar et al. 2016 and 2018): articles of paragraphs, each a context with its questions; CMRC 2018's flat list of
-paragraphs (Cui et al. 2019), which gives no places, is read as well.
+In: the ``data`` section. Out: :class:`Question`, in the order of the files. :mod:`raylm.data.sources.squad` says which
+layouts are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raylm.config.data import DataSection
 from raylm.data.sources.documents import Split, hash_share
+from raylm.data.sources.rows import Table
 from raylm.data.sources.segments import open_sources
-from raylm.data.sources.squad import read_articles
-from raylm.data.sources.streams import InputErrors, damaged
-from raylm.errors import UserError, first_line
+from raylm.data.sources.squad import COLUMNS, answers_of, is_squad
+from raylm.data.sources.streams import InputErrors
+from raylm.data.sources.tables import open_table
+from raylm.errors import UserError
+
+FORMATS = ("json", "squad", "jsonl", "parquet", "hub")
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,12 @@ def read_questions(data: DataSection, split: Split | None = None) -> Iterator[tu
     Raises:
         UserError: a source is wrong or of another format; names the file and the place.
     """
-    errors = InputErrors.of(data)
     sides: list[tuple[str, list[Any], Split | None]] = [
         ("data.train", data.train_sections, "train" if data.validation_sources else None),
         ("data.validation", data.validation_sources, "validation"),
     ]
     for key, names, sole in sides:
-        for question in _of_sources(data, names, key, errors):
+        for question in _of_sources(data, names, key):
             side = sole or _side(question.context, data.validation_fraction)
             if split in (None, side):
                 yield side, question
@@ -67,83 +69,79 @@ def evaluation_questions(data: DataSection, split: Split = "validation") -> list
     """
     key = "data.validation" if split == "validation" and data.validation_sources else "data.train"
     names = data.validation_sources if key == "data.validation" else data.train_sections
-    found = list(_of_sources(data, names, key, InputErrors.of(data)))
+    found = list(_of_sources(data, names, key))
     if not found:
         raise UserError(f"{key}: found no question")
     return found
 
 
-def _of_sources(data: DataSection, names: list[Any], key: str, errors: InputErrors) -> Iterator[Question]:
+def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[Question]:
+    errors = InputErrors.of(data)
     for source in open_sources(data, names, key):
         for segment in source.segments:
-            if segment.format != "squad":
+            if segment.format not in FORMATS:
                 raise UserError(
-                    f"{key}: {source.name}: found the format {segment.format}, allowed with questions: squad "
-                    "(a .json file in the SQuAD format)"
+                    f"{key}: {source.name}: found the format {segment.format}, allowed with questions: "
+                    f"{', '.join(FORMATS)} (SQuAD, or rows with the columns id, question, context and answers)"
                 )
-            try:
-                yield from read_file(segment.path, errors)
-            except damaged() as error:
-                reason = getattr(error, "strerror", None) or first_line(error)
-                raise UserError(f"{segment.path}: cannot be read: {reason}") from None
+            yield from questions_of(open_table(segment, data, errors), errors)
+    errors.say(key)
+
+
+def questions_of(table: Table, errors: InputErrors) -> Iterator[Question]:
+    """The questions of one file.
+
+    Raises:
+        UserError: its rows are no questions, or an answer does not stand where it says (``data.errors``: skip leaves
+            such questions out and counts them).
+    """
+    for number, row in table.rows:
+        if not is_squad(list(row)):
+            found = ", ".join(row) or "none"
+            raise UserError(
+                f"{table.place(number)}: found the columns {found}, allowed: those of SQuAD ({', '.join(COLUMNS)})"
+            )
+        try:
+            yield _question(row, table.place(number))
+        except Misplaced as error:
+            errors.bad("misplaced", str(error))
+        except ValueError as error:
+            errors.bad("malformed", f"{table.place(number)}: not a SQuAD question: {error}")
 
 
 def _side(context: str, validation_fraction: float) -> Split:
     return "validation" if hash_share(context, b"raylm-split") < validation_fraction else "train"
 
 
-def read_file(path: str, errors: InputErrors) -> Iterator[Question]:
-    """The questions of one file.
-
-    Raises:
-        UserError: it is not in the SQuAD format, or an answer does not stand where it says (``data.errors``: skip
-            leaves such questions out).
-    """
-    articles = read_articles(path, errors, "articles with paragraphs")
-    for number, article in enumerate(articles):
-        paragraphs = article.get("paragraphs", [article]) if isinstance(article, dict) else [article]
-        for paragraph in paragraphs:
-            place = f"{path}: article {number}"
-            try:
-                context = paragraph.get("context") or paragraph["context_text"]
-                rows = list(paragraph["qas"])
-            except (KeyError, TypeError, AttributeError) as error:
-                errors.bad("malformed", f"{place}: not a SQuAD paragraph: {_found(error)}")
-                continue
-            for row in rows:
-                try:
-                    yield _question(row, context, place)
-                except (KeyError, TypeError, AttributeError) as error:
-                    errors.bad("malformed", f"{place}: not a SQuAD question: {_found(error)}")
-                except ValueError as error:
-                    errors.bad("misplaced", str(error))
+class Misplaced(ValueError):
+    """An answer does not stand in the context where it is said to."""
 
 
-def _found(error: Exception) -> str:
-    return f"found no {error}" if isinstance(error, KeyError) else "found another structure"
-
-
-def _question(row: dict[str, Any], context: str, place: str) -> Question:
+def _question(row: Mapping[str, Any], place: str) -> Question:
     """One question.
 
     Raises:
-        ValueError: an answer does not stand in the context where it is said to.
+        Misplaced: see there.
+        ValueError: a column is missing or of another type.
     """
-    name = str(row["id"] if "id" in row else row["query_id"])
+    if row.get("id") is None:
+        raise ValueError("found no 'id'")
+    name, context, question = str(row["id"]), _text(row, "context"), _text(row, "question")
     answers, starts = [], []
-    for answer in [] if row.get("is_impossible") else row["answers"]:
-        text = answer["text"] if isinstance(answer, dict) else answer
-        start = answer.get("answer_start", -1) if isinstance(answer, dict) else -1
-        if start < 0:
-            start = context.find(text)
+    for text, given in answers_of(row):
+        start = context.find(text) if given < 0 else given
         if start < 0 or context[start : start + len(text)] != text or not text:
             found = context[max(start, 0) : max(start, 0) + len(text)]
-            raise ValueError(
+            raise Misplaced(
                 f"{place}: question {name}: the answer '{text}' does not stand at character {start} of the context "
                 f"(found '{found}')"
             )
         answers.append(text)
         starts.append(start)
-    return Question(
-        name, row["question"] if "question" in row else row["query_text"], context, tuple(answers), tuple(starts)
-    )
+    return Question(name, question, context, tuple(answers), tuple(starts))
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    if not isinstance(row[column], str):
+        raise ValueError(f"column '{column}': found {type(row[column]).__name__}, allowed: text")
+    return row[column]

@@ -7,6 +7,8 @@ of data files that ``load_dataset`` understands.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +41,28 @@ def hub_segments(name: str, data: DataSection, key: str) -> list[Segment]:
 def hub_rows(segment: Segment, data: DataSection) -> Rows:
     """(number from 1, row) of a segment."""
     dataset = _load(segment.path, data, "data.train")
-    if data.hub_streaming:
-        rows = dataset.shard(num_shards=dataset.num_shards, index=segment.start)
-        yield from enumerate(rows, start=1)
-        return
-    number = segment.start
-    for batch in dataset.select(range(segment.start, segment.stop or len(dataset))).iter(ROWS_A_BATCH):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield number, dict(zip(batch, values, strict=True))
+    with _loading(segment.path, "data.train"):
+        if data.hub_streaming:
+            rows = dataset.shard(num_shards=dataset.num_shards, index=segment.start)
+            yield from enumerate(rows, start=1)
+            return
+        number = segment.start
+        for batch in dataset.select(range(segment.start, segment.stop or len(dataset))).iter(ROWS_A_BATCH):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield number, dict(zip(batch, values, strict=True))
+
+
+@contextmanager
+def _loading(source: str, key: str) -> Iterator[None]:
+    """Refuse what ``datasets`` cannot read; a stream finds that out when its rows are read."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        reason = first_line(error)
+        raise UserError(f"{key}: {source} cannot be loaded by datasets: {reason}") from None
 
 
 def _load(source: str, data: DataSection, key: str) -> Any:
@@ -59,7 +74,7 @@ def _load(source: str, data: DataSection, key: str) -> Any:
     name, _, configuration = source.partition(":")
     directory = Path(name).expanduser()
     saved = any((directory / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
-    try:
+    with _loading(source, key):
         if saved:
             found = datasets.load_from_disk(str(directory))
             if isinstance(found, datasets.DatasetDict):
@@ -69,6 +84,3 @@ def _load(source: str, data: DataSection, key: str) -> Any:
             return found.to_iterable_dataset() if data.hub_streaming else found
         path = str(directory) if directory.is_dir() else name
         return datasets.load_dataset(path, configuration or None, split=split, streaming=data.hub_streaming)
-    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        reason = first_line(error)
-        raise UserError(f"{key}: {source} cannot be loaded by datasets: {reason}") from None

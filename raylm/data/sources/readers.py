@@ -1,4 +1,4 @@
-"""Readers of one segment each: text, JSONL, CSV, Parquet, SQuAD and parallel text to documents, streaming.
+"""Readers of one segment each: text, rows, parallel text, embedded corpora and prepared sets to documents, streaming.
 
 Every mistake is named by its place, and ``data.errors`` decides whether it ends the reading. Empty texts are passed on
 (they are counted and dropped later); nothing else is lost silently.
@@ -6,37 +6,18 @@ Every mistake is named by its place, and ``data.errors`` decides whether it ends
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raylm.config.data import DataSection
 from raylm.data.sources.blocks import Block, Segment
 from raylm.data.sources.documents import Document, read_row_groups
-from raylm.data.sources.rows import Rows, is_wanted, rows_to_documents
-from raylm.data.sources.squad import read_articles
-from raylm.data.sources.streams import (
-    BYTE_ORDER_MARK,
-    InputErrors,
-    Lines,
-    damaged,
-    file_system,
-    is_remote,
-    line_number,
-    open_bytes,
-    open_remote,
-    plain_suffix,
-)
-from raylm.errors import UserError, first_line
-
-PARQUET_ROWS = 1024
+from raylm.data.sources.lines import Lines
+from raylm.data.sources.rows import Rows, Table, rows_to_documents
+from raylm.data.sources.streams import BYTE_ORDER_MARK, InputErrors, readable
+from raylm.data.sources.tables import TABLES, open_table
+from raylm.errors import UserError
 
 
 def read_block(block: Block, data: DataSection, errors: InputErrors) -> Iterator[Document]:
@@ -46,19 +27,14 @@ def read_block(block: Block, data: DataSection, errors: InputErrors) -> Iterator
         UserError: bad input; names the file and the place.
     """
     for segment in block.segments:
-        try:
+        with readable(segment.path):
             yield from READERS[segment.format](segment, data, errors)
-        except UserError:
-            raise
-        except damaged() as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise UserError(f"{segment.path}: cannot be read: {reason}") from None
 
 
 def read_text(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
-    """Documents of a UTF-8 text file: the whole file, its paragraphs or its lines (``data.text_unit``)."""
+    """Documents of a text file: the whole file, its paragraphs or its lines (``data.text_unit``)."""
     if data.text_unit == "file":
-        with open_bytes(segment.path) as stream:
+        with errors.open(segment.path) as stream:
             raw = stream.read(data.max_document_bytes + 1)
         if len(raw) > data.max_document_bytes:
             errors.bad(
@@ -72,7 +48,7 @@ def read_text(segment: Segment, data: DataSection, errors: InputErrors) -> Itera
         if text is not None:
             yield Document(text=text)
         return
-    lines = _lines(segment, data, errors)
+    lines = Lines.of(segment, data, errors)
     if data.text_unit == "line":
         for _, line in lines:
             yield Document(text=line.rstrip("\r\n"))
@@ -99,132 +75,11 @@ def _paragraphs(segment: Segment, lines: Lines) -> Iterator[Document]:
         yield Document(text="".join(paragraph).rstrip("\r\n"))
 
 
-def read_jsonl(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
-    """Documents of a file with one JSON object a line; blank lines are passed over."""
-    path = segment.path
-
-    def rows(lines: Iterable[tuple[int, str]]) -> Rows:
-        for offset, line in lines:
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                reason = getattr(error, "msg", str(error))
-                place = f"{path}:{line_number(path, offset)}"
-                errors.bad("malformed", f"{place}: malformed JSON: {reason}; allowed: one object a line")
-                continue
-            if not isinstance(row, dict):
-                place = f"{path}:{line_number(path, offset)}"
-                errors.bad("malformed", f"{place}: found a JSON {type(row).__name__}, allowed: one object a line")
-                continue
-            yield offset, row
-
-    def head() -> list[str] | None:
-        # What a row is, the file's first one says.
-        if segment.start == 0:
-            return None
-        first = next(rows_of_head(path, data, InputErrors("skip", encoding=data.encoding), rows), None)
-        return None if first is None else list(first[1])
-
-    place = lambda offset: f"{path}:{line_number(path, offset)}"  # noqa: E731
-    yield from rows_to_documents(rows(_lines(segment, data, errors)), data.fields, path, errors, place, head)
-
-
-def rows_of_head(path: str, data: DataSection, errors: InputErrors, rows: Callable[..., Rows]) -> Rows:
-    """The rows from the file's beginning on."""
-    return rows(Lines(path, errors, data.max_document_bytes))
-
-
-def read_csv(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
-    """Documents of a CSV file with a header (``.tsv``: separated by tabs); quoted fields may span lines."""
-    path = segment.path
-
-    def rows() -> Rows:
-        # A document may be longer than the csv module's default of 128 KiB a field.
-        csv.field_size_limit(sys.maxsize)
-        delimiter = "\t" if plain_suffix(path) == ".tsv" else ","
-        reader = csv.reader((line for _, line in _lines(segment, data, errors)), delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                errors.bad("malformed", f"{path}:{reader.line_num}: malformed CSV: {error}")
-                continue
-            if fields is None:
-                return
-            if header is None:
-                header = fields
-                repeated = next((name for name in header if header.count(name) > 1), None)
-                if repeated is not None:
-                    raise UserError(f"{path}:1: column '{repeated}' is twice in the header")
-            elif not fields:
-                continue
-            elif len(fields) != len(header):
-                found = f"found {len(fields)} fields, the header has {len(header)}"
-                errors.bad("malformed", f"{path}:{reader.line_num}: {found}")
-            else:
-                yield reader.line_num, dict(zip(header, fields, strict=True))
-
-    return rows_to_documents(rows(), data.fields, path, errors, lambda line: f"{path}:{line}")
-
-
-def read_parquet(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
-    """Documents of a Parquet file, a batch of rows at a time."""
-    path = segment.path
-
-    def rows() -> Rows:
-        try:
-            files, inner = file_system(path) if is_remote(path) else (None, path)
-            with pq.ParquetFile(open_remote(files, inner) if files else inner) as file:
-                names = list(file.schema_arrow.names)
-                columns = [name for name in names if is_wanted(name, data.fields)] or None
-                groups = range(segment.start, segment.stop or file.num_row_groups)
-                number = sum(file.metadata.row_group(group).num_rows for group in range(segment.start))
-                for batch in file.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, row if columns else dict.fromkeys(names)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
-
-    return rows_to_documents(rows(), data.fields, path, errors, lambda number: f"{path}: row {number}")
-
-
-def read_squad(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
-    """Pairs of a file in the SQuAD format (Rajpurkar et al. 2016), nested or a flat list: question, first answer, and
-    the paragraph as context where ``fields.context`` is given. Questions without an answer are empty documents."""
-    path = segment.path
-    articles = read_articles(path, errors, "SQuAD, or one object a line in .jsonl")
-
-    def rows() -> Rows:
-        for number, article in enumerate(articles):
-            paragraphs = article.get("paragraphs", [article]) if isinstance(article, dict) else [article]
-            for paragraph in paragraphs:
-                try:
-                    context = paragraph.get("context") or paragraph["context_text"]
-                    for question in paragraph["qas"]:
-                        yield number, {"question": _question(question), "context": context, "answer": _answer(question)}
-                except (KeyError, TypeError, AttributeError) as error:
-                    found = f"found {error}" if isinstance(error, KeyError) else "found another structure"
-                    errors.bad("malformed", f"{path}: article {number}: not a SQuAD paragraph: {found}")
-
-    fields = data.fields.model_copy(
-        update={"prompt": "question", "answer": "answer", "context": "context" if data.fields.context else None}
-    )
-    yield from rows_to_documents(rows(), fields, path, errors, lambda number: f"{path}: article {number}")
-
-
-def _question(question: Mapping[str, Any]) -> str:
-    return question["question"] if "question" in question else question["query_text"]
-
-
-def _answer(question: Mapping[str, Any]) -> str:
-    answers = question["answers"]
-    if not answers:
-        return ""
-    return answers[0]["text"] if isinstance(answers[0], dict) else answers[0]
+def read_table(
+    segment: Segment, data: DataSection, errors: InputErrors, needs_label: bool = False
+) -> Iterator[Document]:
+    """Documents of a format with rows; with ``needs_label``, a text without a label is a bad row."""
+    return rows_to_documents(open_table(segment, data, errors), data.fields, errors, needs_label)
 
 
 def read_parallel(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
@@ -247,25 +102,24 @@ def read_parallel(segment: Segment, data: DataSection, errors: InputErrors) -> I
             errors.counts[kind] = errors.counts.get(kind, 0) + count
 
     fields = data.fields.model_copy(update={"context": None, "label": None})
-    return rows_to_documents(rows(), fields, path, errors, lambda number: f"{path}:{number}")
+    return rows_to_documents(Table(path, rows(), lambda number: f"{path}:{number}"), fields, errors)
 
 
 def read_columns(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
     """Pairs of a text file with a prompt, a tab and an answer on each line."""
-    path = segment.path
+    lines = Lines.of(segment, data, errors)
 
     def rows() -> Rows:
-        for offset, line in _lines(segment, data, errors):
+        for _, line in lines:
             columns = line.rstrip("\r\n").split("\t")
             if len(columns) > 1:
-                yield offset, {data.fields.prompt: columns[0], data.fields.answer: columns[1]}
+                yield lines.count, {data.fields.prompt: columns[0], data.fields.answer: columns[1]}
             elif line.strip():
-                place = f"{path}:{line_number(path, offset)}"
-                errors.bad("malformed", f"{place}: found no tab, allowed: a text, a tab and its translation")
+                found = "found no tab, allowed: a text, a tab and its translation"
+                errors.bad("malformed", f"{lines.place(lines.count)}: {found}")
 
     fields = data.fields.model_copy(update={"context": None, "label": None})
-    place = lambda offset: f"{path}:{line_number(path, offset)}"  # noqa: E731
-    return rows_to_documents(rows(), fields, path, errors, place)
+    return rows_to_documents(Table(segment.path, rows(), lines.place), fields, errors)
 
 
 def read_stdlib(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
@@ -287,26 +141,10 @@ def read_prepared(segment: Segment, data: DataSection, errors: InputErrors) -> I
             yield document.on_side(split)
 
 
-def read_hub(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
-    """Rows of a hub dataset."""
-    from raylm.data.sources.hub import hub_rows
-
-    place = lambda number: f"{segment.path}: row {number}"  # noqa: E731
-    return rows_to_documents(hub_rows(segment, data), data.fields, segment.path, errors, place)
-
-
-def _lines(segment: Segment, data: DataSection, errors: InputErrors) -> Lines:
-    return Lines(segment.path, errors, data.max_document_bytes, segment.start, segment.stop)
-
-
 READERS: dict[str, Callable[[Segment, DataSection, InputErrors], Iterator[Document]]] = {
+    **dict.fromkeys(TABLES, read_table),
     "text": read_text,
-    "jsonl": read_jsonl,
-    "csv": read_csv,
-    "parquet": read_parquet,
-    "squad": read_squad,
     "parallel": read_parallel,
     "stdlib": read_stdlib,
     "documents": read_prepared,
-    "hub": read_hub,
 }

@@ -17,7 +17,18 @@ import pyarrow.parquet as pq
 from raylm.config.data import STDLIB_DOCS, STDLIB_PAIRS, DataSection, SourceSection
 from raylm.data.sources.blocks import BY_LINES, SMALLEST_BLOCK, Segment
 from raylm.data.sources.documents import document_files
-from raylm.data.sources.streams import COMPRESSED, file_system, is_compressed, is_remote, open_remote, plain_suffix
+from raylm.data.sources.encodings import is_wide
+from raylm.data.sources.folders import files_below, matches
+from raylm.data.sources.streams import (
+    COMPRESSED,
+    InputErrors,
+    file_system,
+    is_compressed,
+    is_remote,
+    open_remote,
+    plain_suffix,
+    readable,
+)
 from raylm.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
@@ -33,7 +44,7 @@ SUFFIXES = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
-    ".json": "squad",
+    ".json": "json",
 }
 
 
@@ -80,7 +91,16 @@ def _segments(section: SourceSection, file_format: str, data: DataSection, key: 
     found = _remote_files(name, file_format, key) if is_remote(name) else _local_files(path, name, file_format, key)
     if section.target is not None:
         return [_parallel(section, found, key)]
-    return found
+    errors = InputErrors.of(data)
+    return [_uncut_if_wide(segment, data.encoding, errors) for segment in found]
+
+
+def _uncut_if_wide(segment: Segment, encoding: str, errors: InputErrors) -> Segment:
+    """The segment, without an end in bytes where the file is not in the encoding that it is read as."""
+    if segment.format not in BY_LINES or segment.stop is None or not (encoding == "detect" or is_wide(encoding)):
+        return segment
+    with readable(segment.path):
+        return replace(segment, stop=None) if is_wide(errors.encoding_of(segment.path)) else segment
 
 
 def _prepared_segments(path: Path, key: str) -> list[Segment]:
@@ -103,7 +123,8 @@ def _parallel(section: SourceSection, found: list[Segment], key: str) -> Segment
 
 
 def _local_segment(file: Path, file_format: str) -> Segment:
-    found = file.stat()
+    with readable(str(file)):
+        found = file.stat()
     whole = None if is_compressed(str(file)) else found.st_size
     return Segment(str(file), file_format, 0, whole, found.st_size, str(found.st_mtime_ns))
 
@@ -154,8 +175,7 @@ def _usable(paths: list[str], file_format: str) -> list[str]:
 def _local_files(path: Path, name: str, file_format: str, key: str) -> list[Segment]:
     """Segments of all files that ``name`` stands for, sorted by name."""
     if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
-        usable = _usable([str(file) for file in found], file_format)
+        usable = _usable([str(file) for file in files_below(path)], file_format)
         if not usable:
             raise UserError(
                 f"{key}: directory {name} holds no file of format {file_format}; allowed suffixes: {_known()}"
@@ -166,7 +186,7 @@ def _local_files(path: Path, name: str, file_format: str, key: str) -> list[Segm
     if path.is_file():
         found = [path]
     elif glob.has_magic(name):
-        found = _matches(path, name, key)
+        found = matches(path)
         if not found:
             raise UserError(f"{key}: no file matches '{name}'")
     else:
@@ -183,10 +203,10 @@ def _remote_files(name: str, file_format: str, key: str) -> list[Segment]:
     query = name[len(name.partition("?")[0]) :] if name.startswith(("s3://", "gs://", "gcs://")) else ""
     try:
         _touch(files, inner)
-        if glob.has_magic(inner):
-            found = [path for path in sorted(files.glob(inner)) if files.isfile(path)]
-        elif files.isfile(inner):
+        if files.isfile(inner):
             found = [inner]
+        elif glob.has_magic(inner):
+            found = [path for path in sorted(files.glob(inner)) if files.isfile(path)]
         else:
             found = _usable(sorted(files.find(inner)), file_format)
         if not found:
@@ -218,16 +238,3 @@ def _touch(files: Any, path: str) -> None:
     except FileNotFoundError as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
-
-
-def _matches(pattern: Path, name: str, key: str) -> list[Path]:
-    base = Path(pattern.anchor or ".")
-    try:
-        found = list(base.glob(str(pattern.relative_to(pattern.anchor))))
-    except ValueError as error:
-        raise UserError(f"{key}: '{name}' is not a valid glob: {error}") from None
-    return sorted(file for file in found if file.is_file() and not file.name.startswith("."))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

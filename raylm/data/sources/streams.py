@@ -1,4 +1,4 @@
-"""Bytes of files: local or remote (fsspec), plain or compressed, a line at a time, and what to do with bad ones.
+"""Bytes of files: local or remote (fsspec), plain or compressed, and what to do with bad ones.
 
 A remote path is a URI. ``s3://`` and ``gs://`` go through pyarrow, which takes ``?region=`` and the like as the storage
 of a run does; everything else through fsspec's own file systems.
@@ -7,11 +7,12 @@ of a run does; everything else through fsspec's own file systems.
 from __future__ import annotations
 
 import bz2
-import contextlib
 import gzip
 import io
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -19,12 +20,13 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from raylm.config.data import DataSection
+from raylm.data.sources.encodings import as_utf8, detected_encoding, is_wide, marked_encoding
 from raylm.errors import UserError, first_line
+from raylm.progress import print_line
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MOST_SAMPLES = 5
-DETECTED_BYTES = 64 << 10
 
 
 def is_remote(path: str) -> bool:
@@ -55,13 +57,18 @@ def file_system(path: str) -> tuple[Any, str]:
 
 def plain_suffix(path: str) -> str:
     """The suffix under a compressed file's own: ``a.jsonl.gz`` gives ``.jsonl``."""
-    name = PurePosixPath(path.partition("?")[0])
+    name = _name(path)
     return (name.with_suffix("") if is_compressed(path) else name).suffix.lower()
 
 
 def is_compressed(path: str) -> bool:
     """Whether the file's name says that it is compressed."""
-    return PurePosixPath(path.partition("?")[0]).suffix.lower() in COMPRESSED
+    return _name(path).suffix.lower() in COMPRESSED
+
+
+def _name(path: str) -> PurePosixPath:
+    # Of a URI, a query is no part of the name; a file of this machine may well have a question mark in its own.
+    return PurePosixPath(path.partition("?")[0] if is_remote(path) else path)
 
 
 def open_remote(files: Any, path: str) -> Any:
@@ -82,7 +89,7 @@ def open_bytes(path: str) -> BinaryIO:
         stream = io.BufferedReader(open_remote(files, inner), 1 << 20)
     else:
         stream = open(path, "rb")  # noqa: SIM115, PTH123 - the caller closes it
-    suffix = PurePosixPath(path.partition("?")[0]).suffix.lower()
+    suffix = _name(path).suffix.lower()
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=stream)
     if suffix == ".xz":
@@ -95,9 +102,19 @@ def open_bytes(path: str) -> BinaryIO:
     return stream
 
 
-def damaged() -> tuple[type[BaseException], ...]:
-    """What reading a damaged or unreachable file raises."""
-    return OSError, EOFError, lzma.LZMAError, pa.ArrowException
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Refuse the file at ``path`` where it proves damaged or unreachable.
+
+    Raises:
+        UserError: names the file and the reason.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        again = "; it is damaged or cut off: write or fetch it again" if is_compressed(path) else ""
+        raise UserError(f"{path}: cannot be read: {reason}{again}") from None
 
 
 @dataclass
@@ -138,13 +155,34 @@ class InputErrors:
         if len(self.samples) < MOST_SAMPLES:
             self.samples.append(message)
 
-    def _encoding_of(self, path: str) -> str:
+    def say(self, key: str) -> None:
+        """Print how much was left out or mended of what ``key`` names, if anything was, with the first place."""
+        if self.counts:
+            found = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items())
+            print_line(f"{key}: left out or mended: {found} (data.errors: {self.policy}); the first: {self.samples[0]}")
+
+    def encoding_of(self, path: str) -> str:
+        """The encoding of a file."""
+        if self.encoding != "detect":
+            return self.encoding
         if path not in self._detected:
-            self._detected[path] = detected_encoding(path)
+            with open_bytes(path) as stream:
+                self._detected[path] = detected_encoding(stream)
         return self._detected[path]
 
-    def decode(self, content: bytes, path: str, offset: int) -> str | None:
+    def open(self, path: str) -> BinaryIO:
+        """A file's bytes for :meth:`decode`, in an encoding in which a line feed is one byte.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        stream, encoding = open_bytes(path), self.encoding_of(path)
+        return as_utf8(stream, encoding) if is_wide(encoding) else stream
+
+    def decode(self, content: bytes, path: str, offset: int, line: Callable[[], str] | None = None) -> str | None:
         """``content``, which stands at ``offset`` of the file, as text; None where it is to be skipped.
+
+        ``line`` gives the place of content that is one line.
 
         A zero byte is no text either: files that hold some are binary, or were cut off by a crash.
 
@@ -152,7 +190,8 @@ class InputErrors:
             UserError: it is not in that encoding, unless ``policy`` says otherwise; names the byte.
         """
         zero = content.find(0)
-        encoding = self._encoding_of(path) if self.encoding == "detect" else self.encoding
+        own = self.encoding_of(path)
+        encoding = "utf-8" if is_wide(own) else own
         try:
             text = content.decode(encoding)
             if zero < 0:
@@ -160,102 +199,18 @@ class InputErrors:
             place = zero
         except UnicodeDecodeError as error:
             place = error.start if zero < 0 else min(zero, error.start)
-        name = encoding.upper()
-        message = f"{path}: not {name} at byte {offset + place}: found 0x{content[place]:02x}, allowed: {name} text"
+        name = own.upper()
+        if own == encoding:
+            message = f"{path}: not {name} at byte {offset + place}: found 0x{content[place]:02x}"
+        else:
+            # Its bytes are not those of the file.
+            where = line() if line is not None else "{}:{}".format(path, content.count(b"\n", 0, place) + 1)
+            message = f"{where}: not {name}"
+        message += f", allowed: {name} text"
+        if offset == 0 and (marked := marked_encoding(content)) is not None:
+            message += f"; it begins with the mark of {marked[:6].upper()}: data.encoding: {marked[:6]}"
         if self.policy == "replace":
             self.count("undecodable", message)
             return content.decode(encoding, errors="replace").replace("\0", "\ufffd")
         self.bad("undecodable", message)
         return None
-
-
-def detected_encoding(path: str) -> str:
-    """The encoding that the beginning of a file is most likely in; UTF-8 where nothing fits it.
-
-    Relies on charset_normalizer. Encodings in which a line feed is more than a byte are not looked for.
-    """
-    import charset_normalizer
-
-    with open_bytes(path) as stream:
-        content = stream.read(DETECTED_BYTES)
-    # What is read may end within a character.
-    content = content[: content.rfind(b"\n") + 1] or content
-    with contextlib.suppress(UnicodeDecodeError):
-        content.decode()
-        return "utf-8"
-    found = charset_normalizer.from_bytes(content, cp_exclusion=["utf_16", "utf_32", "utf_7"]).best()
-    # GB 2312 and GBK are parts of it.
-    return {"gb2312": "gb18030", "gbk": "gb18030"}.get(found.encoding, found.encoding) if found else "utf-8"
-
-
-class Lines:
-    """The lines of a file that begin in a range of bytes, decoded.
-
-    Lines that begin at p with start < p <= stop belong to the range, and the first line to the one that starts at 0:
-    ranges that follow each other share out every line once.
-
-    Args:
-        path: the file.
-        start, stop: the range; stop is None for a file that is read to its end.
-        errors: what to do with what is not text; says the encoding.
-        most_bytes: longest line.
-    """
-
-    def __init__(
-        self, path: str, errors: InputErrors, most_bytes: int, start: int = 0, stop: int | None = None
-    ) -> None:
-        self.path, self.start, self.stop, self.most_bytes = path, start, stop, most_bytes
-        self._errors = errors
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        """(offset, line with its end)."""
-        return self.read(lambda offset: self.stop is None or offset <= self.stop)
-
-    def read(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str]]:
-        """(offset, line with its end), from the range's start on, as long as ``wanted(offset)``."""
-        with open_bytes(self.path) as stream:
-            offset = self.start
-            if offset:
-                stream.seek(offset)
-                # A line that goes on beyond the range leaves nothing to read; all of it may be far more than the range.
-                offset += self._pass(stream, None if self.stop is None else self.stop - offset + 1)
-                if self.stop is not None and offset > self.stop:
-                    return
-            while wanted(offset):
-                raw = stream.readline(self.most_bytes + 1)
-                if not raw:
-                    return
-                begin, offset = offset, offset + len(raw)
-                if len(raw) > self.most_bytes:
-                    offset += self._pass(stream) if not raw.endswith(b"\n") else 0
-                    self._errors.bad(
-                        "too long",
-                        f"{self.path}:{line_number(self.path, begin)}: a line of {offset - begin} bytes at byte "
-                        f"{begin}; allowed: at most data.max_document_bytes ({self.most_bytes})",
-                    )
-                    continue
-                content = raw.removeprefix(BYTE_ORDER_MARK) if begin == 0 else raw
-                text = self._errors.decode(content, self.path, begin + len(raw) - len(content))
-                if text is not None:
-                    yield begin, text
-
-    @staticmethod
-    def _pass(stream: BinaryIO, most_bytes: int | None = None) -> int:
-        """Read to the end of the line, in pieces, or ``most_bytes`` of it; returns the bytes read."""
-        count = 0
-        while most_bytes is None or count < most_bytes:
-            piece = stream.readline(1 << 20 if most_bytes is None else min(1 << 20, most_bytes - count))
-            count += len(piece)
-            if not piece or piece.endswith(b"\n"):
-                break
-        return count
-
-
-def line_number(path: str, offset: int) -> int:
-    """Number, from 1, of the line that begins at ``offset``; counted when a mistake is to be named."""
-    number, left = 1, offset
-    with open_bytes(path) as stream:
-        while left > 0 and (piece := stream.read(min(left, 1 << 20))):
-            number += piece.count(b"\n")
-            left -= len(piece)
-    return number
