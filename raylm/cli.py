@@ -1,23 +1,19 @@
 """The ``raylm`` command: one subcommand per stage, no logic.
 
-Exit status: 0 done; 2 the configuration or the input is wrong (one line on stderr); 1 a failure at run time; 130 and
-143 ended by Ctrl-C and by SIGTERM. Stages are imported inside their commands, so that ``raylm --help`` needs neither
-torch nor ray.
+Exit status: 0 done; 2 the configuration or the input is wrong (one line on stderr); 1 a failure at run time; 130
+ended by Ctrl-C, 143 by SIGTERM (128 and the signal's number). Stages are imported inside their commands, so
+that ``raylm --help`` needs neither torch nor ray.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import importlib
 import json
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, NoReturn
 
 import click
@@ -25,6 +21,7 @@ import typer
 
 import raylm
 from raylm.errors import RunFailure, UserError
+from raylm.interrupts import SIGNALS, Interrupts, insistent, interruptible
 from raylm.progress import Activity
 
 app = typer.Typer(
@@ -41,8 +38,8 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set, such as training.steps=100.")
 ]
 
-# A shell's exit statuses of what SIGINT and SIGTERM ended.
-INTERRUPTED, TERMINATED = 130, 143
+# A shell's exit status of what a signal ended, less the signal's number.
+SIGNALLED = 128
 
 # Stage -> module and function that run it; imported only when the stage is called.
 STAGE_FUNCTIONS = {
@@ -77,7 +74,7 @@ def run_stage(stage: str, path: Path, overrides: list[str] | None) -> None:
 
     config = load_config(stage, path, overrides or [])
     module, name = STAGE_FUNCTIONS[stage]
-    with Activity(f"{stage}: importing libraries"):
+    with Activity(f"{stage}: importing libraries"), insistent():
         function = getattr(importlib.import_module(module), name)
     function(config)
 
@@ -201,7 +198,9 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     from raylm.config import load_config
     from raylm.parallel.plan.planning import make_plan
 
-    print(make_plan(load_config("pretrain", config, overrides or [])).describe())
+    with insistent():
+        text = make_plan(load_config("pretrain", config, overrides or [])).describe()
+    print(text)
 
 
 @app.command()
@@ -222,7 +221,9 @@ def generate(
     """
     from raylm.evaluation.generation import generate_text
 
-    print(generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    with insistent():
+        text = generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    print(text)
 
 
 @app.command()
@@ -293,61 +294,39 @@ def quickstart(
     run_quickstart(directory, keep_serving=serve)
 
 
-class _Termination:
-    """A handler of SIGTERM that ends the command as Ctrl-C does and remembers which of the two it was.
-
-    An exception of its own would not do: Ray raises KeyboardInterrupt for whatever a handler raises within its calls.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        # Once: those who ask twice would interrupt what ends the command.
-        if not self.received:
-            self.received = True
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[_Termination]:
-    """SIGTERM ends the block; outside of the main thread, where no handler can be set, as it did before."""
-    termination = _Termination()
-    if threading.current_thread() is not threading.main_thread():
-        yield termination
-        return
-    before = signal.signal(signal.SIGTERM, termination)
-    try:
-        yield termination
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and turn its errors into the exit status."""
-    with _terminable() as termination:
-        status = _run(arguments)
-    if status == INTERRUPTED:
-        print(f"raylm: {'ended by SIGTERM' if termination.received else 'interrupted'}", file=sys.stderr)
-        return TERMINATED if termination.received else INTERRUPTED
-    return status
+    with interruptible() as interrupts:
+        try:
+            status = app(args=arguments, standalone_mode=False) or 0
+            # So Typer returns it.
+            return _interrupted(interrupts) if status == SIGNALLED + signal.SIGINT else status
+        except (KeyboardInterrupt, typer.Abort):
+            return _interrupted(interrupts)
+        except Exception as error:  # noqa: BLE001 - libraries turn the interrupt into errors of their own
+            if interrupts.received is not None:
+                return _interrupted(interrupts)
+            return _failed(error)
 
 
-def _run(arguments: list[str] | None) -> int:
-    try:
-        # Typer returns INTERRUPTED for Ctrl-C.
-        return app(args=arguments, standalone_mode=False) or 0
-    except UserError as error:
-        print(f"raylm: error: {error}", file=sys.stderr)
-        return 2
-    except RunFailure as error:
-        print(f"raylm: failed: {error}", file=sys.stderr)
-        return 1
-    except click.ClickException as error:
+def _failed(error: Exception) -> int:
+    """Say what went wrong, in one line where it is an error that we know; anything else is raised."""
+    if isinstance(error, click.ClickException):
         error.show()
         return 2
-    except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+    if isinstance(error, UserError):
+        print(f"raylm: error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, RunFailure):
+        print(f"raylm: failed: {error}", file=sys.stderr)
+        return 1
+    raise error
+
+
+def _interrupted(interrupts: Interrupts) -> int:
+    number = interrupts.received or signal.SIGINT
+    print(f"raylm: {'interrupted' if number == signal.SIGINT else f'ended by {number.name}'}", file=sys.stderr)
+    return SIGNALLED + number
 
 
 def run_and_exit(arguments: list[str] | None = None) -> NoReturn:
@@ -358,6 +337,10 @@ def run_and_exit(arguments: list[str] | None = None) -> NoReturn:
     So what is registered for the end runs, output is flushed, and the process ends at once.
     """
     status = main(arguments)
+    # From here on there is nothing to wait for.
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     if "ray" in sys.modules:
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -16,12 +16,12 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # One that comes sooner is the same request: timeout(1) signals a command, then its process group.
 AGAIN_SECONDS = 0.5
-INSIST_SECONDS = 0.5
+INSIST_SECONDS = 1.0
 
 
 class Interrupts:
     """A signal handler that raises KeyboardInterrupt; found again through ``signal.getsignal``, so that no global is
-    needed.
+    needed. An exception of its own would not do: Ray makes a KeyboardInterrupt of it, as Typer does an exit.
 
     Attributes:
         received: the first signal, or None.
@@ -29,10 +29,14 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._at = float("-inf")
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)
-        raise KeyboardInterrupt
+        now, before = time.monotonic(), self._at
+        if now - before > AGAIN_SECONDS:
+            self._at = now
+            raise KeyboardInterrupt
 
 
 class Deferred:

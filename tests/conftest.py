@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from raylm.cluster.local_access import local_access
 from tests.cpus import become_free, free_cpus, holders_of_cpus
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -78,9 +78,10 @@ def ray_instance():
     """The session's Ray (:func:`start_ray`)."""
     import ray
 
-    start_ray()
-    yield ray
-    ray.shutdown()
+    with local_access():
+        start_ray()
+        yield ray
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,12 +131,16 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of :func:`make_tiny_model`."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def make_tiny_model(directory: Path) -> Path:
     """A random Llama of about 100,000 parameters with a byte-level BPE tokenizer, as a Hugging Face directory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    directory = tmp_path_factory.mktemp("tiny") / "model"
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

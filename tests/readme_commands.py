@@ -25,7 +25,8 @@ from pydantic import BaseModel, ValidationError
 
 from raylm.cli import app
 from raylm.config import STAGES
-from raylm.config.loading import apply_override, parse_yaml, validate
+from raylm.config.loading import apply_override, validate
+from raylm.config.yaml_text import parse_yaml
 from raylm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,11 +122,11 @@ def _check_stage(stage: str, path: str, overrides: list[str]) -> None:
         file = ROOT / "jobs" / "recipes" / "quickstart" / f"{stage}.yaml"
     elif not file.is_file():
         raise Mistake(f"no such file: {path}")
-    values = parse_yaml(file.read_text(encoding="utf-8"), path)
+    parsed = parse_yaml(file.read_text(encoding="utf-8"), path)
     try:
         for override in overrides:
-            apply_override(values, override)
-        validate(STAGES[stage], values, path)
+            apply_override(parsed, override)
+        validate(STAGES[stage], parsed.values, path, parsed.written)
     except UserError as error:
         raise Mistake(str(error)) from None
 

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from raylm.config import STAGES
-from raylm.config.loading import parse_yaml, validate
+from raylm.config.loading import validate
+from raylm.config.yaml_text import parse_yaml
 from raylm.errors import UserError
 from tests.readme_commands import PLACEHOLDER, ROOT, Mistake, check_line, find_route
 
@@ -110,7 +111,7 @@ def check_default(row: str) -> None:
     assert match is not None
     if match[1].split(".")[0] not in sections():
         return
-    stated = match[2] or parse_yaml(match[3], "row")
+    stated = match[2] or parse_yaml(match[3], "row").values
     defaults = [field.get_default(call_default_factory=True) for field in find_fields(match[1])]
     if stated not in defaults:
         raise Mistake(f"default: found {stated}, allowed: {defaults[0]}")
@@ -152,6 +153,6 @@ def check_yaml(text: str) -> None:
     if stage not in STAGES:
         raise Mistake("the first line of a YAML block must be '# stage: STAGE'")
     try:
-        validate(STAGES[stage], parse_yaml(text, "block"), "block")
+        validate(STAGES[stage], parse_yaml(text, "block").values, "block")
     except UserError as error:
         raise Mistake(str(error)) from None

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Large activations are freed and taken again each step. By default glibc returns them to the kernel in between and pays
 # for the page faults (https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html); told to keep
 # them, its heap breaks up into holes and grows to twice of what is in use. jemalloc does neither.
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+# Keys of a server's clients, separated by commas.
+API_KEYS_VARIABLE = "RAYLM_API_KEYS"
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's variables for one that it starts, without the API keys: only the start of a server needs them."""
+    return {name: value for name, value in os.environ.items() if name != API_KEYS_VARIABLE}
+
+
+@contextlib.contextmanager
+def without_api_keys() -> Iterator[None]:
+    """:func:`inherited_environment` for what a library starts in the block."""
+    keys = os.environ.pop(API_KEYS_VARIABLE, None)
+    try:
+        yield
+    finally:
+        if keys is not None:
+            os.environ[API_KEYS_VARIABLE] = keys
+
+
+@contextlib.contextmanager
+def default_environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables within the block; what is set already stays."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
 
 
 def worker_environment(cpus: float) -> dict[str, str]:

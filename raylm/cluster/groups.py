@@ -15,16 +15,27 @@ from collections.abc import Iterator
 def groups_given_back() -> Iterator[None]:
     """Remove at the end of the block the placement groups that this job has made in it and that are still there.
 
-    Needs the dashboard, which knows whose a group is; without one nothing is removed.
+    Needs the dashboard, which knows whose a group is; without one nothing is removed. Nor is where the block is
+    interrupted: the job's groups end with it, and Ctrl-C has stopped the dashboard, whose answer would be waited for.
     """
     before = _own_groups()
+    interrupted = False
     try:
         yield
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
+        if not interrupted:
+            _give_back(_own_groups() - before)
+
+
+def _give_back(names: set[str]) -> None:
+    if names:
         import ray
         from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-        for name in _own_groups() - before:
+        for name in names:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 

@@ -16,6 +16,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from raylm.cluster.environment import without_api_keys
+from raylm.cluster.local_access import local_access, reread_environment
 from raylm.errors import RunFailure, UserError, first_line
 from raylm.progress import Activity
 
@@ -29,6 +31,9 @@ ATTEMPTS = 3
 def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     """Hold a connection to Ray; a local instance ends with the block, a joined cluster stays.
 
+    A local instance is for this user alone (:mod:`raylm.cluster.local_access`). A joined one takes the token that Ray's
+    own variables name.
+
     Args:
         dashboard: start the dashboard of a local instance. Ray Tune needs it: without it trials that are killed leak
             their placement groups.
@@ -37,23 +42,22 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
         UserError: ``RAY_ADDRESS`` names a cluster that does not answer.
         RunFailure: Ray could not be started.
     """
-    if _joined():
+    if joined():
         yield
         return
-    with (
-        Activity("joining the Ray cluster" if os.environ.get("RAY_ADDRESS") else "starting Ray"),
-        _own_termination(),
-    ):
-        _start_ray(dashboard)
-    try:
-        yield
-    finally:
-        import ray
+    address = os.environ.get("RAY_ADDRESS")
+    with contextlib.nullcontext() if address else local_access():
+        with Activity("joining the Ray cluster" if address else "starting Ray"), _own_termination():
+            _start_ray(dashboard)
+        try:
+            yield
+        finally:
+            import ray
 
-        ray.shutdown()
+            ray.shutdown()
 
 
-def _joined() -> bool:
+def joined() -> bool:
     """Whether this process is connected to Ray; without importing Ray where it cannot be."""
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
@@ -62,11 +66,19 @@ def _joined() -> bool:
 def _own_termination() -> Iterator[None]:
     """Keep the handler of SIGTERM that is set: Ray's own ends the process amid its C++ threads, which abort it."""
     before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    terminated = False
     try:
         yield
+    except SystemExit:
+        # Ray's answer, given while it starts.
+        terminated = True
     finally:
-        if callable(before) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _start_ray(dashboard: bool) -> None:
@@ -78,16 +90,17 @@ def _start_ray(dashboard: bool) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_address(address)
+        # An earlier session of this process may have been a local one.
+        reread_environment()
     else:
-        # A local instance that nobody else can reach needs no token, and must not write one to the user's home.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Nobody drains the only node: the actor that would look for it need not be.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options |= {"include_dashboard": dashboard, "address": "local"}
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            ray.init(**options)
+            with without_api_keys():
+                ray.init(**options)
             return
         except ConnectionError as error:
             raise UserError(f"{_no_cluster(address or 'local')}: {error}") from None

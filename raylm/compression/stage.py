@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raylm.cluster.environment import inherited_environment
 from raylm.compression.measure import BATCH_SIZES
 from raylm.compression.methods import Steps
 from raylm.compression.methods.base import Candidate
@@ -29,6 +30,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
+from raylm.interrupts import insistent
 from raylm.models.heads import CAUSAL, Head
 from raylm.progress import Activity, ProgressBar
 
@@ -49,7 +51,7 @@ def compress(config: CompressConfig) -> None:
         RunFailure: the export's logits do not agree with the original's, or measuring failed.
     """
     from raylm.data.loading import resolve_model
-    from raylm.models.loading import load_config
+    from raylm.models.loading import load_parts
     from raylm.tasks import task_of
 
     run = RunDirectory("compress", config)
@@ -62,7 +64,8 @@ def compress(config: CompressConfig) -> None:
     source = resolve_model(config.model.path)
     if not Path(source).is_dir():
         raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
-    task, steps = task_of(load_config(source)), Steps(config.compression.steps)
+    model_config, _ = load_parts(source)
+    task, steps = task_of(model_config), Steps(config.compression.steps)
     steps.check(task.head)
     with run.held(resumes=False):
         if task.evaluation is not None:
@@ -90,7 +93,7 @@ def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) 
     from raylm.models.families.build import check_positions
     from raylm.models.loading import load_model
 
-    with Activity("compress: loading the model and the text"):
+    with Activity("compress: loading the model and the text"), insistent():
         tokenizer = load_tokenizer(source)
         model = load_model(source)
         window = window_of(config.evaluation, model.config)
@@ -143,7 +146,7 @@ def _compress_encoder(
     """The report of a model that reads and does not generate."""
     from raylm.compression import encoders
 
-    with Activity("compress: reading the data"):
+    with Activity("compress: reading the data"), insistent():
         examples = evaluation.open(config, source)
     run.create()
     partial, applied = _compressed_copy(source, run, config, task.head)
@@ -200,7 +203,7 @@ def _compressed_copy(source: str, run: RunDirectory, config: CompressConfig, hea
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("openvino"))
     candidate, steps = Candidate(partial, head), Steps(config.compression.steps)
-    with Activity(f"compress: making {steps.describe()} (OpenVINO)"):
+    with Activity(f"compress: making {steps.describe()} (OpenVINO)"), insistent():
         from raylm.compression.exporters import openvino
 
         reports = steps.apply(candidate)
@@ -286,7 +289,10 @@ def _measure_once(job: dict[str, Any], module: str = "raylm.compression.measure"
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "job.json"
         path.write_text(json.dumps(job))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+        environment = inherited_environment() | {
+            "OMP_NUM_THREADS": str(job["threads"]),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         result = subprocess.run(
             [sys.executable, "-m", module, str(path)],
             env=environment, capture_output=True, text=True, timeout=MEASURE_SECONDS,

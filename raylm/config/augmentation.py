@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import Count, PathText, Seconds, Section, Seed
 
 SERVED_METHODS = ("paraphrase", "back_translation", "generate")
 # Method -> the keys that are for it alone.
@@ -38,9 +38,9 @@ class MethodSection(Section):
     """Share of the words that is changed, at least one; 0.1 by default, 0.15 for span_mask."""
     segmenter: Literal["characters", "jieba"] | None = None
     """What a Chinese word is: a character (default), or what jieba finds."""
-    dictionary: str | None = Field(default=None, min_length=1)
+    dictionary: PathText | None = None
     """synonym: a UTF-8 file with a word, a tab and its synonyms, separated by tabs, on each line."""
-    span_words: int | None = Field(default=None, ge=1)
+    span_words: Count | None = None
     """span_mask: words of a run; 3 by default."""
     mask: str | None = Field(default=None, min_length=1)
     """span_mask: text that replaces a run; [MASK] by default."""
@@ -82,13 +82,13 @@ class ServedModelSection(Section):
     """Name of the environment variable that holds the key."""
     concurrency: int = Field(default=4, ge=1, le=1024)
     """Requests that are sent at a time."""
-    timeout_seconds: float = Field(default=120.0, gt=0)
+    timeout_seconds: Seconds = 120.0
     """Longest wait for an answer, in seconds."""
     retries: int = Field(default=3, ge=0, le=20)
     """Attempts after a first failure that may be temporary: no connection, a timeout, status 408, 429 or 5xx."""
     temperature: float = Field(default=0.7, ge=0, le=2)
     """Sampling temperature; 0 takes the likeliest token each time."""
-    max_tokens: int = Field(default=256, ge=1)
+    max_tokens: Count = 256
     """Most tokens of an answer."""
     max_failures: float = Field(default=0.1, ge=0, le=1)
     """Share of the requests that may fail. If more fail, prepare stops; the same command continues later."""
@@ -102,7 +102,7 @@ class BalanceSection(Section):
     method: Literal["oversample", "undersample"] = "oversample"
     """oversample repeats documents until every class has as many as the largest; undersample leaves some out until
     every class has as many as the smallest."""
-    max_copies: int = Field(default=10, ge=1)
+    max_copies: Count = 10
     """oversample: most copies of a document, the original included."""
 
 
@@ -119,7 +119,7 @@ class AugmentationSection(Section):
     """Server of the model that paraphrase, back_translation and generate ask."""
     balance: BalanceSection | None = None
     """Make all classes of the original documents the same size, before the methods."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the random choices; another seed changes other words."""
 
     @property

@@ -7,19 +7,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import Count, CountFromZero, PathText, Section, Seed
 
 
 class LengthSection(Section):
     """``cleaning.length``: documents outside of these bounds are dropped."""
 
-    min_characters: int = Field(default=1, ge=0)
+    min_characters: CountFromZero = 1
     """Fewest characters."""
-    max_characters: int | None = Field(default=None, ge=1)
+    max_characters: Count | None = None
     """Most characters; no limit by default."""
-    min_words: int = Field(default=0, ge=0)
+    min_words: CountFromZero = 0
     """Fewest words; a Chinese or Japanese character counts as one."""
-    max_words: int | None = Field(default=None, ge=1)
+    max_words: Count | None = None
     """Most words; no limit by default."""
 
     @model_validator(mode="after")
@@ -36,7 +36,7 @@ class LanguageSection(Section):
 
     keep: list[str] = Field(min_length=1)
     """ISO 639-1 codes, such as en and zh; zh stands for Wu and Cantonese too, which are hard to tell from it."""
-    characters: int = Field(default=1000, ge=50)
+    characters: int = Field(default=1000, ge=50, le=10**6)
     """Characters at the beginning of a document that its language is found from."""
 
 
@@ -87,9 +87,9 @@ class DeduplicationSection(Section):
     """Words of a shingle; a Chinese or Japanese character is a word."""
     permutations: int = Field(default=128, ge=8, le=1024)
     """Length of a MinHash signature."""
-    bands: int | None = Field(default=None, ge=1)
+    bands: Count | None = None
     """Bands that a signature is cut into; the default finds 99% of the pairs at ``threshold``."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of the permutations."""
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class DeduplicationSection(Section):
 class DecontaminationSection(Section):
     """``data.decontamination``: drop documents that contain text of evaluation sets."""
 
-    sources: list[str] = Field(min_length=1)
+    sources: list[PathText] = Field(min_length=1)
     """Evaluation sets: sources like those of ``data.train``."""
     ngram_words: int = Field(default=13, ge=1, le=64)
     """Words of an n-gram; 13 as for GPT-3 (Brown et al. 2020, appendix C)."""

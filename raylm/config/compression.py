@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import Count, Section
 
 
 class QuantizeSection(Section):
@@ -42,11 +42,11 @@ class CompressionSection(Section):
 
     steps: list[StepSection] = Field(default_factory=lambda: [StepSection(quantize=QuantizeSection())], min_length=1)
     """Methods, applied in this order."""
-    prompt_tokens: int = Field(default=32, ge=1)
+    prompt_tokens: Count = 32
     """Tokens of a prompt when speed is measured."""
-    new_tokens: int = Field(default=64, ge=1)
+    new_tokens: Count = 64
     """Tokens generated for each prompt when speed is measured."""
-    prompts: int = Field(default=16, ge=1)
+    prompts: Count = 16
     """Number of prompts, taken from the validation text, whose greedy output is compared."""
 
     @model_validator(mode="before")

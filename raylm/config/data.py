@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from raylm.config.augmentation import AugmentationSection
-from raylm.config.base import Section
+from raylm.config.base import PathText, Section, Total
 from raylm.config.cleaning import CleaningSection, DecontaminationSection, DeduplicationSection
 
 STDLIB_DOCS = "stdlib-docs"
@@ -39,13 +39,13 @@ Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "squad", "pa
 class SourceSection(Section):
     """One source of a mixture."""
 
-    path: str = Field(min_length=1)
+    path: PathText
     """Path, glob, directory, URI, hub name or embedded corpus."""
     weight: float = Field(default=1.0, gt=0, le=100)
     """How often each training document is used: 2 is twice, 0.5 is every second document (chosen by hash)."""
     format: Format | None = None
     """Format of this source; ``data.format`` by default."""
-    target: str | None = None
+    target: PathText | None = None
     """Parallel text: a file whose line n translates line n of ``path``, a text file. Makes pairs."""
 
 
@@ -56,9 +56,9 @@ class DataSection(Section):
     embedded corpora: ``stdlib-docs`` (documents) and ``stdlib-pairs`` (prompt and answer).
     """
 
-    train: str | list[str | SourceSection]
+    train: PathText | list[PathText | SourceSection]
     """Source, or list of sources, to train on. A source is a name, or ``{path: ..., weight: ..., format: ...}``."""
-    validation: str | list[str] | None = None
+    validation: PathText | list[PathText] | None = None
     """Source, or list of sources, to validate on. Without it, ``validation_fraction`` of the documents is held out."""
     format: Format = "auto"
     """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2. json: a
@@ -83,7 +83,7 @@ class DataSection(Section):
     delimiter: str | None = None
     """What parts the columns of CSV files, one character or ``tab``. By default the first of comma (.tsv: tab),
     semicolon, tab and ``|`` by which the header has the columns that ``fields`` names."""
-    max_document_bytes: int = Field(default=128 << 20, ge=1)
+    max_document_bytes: Total = 128 << 20
     """Longest document, line or row that is read, in bytes; ``errors`` says what happens to a longer one."""
     cleaning: CleaningSection = CleaningSection()
     """Changes to documents, and filters that drop documents; off by default."""
@@ -162,16 +162,16 @@ class TokenizerSection(Section):
     """Kind of tokenizer to train: byte-level BPE, WordPiece, Unigram, single bytes, single characters, or words."""
     segmenter: Literal["whitespace", "jieba"] | None = None
     """type word: how text is cut into words, at white space and punctuation (default) or by jieba."""
-    vocab_size: int | None = Field(default=None, ge=1)
+    vocab_size: int | None = Field(default=None, ge=1, le=10**7)
     """Most entries of the vocabulary, special tokens included; default 8192. Not for the types byte and character."""
-    path: str | None = None
+    path: PathText | None = None
     """Hugging Face directory or hub name of a tokenizer to reuse."""
     mask_token: bool | None = None
     """Give a new tokenizer a mask token. By default only if the same file has the objective masked, which needs it."""
-    sentinels: int | None = Field(default=None, ge=0)
+    sentinels: int | None = Field(default=None, ge=0, le=10_000)
     """Sentinel tokens of a new tokenizer. By default 100 if the same file has the objective span, which needs them."""
 
-    sample_bytes: int = Field(default=32 << 20, ge=1)
+    sample_bytes: Total = 32 << 20
     """Bytes of text that a tokenizer is trained on. From a larger set, documents are chosen by hash."""
 
     @property

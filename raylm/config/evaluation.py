@@ -6,18 +6,18 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import LARGEST_COUNT, Count, Section
 from raylm.config.reading import ReadingSection
 
 
 class EvaluationSection(Section):
     """``evaluation``: how a model is measured: windows of text, or the windows of a reader."""
 
-    sequence_length: int | None = Field(default=None, ge=2)
+    sequence_length: int | None = Field(default=None, ge=2, le=LARGEST_COUNT)
     """Tokens of a window; by default the model's positions, at most 1024."""
-    stride: int | None = Field(default=None, ge=1)
+    stride: Count | None = None
     """Tokens between the starts of two windows; by default half a window. Each token is counted once."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Count = 8
     """Windows in a batch."""
     split: Literal["train", "validation"] = "validation"
     """Part of the data to measure on."""

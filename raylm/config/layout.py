@@ -1,8 +1,8 @@
 """What is allowed of a layout, as far as the file alone tells: each rule once, with the words that refuse.
 
 The configuration asks when it is read, the plan and the search of :mod:`raylm.parallel` ask about the layouts that
-they weigh. Each function returns the refusal as one line, empty where the layout is allowed. ``cut`` is the number of
-workers that hold one copy of the model: tensor x pipeline. What the model itself does not allow stands in
+they weigh. Each function returns the refusal as one line, empty where the layout is allowed. ``model_parallel`` is the
+number of workers that hold one copy of the model: tensor x pipeline. What the model itself does not allow stands in
 :mod:`raylm.parallel.plan.refusals`.
 """
 
@@ -29,30 +29,30 @@ def elastic_refusal(name: str, found: Number) -> str:
     )
 
 
-def workers_refusal(workers: Number, data: Number, cut: int, *, settled: bool) -> str:
+def workers_refusal(workers: Number, data: Number, model_parallel: int, *, settled: bool) -> str:
     """Whether data x tensor x pipeline can be the number of workers.
 
     Args:
-        settled: whether ``cut`` is the whole of it; a tensor or pipeline that is still auto may multiply it.
+        settled: whether ``model_parallel`` is the whole of it; a tensor or pipeline that is still auto may multiply it.
     """
     if workers == "auto":
         return ""
-    if workers % cut:
+    if workers % model_parallel:
         return (
             f"resources.workers: found {workers}, allowed: auto or a multiple of parallel.tensor x parallel.pipeline "
-            f"({cut})"
+            f"({model_parallel})"
         )
-    if data == "auto" or (workers == data * cut if settled else workers % (data * cut) == 0):
+    if data == "auto" or (workers == data * model_parallel if settled else workers % (data * model_parallel) == 0):
         return ""
     return (
-        f"parallel.data: found {data}, allowed: auto or {'' if settled else 'a divisor of '}{workers // cut}, as data "
-        f"x tensor x pipeline must equal resources.workers ({workers})"
+        f"parallel.data: found {data}, allowed: auto or {'' if settled else 'a divisor of '}"
+        f"{workers // model_parallel}, as data x tensor x pipeline must equal resources.workers ({workers})"
     )
 
 
-def sharded_refusal(zero_stage: Number, cut: int) -> str:
-    """Whether the ZeRO stage goes with a model that is cut."""
-    if cut == 1 or zero_stage in ("auto", 0, 1):
+def sharded_refusal(zero_stage: Number, model_parallel: int) -> str:
+    """Whether the ZeRO stage goes with a model that is split over workers."""
+    if model_parallel == 1 or zero_stage in ("auto", 0, 1):
         return ""
     return (
         f"parallel.zero_stage: found {zero_stage}, {ABOVE_ONE}: 0, 1, as gradients stay whole until the last "
@@ -80,19 +80,19 @@ def bf16_refusal(zero_stage: Number) -> str:
     )
 
 
-def zero_refusal(zero_stage: int, cut: int, *, bf16: bool, compiled: bool) -> str:
+def zero_refusal(zero_stage: int, model_parallel: int, *, bf16: bool, compiled: bool) -> str:
     """Whether the ZeRO stage goes with all the rest of a layout."""
     refusals = (
-        sharded_refusal(zero_stage, cut),
+        sharded_refusal(zero_stage, model_parallel),
         compiled_refusal(zero_stage) if compiled else "",
         bf16_refusal(zero_stage) if bf16 else "",
     )
     return next(filter(None, refusals), "")
 
 
-def cutting_refusal(config: TrainConfig, cut: int) -> str:
-    """Whether what is trained, and how, goes with a model that is cut."""
-    if cut == 1:
+def splitting_refusal(config: TrainConfig, model_parallel: int) -> str:
+    """Whether what is trained, and how, goes with a model that is split over workers."""
+    if model_parallel == 1:
         return ""
     if config.training.optimizer == "muon":
         return f"training.optimizer: found muon, {ABOVE_ONE}: adamw, sgd, as muon needs whole matrices"
@@ -128,14 +128,14 @@ def layout_refusal(config: TrainConfig) -> str:
 
 def _refusals(config: TrainConfig) -> Iterator[str]:
     workers, parallel, training = config.resources.workers, config.parallel, config.training
-    cut, settled = parallel.model_parallel, "auto" not in (parallel.tensor, parallel.pipeline)
+    model_parallel, settled = parallel.model_parallel, "auto" not in (parallel.tensor, parallel.pipeline)
     if config.resources.elastic is not None:
         for name in ("data", "tensor", "pipeline"):
             yield elastic_refusal(name, getattr(parallel, name))
-    yield workers_refusal(workers, parallel.data, cut, settled=settled)
-    yield sharded_refusal(parallel.zero_stage, cut)
-    yield cutting_refusal(config, cut)
-    replicas = workers // cut if workers != "auto" and settled else parallel.data
+    yield workers_refusal(workers, parallel.data, model_parallel, settled=settled)
+    yield sharded_refusal(parallel.zero_stage, model_parallel)
+    yield splitting_refusal(config, model_parallel)
+    replicas = workers // model_parallel if workers != "auto" and settled else parallel.data
     if replicas != "auto":
         yield batch_refusal(training.batch_size, replicas)
         yield micro_batch_refusal(parallel.micro_batch_size, training.batch_size // replicas)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import CountFromZero, PathText, Section
 from raylm.config.families import FAMILY_TASKS
 from raylm.config.tasks import TRAINED_TASKS
 
@@ -17,7 +17,7 @@ class ModelSection(Section):
     family: str | None = Field(default=None, description=f"Architecture of a new model: {', '.join(FAMILY_TASKS)}.")
     config: dict[str, Any] = Field(default_factory=dict)
     """Keys of the architecture's Hugging Face configuration; the vocabulary size comes from the tokenizer."""
-    path: str | None = None
+    path: PathText | None = None
     """Hugging Face directory, run directory or hub name of an existing model."""
 
     @model_validator(mode="after")
@@ -48,7 +48,7 @@ class ObjectiveSection(Section):
     whose positions count from its beginning."""
     noise_fraction: float = Field(default=0.15, gt=0, lt=1)
     """masked and span: share of the tokens that are hidden."""
-    span_length: float = Field(default=3.0, ge=1)
+    span_length: float = Field(default=3.0, ge=1, le=1e6)
     """span: mean number of tokens in a gap."""
-    overlap: int = Field(default=64, ge=0)
+    overlap: CountFromZero = 64
     """extractive_qa: tokens that two windows of a long context share."""

@@ -8,18 +8,28 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raylm.config.base import MayChange, Section
+from raylm.config.base import (
+    LONGEST_SECONDS,
+    MOST_WORKERS,
+    CountFromZero,
+    CountOrAuto,
+    MayChange,
+    PathText,
+    Section,
+    Seed,
+    Workers,
+)
 
 
 class RunSection(Section):
     """``run``: the name and place of a run directory, ``<storage>/<name>/``."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Directory name of the run. The same name in the same storage resumes."""
-    storage: Annotated[str, MayChange()] = "./runs"
+    storage: Annotated[PathText, MayChange()] = "./runs"
     """Directory that holds the runs; on several hosts it must be shared by all of them. pretrain and finetune also take
     any URI that Ray Train's storage does, such as ``s3://bucket/runs``."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of everything random: initial weights, the order of samples, dropout."""
 
     @property
@@ -58,35 +68,28 @@ class LocalRunSection(RunSection):
 class ResourcesSection(Section):
     """``resources``: the worker processes of a stage and what each of them reserves."""
 
-    workers: int | Literal["auto"] = "auto"
+    workers: CountOrAuto = "auto"
     """Number of worker processes; ``auto`` takes every GPU of the cluster, or else every CPU."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0, le=MOST_WORKERS)
     """CPUs that a worker reserves; a fraction lets several workers share a core."""
     gpus_per_worker: int | Literal["auto"] = "auto"
     """GPUs that a worker holds, 0 or 1; ``auto`` is 1 where the cluster has GPUs."""
-    workers_per_node: int | None = Field(default=None, ge=1)
+    workers_per_node: Workers | None = None
     """Workers of one node, for raylm plan and auto; by default what each node of the cluster holds."""
-    memory_per_worker_gb: float | None = Field(default=None, gt=0)
+    memory_per_worker_gb: float | None = Field(default=None, gt=0, le=1e6)
     """Memory of a worker in 10^9 bytes, for raylm plan and auto; by default its GPU's memory, or else its share of the
     node's."""
-    elastic: list[int] | None = Field(default=None, min_length=2, max_length=2)
+    elastic: list[Workers] | None = Field(default=None, min_length=2, max_length=2)
     """[least, most] workers: training uses as many as the cluster holds and follows its size; off by default."""
-    elastic_check_seconds: float = Field(default=60.0, ge=1)
+    elastic_check_seconds: float = Field(default=60.0, ge=1, le=LONGEST_SECONDS)
     """elastic: seconds between two checks whether the cluster holds more workers."""
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: CountFromZero = 3
     """Restarts from the last checkpoint after workers died; then the run fails."""
-    collective_timeout_seconds: float = Field(default=600.0, ge=1)
+    collective_timeout_seconds: float = Field(default=600.0, ge=1, le=LONGEST_SECONDS)
     """Longest wait for other workers in a collective operation. After it, all ranks write their stacks and restart."""
-    heartbeat_seconds: float | None = Field(default=60.0, ge=5)
+    heartbeat_seconds: float | None = Field(default=60.0, ge=5, le=LONGEST_SECONDS)
     """Longest time without a sign of life from a worker. After it, the worker counts as hung and all restart. null
     turns this off."""
-
-    @field_validator("workers")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("allowed: 1 or more, or auto")
-        return value
 
     @model_validator(mode="after")
     def _elastic(self) -> ResourcesSection:

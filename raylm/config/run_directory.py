@@ -18,11 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-from pydantic import ValidationError
-
 from raylm.config.base import Section
-from raylm.config.loading import differing_keys, to_yaml
+from raylm.config.loading import differing_keys, read_configuration, to_yaml, validate
+from raylm.config.yaml_text import parse_yaml
 from raylm.errors import UserError
 
 LOCK = ".lock"
@@ -60,13 +58,17 @@ class RunDirectory:
                 raise UserError(f"run.name: {self.path} holds files but no config.yaml; choose another name")
             return
         stage = saved.pop("stage", None)
+        if not isinstance(stage, str):
+            raise self._damaged("config.yaml", "it names no stage")
         if stage != self.stage:
             raise UserError(
                 f"run.name: {self.path} belongs to a '{stage}' run, found stage '{self.stage}'; choose another name"
             )
         # A run of an older raylm has none of the keys that came later: they were what they are by default.
-        with contextlib.suppress(ValidationError):
-            saved = type(self._config).model_validate(saved).model_dump(mode="json")
+        try:
+            saved = validate(type(self._config), saved, "config.yaml").model_dump(mode="json")
+        except UserError as error:
+            raise self._damaged("config.yaml", str(error)) from None
         differences = differing_keys(type(self._config), saved, self._config.model_dump(mode="json"))
         if differences:
             raise UserError(
@@ -78,18 +80,24 @@ class RunDirectory:
         """What ``config.yaml`` holds, with the ``stage``; None before the first start.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the file is damaged.
         """
         path = self.path / "config.yaml"
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (yaml.YAMLError, ValueError) as error:
-            raise _damaged(path, " ".join(str(error).split())) from None
+        try:
+            found = parse_yaml(read_configuration(path), path.name).values
+        except UserError as error:
+            raise self._damaged(path.name, str(error)) from None
         if not isinstance(found, dict):
-            raise _damaged(path, "found no keys")
+            raise self._damaged(path.name, "it holds no sections")
         return found
+
+    def _damaged(self, name: str, reason: str) -> UserError:
+        return UserError(
+            f"run.name: {self.path / name} is damaged, or not of this version of raylm: {reason}; restore the file or "
+            "choose another run.name"
+        )
 
     @contextlib.contextmanager
     def held(self, *, resumes: bool = True) -> Iterator[None]:
@@ -205,10 +213,6 @@ def _take_lock(directory: Path) -> IO[str]:
 
 def _in_use(directory: Path) -> UserError:
     return UserError(f"run.name: {directory} is in use by another command that is still running")
-
-
-def _damaged(path: Path, found: str) -> UserError:
-    return UserError(f"{path}: is damaged: {found}; choose another run.name, or put the file right to resume")
 
 
 def _remove_empty(made: list[Path]) -> None:

@@ -7,14 +7,14 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import LONGEST_SECONDS, MOST_WORKERS, Count, PathText, Seconds, Section, Workers
 from raylm.config.reading import ReadingSection
 
 
 class ServedModel(Section):
     """One of ``serving.models``: a further model of the same application."""
 
-    path: str
+    path: PathText
     """Run directory, Hugging Face directory or hub name."""
     engine: Literal["auto", "openvino", "transformers", "vllm"] = "auto"
     """Engine of this model, as ``serving.engine``."""
@@ -25,15 +25,15 @@ class ServedModel(Section):
 class ReplicaScaling(Section):
     """``serving.autoscaling``: replicas come and go with the requests that are in work and waiting."""
 
-    least: int = Field(default=1, ge=1)
+    least: Workers = 1
     """Fewest replicas."""
-    most: int = Field(ge=1)
+    most: Workers
     """Most replicas."""
-    requests_per_replica: float = Field(default=16, gt=0)
+    requests_per_replica: float = Field(default=16, gt=0, le=1e6)
     """Running and waiting requests per replica, on average. If there are more, another replica starts."""
-    grow_seconds: float = Field(default=30, ge=0)
+    grow_seconds: float = Field(default=30, ge=0, le=LONGEST_SECONDS)
     """Seconds with too many requests before a replica is added."""
-    shrink_seconds: float = Field(default=300, ge=0)
+    shrink_seconds: float = Field(default=300, ge=0, le=LONGEST_SECONDS)
     """Seconds with too few requests before a replica is removed."""
 
     @model_validator(mode="after")
@@ -41,6 +41,17 @@ class ReplicaScaling(Section):
         if self.most < self.least:
             raise ValueError(f"most: found {self.most}, allowed: at least {self.least} (least)")
         return self
+
+
+class CollectionQuota(Section):
+    """``serving.collection_quota``: what the collections of one API key may hold together, and the common ones."""
+
+    collections: int = Field(default=100, ge=1)
+    """Most collections."""
+    documents: int = Field(default=100_000, ge=1)
+    """Most documents in all of them."""
+    megabytes: float = Field(default=256.0, gt=0)
+    """Most megabytes of titles and texts (UTF-8) in all of them."""
 
 
 class ServingSection(Section):
@@ -54,57 +65,59 @@ class ServingSection(Section):
     """Name of the model in requests; by default the run's name."""
     models: dict[str, ServedModel] = Field(default_factory=dict)
     """Further models of the same application, by their names in requests."""
-    loaded_models: int | None = Field(default=None, ge=1)
+    loaded_models: Count | None = None
     """Models that a replica holds at a time. If a request names another one, it replaces the one unused for longest. By
     default a replica holds all."""
     engine: Literal["auto", "openvino", "transformers", "vllm"] = "auto"
     """auto takes vLLM on a GPU where it is installed, OpenVINO on a CPU where the model directory has an openvino/
     export, else transformers."""
-    replicas: int = Field(default=1, ge=1)
+    replicas: Workers = 1
     """Number of replicas (copies of the models); autoscaling replaces it."""
     autoscaling: ReplicaScaling | None = None
     """Let the number of replicas follow the load."""
     routing: Literal["balanced", "session"] = "balanced"
     """session: requests with the same X-Session-Id header go to the same replica, which has their text in its cache."""
-    drain_seconds: float = Field(default=30, ge=0)
+    drain_seconds: float = Field(default=30, ge=0, le=LONGEST_SECONDS)
     """Seconds that a stopping replica has for its running requests."""
     update_first: bool = False
     """In an update, start new replicas before the old ones stop; needs room for both. If false, requests wait."""
     cpus_per_replica: float | Literal["auto"] = "auto"
     """CPUs that a replica reserves and computes with; auto shares the largest host's CPUs among the replicas."""
-    gpus_per_replica: float = Field(default=0, ge=0)
+    gpus_per_replica: float = Field(default=0, ge=0, le=MOST_WORKERS)
     """GPUs that a replica reserves; with 0 the model runs on the CPU."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """vLLM: share of a GPU's memory that a model takes; several models on one GPU share it out."""
-    max_concurrent_requests: int = Field(default=64, ge=1)
+    max_concurrent_requests: Count = 64
     """Texts that a replica generates together."""
-    max_queued_requests: int = Field(default=256, ge=1)
+    max_queued_requests: Count = 256
     """Texts that may wait at a replica; further ones get status 503."""
-    max_queue_seconds: float = Field(default=15.0, gt=0)
+    max_queue_seconds: Seconds = 15.0
     """Longest wait. A text that is expected to wait longer gets status 503 and the header Retry-After."""
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: Count = 256
     """Most tokens that a request may ask for; also the default of a request."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """How the last hidden states become an embedding; auto: as a sentence encoder's directory says, else the mean."""
-    api_keys_file: str | None = None
+    api_keys_file: PathText | None = None
     """File with an API key, or its hash as sha256:HEX, on each line; a name may follow. The environment variable
     RAYLM_API_KEYS has more keys."""
-    requests_per_minute: int | None = Field(default=None, ge=1)
+    requests_per_minute: Count | None = None
     """Requests per minute and API key that a replica takes; further ones get status 429. No limit by default."""
-    max_body_megabytes: float = Field(default=4.0, gt=0)
+    max_body_megabytes: float = Field(default=4.0, gt=0, le=1e6)
     """Largest body of a request, in megabytes; larger ones get status 413."""
-    request_seconds: float = Field(default=600.0, gt=0)
+    request_seconds: Seconds = 600.0
     """Longest time for a text, in seconds; then the request ends with status 504."""
     request_log: bool = True
     """Write one line of JSON for each request to logs/ in the run directory: ids, names of keys, counts and times, no
     texts."""
-    cache_gigabytes: int = Field(default=1, ge=1)
+    cache_gigabytes: int = Field(default=1, ge=1, le=10**6)
     """OpenVINO: memory of the key-value cache, in gigabytes."""
-    collection: str | None = None
+    collection: PathText | None = None
     """Directory made by ``raylm prepare`` whose documents /v1/qa searches."""
-    collections: str | None = None
+    collections: PathText | None = None
     """Directory of the collections that clients upload, shared by all replicas; by default in the run's directory."""
-    encoder: str | None = None
+    collection_quota: CollectionQuota = CollectionQuota()
+    """Most that each API key may store in collections."""
+    encoder: PathText | None = None
     """Directory of a sentence encoder such as all-MiniLM-L6-v2. With it, passages are ranked by meaning and by words;
     without it, by words only (BM25)."""
     dense_weight: float = Field(default=0.5, ge=0, le=1)
@@ -119,8 +132,8 @@ class ServingSection(Section):
     @field_validator("cpus_per_replica")
     @classmethod
     def _positive(cls, value: float | str) -> float | str:
-        if isinstance(value, float) and value <= 0:
-            raise ValueError("allowed: a number above 0, or auto")
+        if isinstance(value, float) and not 0 < value <= MOST_WORKERS:
+            raise ValueError(f"allowed: a number above 0 and at most {MOST_WORKERS}, or auto")
         return value
 
     @field_validator("host")

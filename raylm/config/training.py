@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from raylm.config.base import MayChange, Section
+from raylm.config.base import LARGEST_COUNT, Count, CountFromZero, CountOrAuto, MayChange, Seconds, Section, Total
 
 
 class EarlyStoppingSection(Section):
@@ -14,9 +14,9 @@ class EarlyStoppingSection(Section):
 
     metric: Literal["validation_loss", "loss"] = "validation_loss"
     """Metric that must decrease."""
-    patience: int = Field(default=3, ge=1)
+    patience: Count = 3
     """Evaluations in a row without improvement after which training stops; the best weights are exported."""
-    minimum_change: float = Field(default=0.0, ge=0)
+    minimum_change: float = Field(default=0.0, ge=0, le=1e30)
     """Smallest decrease that counts as an improvement."""
 
 
@@ -26,51 +26,51 @@ class AnomaliesSection(Section):
     policy: Literal["stop", "skip", "roll_back"] = "stop"
     """stop ends the run. skip goes on from the last checkpoint without the batch; roll_back leaves out all batches
     since that checkpoint too (Chowdhery et al. 2022, section 5.1)."""
-    spike_factor: float | None = Field(default=None, gt=1)
+    spike_factor: float | None = Field(default=None, gt=1, le=1e30)
     """A loss above this many times the median of the last ``window`` steps is an anomaly; by default only a gradient
     that is not finite is."""
-    window: int = Field(default=50, ge=2)
+    window: int = Field(default=50, ge=2, le=10**6)
     """Steps over which the median is taken; before a run has made so many, no loss counts as a spike."""
-    limit: int = Field(default=10, ge=1)
+    limit: Count = 10
     """Number of anomalies after which the run ends, whatever the policy."""
 
 
 class TrainingSection(Section):
     """``training``: length, batch, optimizer, schedule, precision, logging."""
 
-    steps: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
+    steps: Annotated[Count | None, MayChange()] = None
     """Optimizer steps. Give one of steps, tokens and epochs."""
-    tokens: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
+    tokens: Annotated[Total | None, MayChange()] = None
     """Tokens to train on; rounded up to whole steps."""
-    epochs: Annotated[float | None, MayChange()] = Field(default=None, gt=0)
+    epochs: Annotated[float | None, MayChange()] = Field(default=None, gt=0, le=1e6)
     """Passes over the training set; rounded up to whole steps."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: Count = 32
     """Sequences in a step, all workers together."""
-    sequence_length: int = Field(default=256, ge=2)
+    sequence_length: int = Field(default=256, ge=2, le=LARGEST_COUNT)
     """Tokens in a sequence."""
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     """muon orthogonalises the updates of weight matrices and gives the other parameters to AdamW."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1e30)
     """Peak learning rate. With muon, that of the parameters that AdamW updates (embeddings, norms, biases)."""
-    matrix_learning_rate: float = Field(default=0.02, gt=0)
+    matrix_learning_rate: float = Field(default=0.02, gt=0, le=1e30)
     """Peak learning rate of weight matrices with muon."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Momentum of muon and sgd."""
-    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     """AdamW's decay rates of the first and second moment."""
-    epsilon: float = Field(default=1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0, le=1)
     """AdamW's epsilon, which avoids division by zero."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=1e6)
     """Decoupled weight decay of matrices. Norms and biases have no decay."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: CountFromZero = 0
     """Steps of linear warm-up."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """wsd: share of the steps, at the end, in which the learning rate falls linearly."""
     final_learning_rate_fraction: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
-    gradient_clipping: float = Field(default=1.0, ge=0)
+    gradient_clipping: float = Field(default=1.0, ge=0, le=1e30)
     """Largest norm of the whole gradient; 0 does not clip."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], MayChange(to=("auto",))] = "auto"
     """bf16 keeps fp32 master weights (parallel.zero_stage 1 to 3). auto: bf16 on a GPU; on CPUs what is measured to be
@@ -78,11 +78,11 @@ class TrainingSection(Section):
     compile: Annotated[bool, MayChange()] = False
     """Run the model through torch.compile: the first step takes a minute or so longer, the others less; needs a C++
     compiler on every node."""
-    log_every_steps: Annotated[int, MayChange()] = Field(default=10, ge=1)
+    log_every_steps: Annotated[Count, MayChange()] = 10
     """Steps between two lines of metrics.jsonl."""
-    evaluate_every_steps: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
+    evaluate_every_steps: Annotated[Count | None, MayChange()] = None
     """Steps between two evaluations. By default only the end of training is evaluated."""
-    evaluation_batches: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
+    evaluation_batches: Annotated[Count | None, MayChange()] = None
     """Batches of an evaluation; by default the whole validation set."""
     early_stopping: Annotated[EarlyStoppingSection | None, MayChange()] = None
     """Stop when a metric no longer improves; off by default."""
@@ -106,30 +106,23 @@ class TrainingSection(Section):
 class ParallelSection(Section):
     """``parallel``: how the model and the batch are cut over the workers."""
 
-    data: int | Literal["auto"] = "auto"
+    data: CountOrAuto = "auto"
     """Replicas that share a batch; auto is the number of workers."""
-    tensor: int | Literal["auto"] = 1
+    tensor: CountOrAuto = 1
     """Processes that share each layer; workers = data x tensor x pipeline. auto, here and below,
     takes the layout that fits a worker's memory and has the shortest estimated step; ``raylm plan`` shows it."""
-    pipeline: int | Literal["auto"] = 1
+    pipeline: CountOrAuto = 1
     """Pipeline stages, each with a part of the blocks (schedule 1F1B: one forward, one backward)."""
     zero_stage: Literal[0, 1, 2, 3, "auto"] = 1
     """DeepSpeed ZeRO: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too. 2 and 3
     work with data parallelism only."""
-    micro_batch_size: int | Literal["auto"] = "auto"
+    micro_batch_size: CountOrAuto = "auto"
     """Sequences that a worker processes at once; gradients are accumulated over the rest of its batch."""
     balance: Literal["parameters", "time"] = "parameters"
     """What pipeline stages have in equal parts: parameters, or time. Time is measured for each layer when the run first
     starts, and kept in stages.json."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass to save memory; auto does so if they do not fit."""
-
-    @field_validator("data", "tensor", "pipeline", "micro_batch_size")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("allowed: 1 or more, or auto")
-        return value
 
     @property
     def model_parallel(self) -> int:
@@ -140,11 +133,11 @@ class ParallelSection(Section):
 class CheckpointSection(Section):
     """``checkpoint``: when to save, and how many to keep."""
 
-    every_steps: int | None = Field(default=None, ge=1)
+    every_steps: Count | None = None
     """Steps between two checkpoints; off by default."""
-    every_seconds: float | None = Field(default=60.0, gt=0)
+    every_seconds: Seconds | None = 60.0
     """Seconds between two checkpoints; the end of training always saves one."""
-    keep: int = Field(default=2, ge=1)
+    keep: Count = 2
     """Newest checkpoints to keep. With evaluate_every_steps, the one with the best validation loss is kept too."""
     asynchronous: bool = True
     """Write in the background. Training waits only if a write takes longer than a forward and backward pass."""

@@ -6,7 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raylm.config.base import Section
+from raylm.config.base import Count, CountOrAuto, Section
+
+# A search keeps every candidate, and its layout is planned before it starts.
+MOST_TRIALS = 10_000
 
 
 class Distribution(Section):
@@ -42,7 +45,7 @@ class TuningSection(Section):
 
     space: dict[str, Distribution] = Field(min_length=1)
     """Dotted key, for example training.learning_rate, to a distribution."""
-    trials: int = Field(default=8, ge=1)
+    trials: int = Field(default=8, ge=1, le=MOST_TRIALS)
     """Draws from the space; with a grid, draws for each of its points."""
     searcher: Literal["random", "grid"] = "random"
     """random draws from the space; grid tries every combination of its values once, whatever ``trials`` says."""
@@ -50,11 +53,11 @@ class TuningSection(Section):
     """Metric to minimise."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops trials early that are worse than others at the same step (Li et al. 2020, arXiv:1810.05934)."""
-    grace_evaluations: int = Field(default=1, ge=1)
+    grace_evaluations: Count = 1
     """Evaluations of a trial before asha may stop it."""
-    reduction_factor: int = Field(default=2, ge=2)
+    reduction_factor: int = Field(default=2, ge=2, le=1000)
     """asha keeps one in this many trials at each rung."""
-    max_concurrent: int | Literal["auto"] = "auto"
+    max_concurrent: CountOrAuto = "auto"
     """Trials at a time; auto is as many as the cluster holds. More are refused."""
 
     @field_validator("space")

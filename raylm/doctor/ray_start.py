@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 
+from raylm.cluster.environment import inherited_environment
+from raylm.cluster.local_access import local_access
 from raylm.doctor.finding import Finding
 
 START_SECONDS = 26.0
@@ -26,7 +29,6 @@ import ray
 imported = time.monotonic()
 address = os.environ.get("RAY_ADDRESS")
 if not address:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 options = {} if address else {"address": "local", "include_dashboard": False}
 try:
@@ -48,9 +50,16 @@ def probe_ray(time_limit: float = START_SECONDS) -> list[Finding]:
     if address and (refusal := connection_error(address)):
         return [judge_ray(address, {"error": refusal}, 0.0, time_limit)]
     began = time.monotonic()
+    with contextlib.nullcontext() if address else local_access():
+        said = _probe(time_limit)
+    return [judge_ray(address, said, time.monotonic() - began, time_limit)]
+
+
+def _probe(time_limit: float) -> dict | None:
+    """What the probing process printed; None where it did not end within ``time_limit`` seconds."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", _CHILD], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
+        stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", env=inherited_environment(),
     )  # fmt: skip
     try:
         output, errors = process.communicate(timeout=time_limit)
@@ -58,13 +67,12 @@ def probe_ray(time_limit: float = START_SECONDS) -> list[Finding]:
         # Its raylet and the rest of Ray end when they lose it.
         process.kill()
         process.wait()
-        return [judge_ray(address, None, time.monotonic() - began, time_limit)]
+        return None
     try:
-        said = json.loads(output.strip().splitlines()[-1])
+        return json.loads(output.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
         last = errors.strip().splitlines()[-1:] or [f"the process ended with status {process.returncode}"]
-        said = {"error": last[0]}
-    return [judge_ray(address, said, time.monotonic() - began, time_limit)]
+        return {"error": last[0]}
 
 
 def connection_error(address: str) -> str:

@@ -30,6 +30,7 @@ from raylm.evaluation.perplexity import (
     make_stream,
     window_batches,
 )
+from raylm.interrupts import insistent
 from raylm.progress import Activity, ProgressBar
 
 if TYPE_CHECKING:
@@ -116,16 +117,19 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
     """Write the report of a model that has none yet; makes the run directory once everything is checked."""
-    from raylm.data.loading import load_tokenizer, resolve_model
+    from raylm.data.loading import resolve_model
     from raylm.models.families.build import check_head
     from raylm.models.heads import CAUSAL
-    from raylm.models.loading import load_config
+    from raylm.models.loading import load_config, load_parts
+    from raylm.models.openvino import find_export
     from raylm.tasks import task_of
 
-    with Activity("evaluate: reading the model's configuration and the data"):
+    with Activity("evaluate: reading the model's configuration and the data"), insistent():
         source = resolve_model(config.model.path)
         model_config = load_config(source)
         task = task_of(model_config)
+        # What reads and does not generate runs on the export, where there is one.
+        _, tokenizer = load_parts(source, weights=task.generates or find_export(source) is None)
         if scored := task.evaluation is not None and task.evaluation.results:
             examples = task.evaluation.open(config, source)
         else:
@@ -135,7 +139,6 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
                     f"model.path: found {config.model.path}, {task.service.what}, allowed: a text generator, a reader "
                     "or a classifier"
                 )
-            tokenizer = load_tokenizer(source)
             window = window_of(config.evaluation, model_config)
             stream = open_text(config.data, config.evaluation.split, tokenizer)
     with run.held(resumes=False), ray_session():

@@ -15,6 +15,7 @@ import numpy as np
 from raylm.config.families import ENCODERS
 from raylm.data.loading import resolve_model
 from raylm.errors import UserError, first_line
+from raylm.models.checks import check_weights
 from raylm.models.heads import NONE, Head
 from raylm.models.loading import load_config, load_model
 from raylm.models.openvino import EXPORT_MODEL, check_export, find_export
@@ -178,6 +179,7 @@ def _load_body(path: str, key: str) -> Any:
     from transformers import AutoModel
     from transformers.utils import logging
 
+    check_weights(resolve_model(path, key), key)
     logging.disable_progress_bar()
     # Checkpoints of encoders carry buffers of old versions, which transformers reports at length.
     logging.set_verbosity_error()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylm.data.loading import resolve_model
+from raylm.data.loading import load_tokenizer, resolve_model
 from raylm.errors import UserError, first_line
+from raylm.models.checks import check_vocabulary, check_weights
 from raylm.models.heads import CAUSAL, Head
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_model(
@@ -42,11 +43,13 @@ def load_model(
     logging.disable_progress_bar()
     check_head(load_config(path, key), head, str(path), key)
     source = resolve_model(path, key)
+    check_weights(source, key)
     try:
         return head.load_class().from_pretrained(
             source, config=config, dtype=dtype or torch.float32, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
+        # As tensors of another shape, or values that no layer can be built from.
         raise UserError(f"{key}: {path} cannot be loaded: {first_line(error)}") from None
 
 
@@ -60,5 +63,25 @@ def load_config(path: str | Path, key: str = "model.path") -> PretrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(resolve_model(path, key), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - what a damaged file leads to has any class
         raise UserError(f"{key}: {path} cannot be loaded: {first_line(error)}") from None
+
+
+def load_parts(
+    path: str | Path, key: str = "model.path", *, weights: bool = True
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration and the tokenizer of a model whose parts fit together; reads no weights.
+
+    Args:
+        path: what :func:`resolve_model` takes.
+        weights: whether to look at the weights too, which an export for another engine does without.
+
+    Raises:
+        UserError: a part is missing or damaged, or the parts do not fit.
+    """
+    source = resolve_model(path, key)
+    config, tokenizer = load_config(source, key), load_tokenizer(source, key)
+    if weights:
+        check_weights(source, key)
+    check_vocabulary(config, tokenizer, source, key)
+    return config, tokenizer

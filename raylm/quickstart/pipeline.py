@@ -32,7 +32,7 @@ from raylm.quickstart.questions import (
     shown_names,
     streamed_answer,
 )
-from raylm.quickstart.running import Command, MemoryWatch, ended_like_ctrl_c
+from raylm.quickstart.running import Command, MemoryWatch
 from raylm.quickstart.screen import last_screen
 from raylm.quickstart.stages import SERVE, STAGES, Stage
 from raylm.recipes import recipes_directory
@@ -123,7 +123,7 @@ def run_quickstart(
     _find_port(run)
     began = time.monotonic()
     *stages, serve = STAGES
-    with ended_like_ctrl_c(), _told_of_interrupts(), MemoryWatch() as memory, contextlib.ExitStack() as server:
+    with _told_of_interrupts(), MemoryWatch() as memory, contextlib.ExitStack() as server:
         with run.display:
             for stage in stages:
                 _run_stage(run, stage)

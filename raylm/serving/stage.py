@@ -15,15 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raylm.cluster.environment import API_KEYS_VARIABLE, default_environment
 from raylm.config.run_directory import RunDirectory
 from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.data.loading import load_tokenizer, resolve_model
 from raylm.errors import RunFailure, UserError, first_line
+from raylm.models.checks import check_vocabulary, check_weights
 from raylm.models.heads import NONE
 from raylm.models.loading import load_config
 from raylm.progress import Activity
-from raylm.serving.http.access import ENVIRONMENT_VARIABLE, load_key_hashes
+from raylm.serving.http.access import load_key_hashes
 from raylm.tasks import task_of
 
 APPLICATION = "raylm"
@@ -86,13 +88,11 @@ def running_server(config: ServeConfig) -> Iterator[str]:
 @contextlib.contextmanager
 def _serve_session(serving: ServingSection) -> Iterator[None]:
     """Ray with room for Ray Serve; a cluster that stays keeps nothing of it."""
-    import ray
+    from raylm.cluster.session import joined, ray_session
 
-    from raylm.cluster.session import ray_session
-
-    stays = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+    stays = joined() or bool(os.environ.get("RAY_ADDRESS"))
     one = not stays and serving.replicas == 1 and serving.autoscaling is None
-    with _environment(ENVIRONMENT if one else {}), ray_session():
+    with default_environment(ENVIRONMENT if one else {}), ray_session():
         from ray import serve as ray_serve
 
         # Serve reports every step of its own life otherwise.
@@ -105,18 +105,6 @@ def _serve_session(serving: ServingSection) -> Iterator[None]:
             # Where Ray itself ends now, Serve ends with it, and without the error that its shutdown reports.
             if stays:
                 ray_serve.shutdown()
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Variables for a Ray instance that is started in the block; what is set already stays."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -186,7 +174,7 @@ def check_access(serving: ServingSection) -> None:
     if not load_key_hashes(serving) and not serving.loopback:
         raise UserError(
             f"serving.host: found {serving.host}, allowed: a loopback address (127.0.0.1), as there are no API keys "
-            f"(serving.api_keys_file or {ENVIRONMENT_VARIABLE})"
+            f"(serving.api_keys_file or {API_KEYS_VARIABLE})"
         )
 
 
@@ -214,9 +202,10 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
         if choose_engine(source, chosen, engine_key, generates=generates) == "openvino":
             check_export(source, key)
         else:
-            _check_weights(directory, key)
+            check_weights(directory, key)
     tokenizer = load_tokenizer(source, key)
     model_config = load_config(source, key)
+    check_vocabulary(model_config, tokenizer, source, key)
     if (check_task := task_of(model_config).service.check) is not None:
         check_task(model_config, tokenizer, serving, model.path)
 
@@ -229,8 +218,8 @@ def _check_encoder(path: str, key: str = "serving.encoder") -> None:
         _check_json(Path(source) / name, key)
     if (task := task_of(load_config(source, key))).head != NONE:
         raise UserError(f"{key}: found {path}, {task.service.what}, allowed: the directory of a sentence encoder")
-    _check_weights(Path(source), key)
-    load_tokenizer(source, key)
+    check_weights(Path(source), key)
+    check_vocabulary(load_config(source, key), load_tokenizer(source, key), source, key)
 
 
 def health(url: str, timeout: float = 5.0) -> dict[str, Any] | None:
@@ -339,22 +328,3 @@ def _check_json(path: Path, key: str) -> None:
         raise UserError(f"{key}: {path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{key}: {path} is damaged: found no JSON object")
-
-
-def _check_weights(directory: Path, key: str) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    index = directory / "model.safetensors.index.json"
-    _check_json(index, key)
-    names = {"model.safetensors"}
-    if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-    for name in sorted(names):
-        path = directory / name
-        if not path.is_file():
-            raise UserError(f"{key}: {path} is missing")
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except SafetensorError as error:
-            raise UserError(f"{key}: {path} is damaged: {first_line(error)}") from None

@@ -16,6 +16,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.data.sources.segments import MANIFEST
 from raylm.errors import UserError
+from raylm.interrupts import insistent
 from raylm.progress import Activity
 
 if TYPE_CHECKING:
@@ -58,21 +59,20 @@ def validate(config: TrainConfig) -> Checked:
     Raises:
         UserError: one line.
     """
-    from raylm.data.loading import load_tokenizer
     from raylm.models.families.build import check_head
-    from raylm.models.loading import load_config
+    from raylm.models.loading import load_parts
     from raylm.parallel.engines.compilation import check_compilation
     from raylm.parallel.plan.planning import check_model
     from raylm.tasks import make_objective
 
     if config.training.compile:
         check_compilation(config.parallel.zero_stage)
-    loaded = load_config(config.model.path) if config.model.path is not None else None
+    loaded, tokenizer = load_parts(config.model.path) if config.model.path is not None else (None, None)
     objective = make_objective(config.objective, loaded.model_type if loaded else config.model.family)
     data = check_data(config, objective, loaded)
     if config.model.path is not None:
         check_head(loaded, objective.head, config.model.path)
-        objective.check_tokenizer(load_tokenizer(config.model.path), config.training.sequence_length, config.model.path)
+        objective.check_tokenizer(tokenizer, config.training.sequence_length, config.model.path)
     # CPUs, GPUs and memory of the cluster are looked at once it is joined.
     return Checked(check_model(config, loaded), data)
 
@@ -250,7 +250,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
             check_raw_unchanged(config)
             print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
             return
-        with Activity(f"{stage}: checking the data and the model"):
+        with Activity(f"{stage}: checking the data and the model"), insistent():
             checked = validate(config)
 
         with run.held():

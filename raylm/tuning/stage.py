@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import pickle
 import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.cluster.capacity import cluster_capacity
 from raylm.cluster.groups import groups_given_back
 from raylm.cluster.session import ray_session
-from raylm.config.run_directory import RunDirectory
+from raylm.config.run_directory import RunDirectory, read_object
 from raylm.config.stages import TuneConfig
 from raylm.errors import RunFailure, UserError
+from raylm.interrupts import Deferred, deferred, insistent
 from raylm.progress import Activity
 from raylm.tuning.progress import SearchProgress
 from raylm.tuning.search import (
@@ -32,6 +40,8 @@ if TYPE_CHECKING:
 
     from raylm.training.loop.worker import TrainingJob
 
+WATCH_SECONDS = 0.2
+
 
 def tune(config: TuneConfig) -> None:
     """Search ``tuning.space``; the best trial's model becomes ``<run>/model``.
@@ -49,7 +59,7 @@ def tune(config: TuneConfig) -> None:
         print(f"tune: {run.path} is done already\n{describe(run, done, list(config.tuning.space))}")
         return
     _refuse_older(run)
-    with Activity("tune: checking the data and the model"):
+    with Activity("tune: checking the data and the model"), insistent():
         checked = validate(config)
         candidates = draw_candidates(config.tuning, config.run.seed)
         for candidate in candidates:
@@ -123,7 +133,7 @@ def _search(planner: Planner, base: TrainingJob, trials: int, at_a_time: int) ->
     # The setting of Tune's newer output prints its tables whatever ``verbose`` says; the older one keeps silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     tuner = _tuner(planner, base, at_a_time)
-    with SearchProgress(base.directory / "trials", trials):
+    with deferred() as signals, _ended_in_order(signals), SearchProgress(base.directory / "trials", trials):
         results = tuner.fit()
     rows = []
     for result in results:
@@ -138,6 +148,40 @@ def _search(planner: Planner, base: TrainingJob, trials: int, at_a_time: int) ->
             }
         )
     return sorted(rows, key=lambda row: row["trial"])
+
+
+@contextlib.contextmanager
+def _ended_in_order(signals: Deferred) -> Iterator[None]:
+    """Have Ray Tune save the search and end it when a signal is noticed; it goes on with the same command.
+
+    Ray Tune itself takes SIGINT for the user's wish to have the results so far, which are none of a whole search. What
+    it does then it does on SIGUSR1 as well, from the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(WATCH_SECONDS):
+            # Before Ray Tune is there to take it, it would end the process.
+            if signals.received is not None and signal.getsignal(signal.SIGUSR1) is not before:
+                logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+                text = "saving the search, then ending; Ctrl-C once more ends at once"
+                print(f"tune: {text}", file=sys.stderr, flush=True)
+                signal.raise_signal(signal.SIGUSR1)
+                return
+
+    before = signal.getsignal(signal.SIGUSR1)
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    watcher = threading.Thread(target=watch, name="raylm-search-end", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _tuner(planner: Planner, base: TrainingJob, at_a_time: int) -> Tuner:
@@ -155,7 +199,10 @@ def _tuner(planner: Planner, base: TrainingJob, at_a_time: int) -> Tuner:
     name = f"search-{workers}-workers-{at_a_time}-at-a-time"
     storage = base.directory / "ray-tune"
     # Without the algorithm's state Ray Tune would draw nothing more.
-    if tune.Tuner.can_restore(storage / name) and algorithm.has_checkpoint(str(storage / name)):
+    if not whole_record(storage / name):
+        # Begun anew, it draws the same, and trials that have finished say so themselves.
+        shutil.rmtree(storage / name, ignore_errors=True)
+    elif tune.Tuner.can_restore(storage / name) and algorithm.has_checkpoint(str(storage / name)):
         return tune.Tuner.restore(
             str(storage / name), trainable, resume_unfinished=True, restart_errored=True, param_space=space
         )
@@ -177,6 +224,15 @@ def _tuner(planner: Planner, base: TrainingJob, at_a_time: int) -> Tuner:
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=resources.max_failures),
         ),
+    )
+
+
+def whole_record(search: Path) -> bool:
+    """Whether none of what Ray Tune has written down of a search, and would read, was cut off; reads little of it."""
+    states = sorted(search.glob("experiment_state-*.json"))
+    pickles = [*sorted(search.glob("basic-variant-state-*.json"))[-1:], *search.glob("tuner.pkl")]
+    return all(read_object(path) is not None for path in states[-1:]) and all(
+        path.read_bytes().endswith(pickle.STOP) for path in pickles
     )
 
 

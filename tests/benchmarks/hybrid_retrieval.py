@@ -23,7 +23,8 @@ from raylm.config.serving import ServingSection
 from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.encoder import open_encoder
 from raylm.serving.retrieval.library import Library
-from raylm.serving.retrieval.store import StoredDocument
+from raylm.serving.retrieval.records import StoredDocument
+from raylm.serving.retrieval.shelf import Shelf
 
 WEIGHTS = {"BM25 alone": 0.0, "dense alone": 1.0, "hybrid": 0.5}
 OTHER_WEIGHTS = (0.2, 0.3, 0.4, 0.6, 0.7)
@@ -47,9 +48,9 @@ async def measure(arguments: argparse.Namespace, directory: Path) -> dict:
         asked = random.Random(0).sample(asked, arguments.questions)
     encoder = open_encoder(arguments.encoder, ServingSection(), arguments.threads)
     library = Library(CollectionStore(directory), encoder=encoder)
-    await library.create("paragraphs")
+    await Shelf(library).create("paragraphs")
     began = time.perf_counter()
-    await library.add("paragraphs", [StoredDocument(str(n), "", text) for n, text in enumerate(paragraphs)])
+    await Shelf(library).add("paragraphs", [StoredDocument(str(n), "", text) for n, text in enumerate(paragraphs)])
     indexed = time.perf_counter() - began
     collection = library.store.get("paragraphs")
     began = time.perf_counter()

@@ -40,8 +40,8 @@ def configuration(layout: str, directory: str):
     from raylm.config.loading import validate
     from raylm.config.stages import PretrainConfig
 
-    family, cut, zero, *rest = layout.split(":")
-    data, tensor, pipeline = (int(n) for n in re.fullmatch(r"dp(\d+)xtp(\d+)xpp(\d+)", cut).groups())
+    family, shape, zero, *rest = layout.split(":")
+    data, tensor, pipeline = (int(n) for n in re.fullmatch(r"dp(\d+)xtp(\d+)xpp(\d+)", shape).groups())
     values = {
         "run": {"name": "plan", "storage": directory},
         "data": {"train": f"{directory}/text.txt"},
@@ -85,7 +85,7 @@ def rank(layout: str, directory: str) -> None:
     plan = make_plan(config)
     dist.all_reduce(torch.zeros(1))
     objective = make_objective(config.objective, config.model.family)
-    me, parallel, cut = dist.get_rank(), config.parallel, plan.layout.cut
+    me, parallel, planned = dist.get_rank(), config.parallel, plan.layout
     warm_up = torch.randn(64, 64, requires_grad=True)
     (warm_up @ warm_up).sum().backward()
     dist.barrier()
@@ -96,8 +96,8 @@ def rank(layout: str, directory: str) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = {
         "zero_stage": parallel.zero_stage,
-        "micro_batch_size": cut.micro_batch_size,
-        "accumulation": cut.accumulation,
+        "micro_batch_size": planned.micro_batch_size,
+        "accumulation": planned.accumulation,
         "clipping": config.training.gradient_clipping,
         "bf16": False,
         "device": torch.device("cpu"),
@@ -117,13 +117,13 @@ def rank(layout: str, directory: str) -> None:
     inputs, outputs = objective.lengths(TIME)
     for step in range(STEPS):
         batches = []
-        for index in range(cut.accumulation):
+        for index in range(planned.accumulation):
             generator = torch.Generator().manual_seed((step * 64 + index) * 64 + engine.data_rank)
             batches.append(
                 {
-                    "input_ids": torch.randint(0, VOCABULARY, (cut.micro_batch_size, inputs), generator=generator),
+                    "input_ids": torch.randint(0, VOCABULARY, (planned.micro_batch_size, inputs), generator=generator),
                     "targets": torch.randint(
-                        0, VOCABULARY, (cut.micro_batch_size, outputs or inputs), generator=generator
+                        0, VOCABULARY, (planned.micro_batch_size, outputs or inputs), generator=generator
                     ),
                 }
             )

@@ -27,6 +27,8 @@ def naive(model: str, port: int, threads: int) -> None:
     from fastapi.responses import StreamingResponse
     from ray import serve
 
+    from raylm.cluster.local_access import local_access
+
     app = FastAPI()
 
     @serve.deployment(ray_actor_options={"num_cpus": threads}, max_ongoing_requests=64)
@@ -70,12 +72,12 @@ def naive(model: str, port: int, threads: int) -> None:
 
             return StreamingResponse(events(), media_type="text/event-stream")
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    serve.run(Naive.bind(), name="naive", route_prefix="/")
-    _wait_for_sigterm()
-    ray.shutdown()
+    with local_access():
+        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        serve.run(Naive.bind(), name="naive", route_prefix="/")
+        _wait_for_sigterm()
+        ray.shutdown()
 
 
 def static(model: str, threads: int) -> None:

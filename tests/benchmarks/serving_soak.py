@@ -34,6 +34,8 @@ import http_load
 import psutil
 from serving_load import PROCESSES, HttpArm, free_port, prompts, serve_command
 
+from raylm.cluster.local_access import local_access
+
 CLIENTS = 8
 # Beyond these the client would run out of ports and cores, not the server of places.
 MOST_AT_ONCE = 600
@@ -203,7 +205,6 @@ class Deployment:
         import ray
 
         os.environ.pop("RAY_ADDRESS", None)
-        os.environ["RAY_AUTH_MODE"] = "disabled"
         context = ray.init(address="local", include_dashboard=True, num_cpus=4, log_to_driver=False)
         self.port, self._model, self._directory = free_port(), model, Path(directory)
         self._environment = {**os.environ, "RAY_DASHBOARD_ADDRESS": f"http://{context.dashboard_url}"}
@@ -253,7 +254,7 @@ class Deployment:
 
 def disturb(arguments: argparse.Namespace) -> dict:
     """A killed replica, or a rolling update, under load."""
-    with tempfile.TemporaryDirectory() as directory:
+    with local_access(), tempfile.TemporaryDirectory() as directory:
         deployment = Deployment(arguments.model, directory)
         import ray
 

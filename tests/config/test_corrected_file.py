@@ -95,8 +95,8 @@ CASES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     ),
     "finetune, nothing left": (finetune, "no document that is not empty"),
     "tune, nothing left": (lambda *given: finetune(*given, stage="tune", tuning=SPACE), "no document that is not"),
-    "evaluate, damaged model": (with_damaged("evaluate"), "damaged cannot be loaded"),
-    "compress, damaged model": (with_damaged("compress"), "damaged cannot be loaded"),
+    "evaluate, damaged model": (with_damaged("evaluate"), "is damaged"),
+    "compress, damaged model": (with_damaged("compress"), "is damaged"),
     "serve, damaged model": (with_damaged("serve"), "is damaged"),
 }
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from raylm.config import load_config
+from raylm.config import STAGES, load_config
 from raylm.config.loading import differing_keys, to_yaml
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import PretrainConfig
 from raylm.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = """
 run: {name: x}
 data: {train: stdlib-docs}
@@ -62,6 +65,144 @@ def test_mistakes_name_key_found_and_allowed(pretrain_file: Path, override: str,
         load_config("pretrain", pretrain_file, re.split(r" (?=\w+\.\w+=)", override))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.betas=[2, 3]", "training.betas.0: found 2, allowed: less than 1 (and 1 more)"),
+        ("training.betas=0.9", "training.betas: found 0.9, allowed: a valid list"),
+        ("training=3", "training: found 3, allowed: a section with keys"),
+        ("training=[]", "training: found a list, allowed: a section with keys"),
+        ("training.steps={}", "training.steps: found a section, allowed: a valid integer"),
+        ("data.train=[{path: x, weight: 2, foo: 1}]", "data.train.0.foo: unknown key; allowed: format, path, target"),
+        ("training.betas=[-0.1, 0.9]", "training.betas.0: found -0.1, allowed: greater than or equal to 0"),
+        ("training.learning_rate=.inf", "training.learning_rate: found inf, allowed: a finite number"),
+        ("training.learning_rate=.nan", "training.learning_rate: found nan, allowed: a finite number"),
+        ("training.learning_rate=1e400", "training.learning_rate: found inf, allowed: a finite number"),
+        ("training.learning_rate=1e31", "training.learning_rate: found 1e+31, allowed: less than or equal to 1e+30"),
+        ("training.epsilon=2", "training.epsilon: found 2, allowed: less than or equal to 1"),
+        ("run.seed=1e23", "run.seed: found 1e+23, allowed: a valid integer"),
+        ("run.seed=1" + "0" * 23, "run.seed: found 100000000000000000000000, allowed: an integer of 64 bits"),
+        ("run.seed=4294967296", "run.seed: found 4294967296, allowed: less than or equal to 4294967295"),
+        ("training.batch_size=2147483648", "training.batch_size: found 2147483648, allowed: less than or equal to"),
+        ("parallel.data=2147483648", "parallel.data: found 2147483648, allowed: at most 2147483647, or auto"),
+        ("checkpoint.every_seconds=1e10", "checkpoint.every_seconds: found 10000000000.0, allowed: less than or equal"),
+        ("tokenizer.sentinels=1000000000", "tokenizer.sentinels: found 1000000000, allowed: less than or equal to"),
+        ("model.config.rms_norm_eps=.nan", "model.config.rms_norm_eps: found nan, allowed: a finite number"),
+        ("run.name=" + "a" * 300, "aaa..., string should have at most 200 characters"),
+        ('run.storage="a\\0b"', "run.storage: found 'a\\x00b', allowed: text without control characters"),
+        ('data.train=["a\\x07"]', "data.train.0: found 'a\\x07', allowed: text without control characters"),
+        ('run.storage="\\ud800"', "run.storage: found '\\ud800', allowed: text without control characters"),
+        ("run.storage=runs/" + "a" * 300, "allowed: names of at most 255 bytes"),
+        ("run.storage=" + "a/" * 3000, "allowed: at most 4000 bytes"),
+        ("run.storage=~no-such-user/x", "allowed: a home directory that exists; this machine has no user no-such-user"),
+        ("run.storage=", "run.storage: found None, allowed: a valid string"),
+        ("run.storage=''", "run.storage: found '', allowed: a path that is not empty"),
+        ("data.train=[{path: x, weight: .inf}]", "data.train.0.weight: found inf, allowed: a finite number"),
+        ("data.train=[{path: x, weight: 0}]", "data.train.0.weight: found 0, allowed: greater than 0"),
+        ("model.config." + "a." * 3000 + "b=1", "found 3003 keys, allowed: at most 32"),
+        ("x" * 5000 + "=1", "xxx...: unknown key; allowed: "),
+    ],
+)  # fmt: skip
+def test_numbers_and_texts_have_bounds(pretrain_file: Path, override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("pretrain", pretrain_file, [override])
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_every_number_of_every_section_is_bounded() -> None:
+    """As the JSON Schema says, which lacks only the limits of ``CountOrAuto`` and the like."""
+    unbounded = []
+    for stage, model in STAGES.items():
+        for name, schema in _objects(model.model_json_schema()):
+            for key, value in schema.get("properties", {}).items():
+                for branch in _branches(value):
+                    limits = (
+                        {"minimum", "exclusiveMinimum"} & set(branch),
+                        {"maximum", "exclusiveMaximum"} & set(branch),
+                    )
+                    if branch.get("type") in ("integer", "number") and "const" not in branch and not all(limits):
+                        unbounded.append(f"{stage} {name}.{key}")
+    assert {entry.split(".")[-1] for entry in unbounded} == {
+        # Checked in the section: 1 or more, or auto; 0, 1 or auto; ordered bounds of a search, within the key's own.
+        "workers", "data", "tensor", "pipeline", "micro_batch_size", "max_concurrent", "cpus_per_replica",
+        "gpus_per_worker", "uniform", "log_uniform", "integer",
+    }  # fmt: skip
+
+
+def _objects(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield schema.get("title", ""), schema
+    yield from schema.get("$defs", {}).items()
+
+
+def _branches(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A value's types: itself, those of a union, and those of a list's items."""
+    yield schema
+    for inner in (*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())):
+        yield from _branches(inner)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2147483648", "1.5", ".nan", "1e400", "[1]", "true"])
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        *(("pretrain", f"parallel.{key}") for key in ("data", "tensor", "pipeline", "micro_batch_size")),
+        ("pretrain", "resources.workers"),
+        ("tune", "tuning.max_concurrent"),
+    ],
+)
+def test_numbers_that_may_be_auto_are_bounded_too(stage: str, key: str, value: str) -> None:
+    path = ROOT / "jobs" / "recipes" / "quickstart" / f"{stage}.yaml"
+    with pytest.raises(UserError, match=rf"{key}: found"):
+        load_config(stage, path, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("value", ["0", "-1.0", "1e6", ".nan", ".inf"])
+def test_cpus_of_a_replica_are_bounded(value: str) -> None:
+    with pytest.raises(UserError, match=r"serving\.cpus_per_replica: found"):
+        load_config("serve", ROOT / "jobs/recipes/quickstart/serve.yaml", [f"serving.cpus_per_replica={value}"])
+
+
+def test_configuration_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "pretrain.yaml"
+    path.write_bytes(b"\xff\xfer\0u\0n\0")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_config("pretrain", path)
+    path.write_bytes(b"# " + b"x" * (1 << 20))
+    with pytest.raises(UserError, match="allowed: a YAML file of at most 1048576 bytes"):
+        load_config("pretrain", path)
+    path.write_bytes("\ufeff".encode() + PRETRAIN.encode())
+    assert load_config("pretrain", path).run.name == "x"
+    for name, expected in (("a" * 300, "cannot be read: File name too long"), ("a\0b", "found a NUL character")):
+        with pytest.raises(UserError, match=expected):
+            load_config("pretrain", tmp_path / name)
+    with pytest.raises(UserError, match="cannot be read: Not a directory"):
+        load_config("pretrain", path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\x80\x00\xff", "not UTF-8"),
+        (b"", "it holds no sections"),
+        (b"- a\n", "it holds no sections"),
+        (b"stage: [pretrain]\n", "it names no stage"),
+        (b"stage: pretrain\nrun: {name: x, sto", "not valid YAML"),
+        (b"stage: pretrain\nrun: {name: x}\n", "data: missing; this key is required"),
+        (b"stage: pretrain\nfoo: 1\n", "config.yaml: "),
+    ],
+)
+def test_a_damaged_config_of_a_run_is_one_line(
+    pretrain_file: Path, tmp_path: Path, content: bytes, expected: str
+) -> None:
+    directory = RunDirectory("pretrain", load_config("pretrain", pretrain_file, [f"run.storage={tmp_path}"]))
+    directory.create()
+    (directory.path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.name: .*config\.yaml is damaged, or not of this version") as caught:
+        directory.check()
+    assert expected in str(caught.value)
 
 
 def test_only_training_stages_take_storage_by_uri(pretrain_file: Path) -> None:

@@ -36,6 +36,21 @@ def test_documents_decode_to_their_texts(prepared_documents):
         assert (stream == shards.eos_id).sum() == shards.document_count + 1
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_set_without_its_tokenizer_is_refused(copy: Path, name: str) -> None:
+    verify_prepared(copy)
+    path = copy / "tokenizer" / name
+    path.write_text("{")
+    with pytest.raises(UserError, match=rf"{name}: damaged: .*; prepare the data again"):
+        verify_prepared(copy)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{name}: missing; prepare the data again"):
+        verify_prepared(copy)
+    shutil.rmtree(path.parent)
+    with pytest.raises(UserError, match=r"tokenizer\.json: missing; prepare the data again"):
+        verify_prepared(copy)
+
+
 def test_reads_across_files(tmp_path):
     """Three files of a hand-made set: read and take agree with the concatenation."""
     parts = [np.arange(5), np.arange(100, 101), np.arange(200, 207)]

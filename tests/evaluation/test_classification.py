@@ -32,6 +32,10 @@ def test_reads_rows_and_numbers(encoder: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert in_order({"10", "9"}) == ["9", "10"]
     assert in_order({"b", "10", "9"}) == ["10", "9", "b"]
+    assert in_order({"-1", "01", "1", "-10"}) == ["-10", "-1", "01", "1"]
+    # Not numbers, though made of digits.
+    assert in_order({"--1", "1", "-"}) == ["-", "--1", "1"]
+    assert in_order({"1" * 5000, "2"}) == ["1" * 5000, "2"]
     read = LabelledInput(DataSection(train=str(csv), validation=str(jsonl)))
     manifest = read.write(tmp_path / "set", load_tokenizer(encoder), 16)
     assert manifest["labels"] == ["9", "10"]

@@ -44,8 +44,12 @@ def free_port() -> int:
 @pytest.mark.slow
 def test_prepare_and_pretrain_as_jobs(tmp_path: Path) -> None:
     port, dashboard, agent = free_port(), free_port(), free_port()
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    # As a user's own cluster has them: raylm leaves its token alone.
+    token = tmp_path / "token"
+    token.write_text("the-token-of-this-cluster-0001")
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     # The agent takes the jobs; its default port is held where the session's own Ray runs.
     head = subprocess.Popen(
         ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",

@@ -19,7 +19,7 @@ from raylm.models.families.build import build_config, build_empty, build_model
 from raylm.models.heads import CAUSAL
 from raylm.parallel.layout.pipeline_stages import StageLayer
 from raylm.parallel.layout.tensor import TensorGroup
-from raylm.parallel.plan.refusals import check_cuts
+from raylm.parallel.plan.refusals import check_splits
 from raylm.tasks import find_task, make_objective
 from raylm.training.loop.flops import flops_per_token
 from raylm.training.optimizers.build import hidden_matrices
@@ -91,9 +91,9 @@ def test_a_new_family_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         torch.testing.assert_close(by_steps(model, find_outline(name), ids), expected)
-    check_cuts(config, ParallelSection(tensor=2), objective)
+    check_splits(config, ParallelSection(tensor=2), objective)
     with pytest.raises(UserError, match="divisor of the model's num_attention_heads"):
-        check_cuts(config, ParallelSection(tensor=3), objective)
+        check_splits(config, ParallelSection(tensor=3), objective)
     assert not {n for n in hidden_matrices(dict(model.named_parameters()), model) if "embed" in n or "head" in n}
 
 

@@ -17,10 +17,10 @@ from raylm.config.stages import PretrainConfig
 from raylm.config.training import ParallelSection
 from raylm.errors import UserError
 from raylm.models.families.build import build_model
-from raylm.parallel.plan.cut import Cut
+from raylm.parallel.plan.layout import Layout
 from raylm.parallel.plan.memory import ModelMemory
 from raylm.parallel.plan.planning import Plan, apply_layout, make_plan, plan_training, recorded
-from raylm.parallel.plan.refusals import check_cuts
+from raylm.parallel.plan.refusals import check_splits
 from raylm.tasks import find_task, make_objective
 from raylm.tasks.objective import ObjectiveModule
 
@@ -55,8 +55,8 @@ def planned(config: PretrainConfig, cpus: float, gpus: float = 0.0, memory: floa
 
 def test_auto_takes_what_the_batch_divides_over(config: PretrainConfig) -> None:
     layout = planned(config, 8).layout
-    assert (layout.workers, layout.cut.micro_batch_size, layout.cut.accumulation) == (6, 2, 1)
-    assert (layout.use_gpu, layout.precision, layout.cut.activation_checkpointing) == (False, "fp32", False)
+    assert (layout.workers, layout.micro_batch_size, layout.accumulation) == (6, 2, 1)
+    assert (layout.use_gpu, layout.precision, layout.activation_checkpointing) == (False, "fp32", False)
     on_gpu = planned(config, 8, 4).layout
     assert (on_gpu.workers, on_gpu.use_gpu, on_gpu.precision) == (4, True, "bf16")
     resolved = apply_layout(config, layout)
@@ -70,7 +70,7 @@ def test_auto_takes_what_the_batch_divides_over(config: PretrainConfig) -> None:
 
 def test_micro_batches_are_accumulated(config: PretrainConfig) -> None:
     layout = planned(changed(config, "parallel", micro_batch_size=3), 2).layout
-    assert (layout.workers, layout.cut.micro_batch_size, layout.cut.accumulation) == (2, 3, 2)
+    assert (layout.workers, layout.micro_batch_size, layout.accumulation) == (2, 3, 2)
     with pytest.raises(UserError, match=r"parallel\.micro_batch_size: found 4, allowed: a divisor of .* batch \(6\)"):
         planned(changed(config, "parallel", micro_batch_size=4), 2)
 
@@ -78,9 +78,9 @@ def test_micro_batches_are_accumulated(config: PretrainConfig) -> None:
 def test_the_search_keeps_to_the_rules_of_the_file(config: PretrainConfig) -> None:
     """What a file may not say with tensor and pipeline in numbers is not found for auto either."""
     searched = changed(config, "parallel", tensor="auto", pipeline="auto", zero_stage=2)
-    assert {(c.cut.tensor, c.cut.pipeline) for c in planned(searched, 4).candidates} == {(1, 1)}
+    assert {(c.layout.tensor, c.layout.pipeline) for c in planned(searched, 4).candidates} == {(1, 1)}
     searched = changed(config, "parallel", tensor="auto", pipeline="auto", micro_batch_size=4)
-    assert all(c.cut.data * c.cut.accumulation * 4 == 12 for c in planned(searched, 4).candidates)
+    assert all(c.layout.data * c.layout.accumulation * 4 == 12 for c in planned(searched, 4).candidates)
     with pytest.raises(UserError, match=r"training\.batch_size: found 12, allowed: a multiple"):
         planned(changed(searched, "parallel", micro_batch_size=5), 4)
     both = changed(changed(config, "parallel", zero_stage=3), "training", compile=True)
@@ -113,7 +113,7 @@ def test_auto_takes_the_simplest_layout_that_fits(config: PretrainConfig) -> Non
     free = {"tensor": "auto", "pipeline": "auto", "zero_stage": "auto", "micro_batch_size": "auto"}
     free = changed(changed(big, "parallel", **free), "training", batch_size=64)
     at_ease = planned(free, 4)
-    assert at_ease.layout.cut == Cut(4, 1, 1, 0, 16, 1, False, False, "adamw")
+    assert at_ease.layout == Layout(4, 1, 1, 0, 16, 1, False, False, "adamw")
     needed = sum(at_ease.memory_bytes().values())
 
     def within(share: float, **values: object) -> Plan:
@@ -127,8 +127,8 @@ def test_auto_takes_the_simplest_layout_that_fits(config: PretrainConfig) -> Non
     assert not tight.warning
     # With ZeRO 0 and one replica as given, only smaller micro-batches and recomputation are left to it.
     least = within(0.75, tensor=1, pipeline=1, zero_stage=0)
-    assert (least.layout.cut.data, least.layout.cut.zero_stage) == (4, 0)
-    assert least.layout.cut.micro_batch_size < 16 or least.layout.cut.activation_checkpointing
+    assert (least.layout.data, least.layout.zero_stage) == (4, 0)
+    assert least.layout.micro_batch_size < 16 or least.layout.activation_checkpointing
     nothing = within(0.01)
     assert "the estimated memory does not fit" in nothing.warning
     assert "none fits" in nothing.describe()
@@ -142,7 +142,7 @@ def test_auto_takes_the_simplest_layout_that_fits(config: PretrainConfig) -> Non
 def test_what_cannot_be_cut_is_refused() -> None:
     def refused(config: PretrainedConfig, objective: str, **parallel: int) -> str:
         with pytest.raises(UserError) as caught:
-            check_cuts(config, ParallelSection(**parallel), find_task(objective).objective())
+            check_splits(config, ParallelSection(**parallel), find_task(objective).objective())
         return str(caught.value)
 
     assert refused(RobertaConfig(), "masked", pipeline=2).startswith(
@@ -153,19 +153,19 @@ def test_what_cannot_be_cut_is_refused() -> None:
     assert "a divisor of the model's d_ff (9)" in refused(T5Config(num_heads=8, d_ff=9), "span", tensor=2)
     assert "at most the model's 4 blocks" in refused(T5Config(num_layers=2), "span", pipeline=5)
     masked = find_task("masked").objective()
-    check_cuts(RobertaConfig(), ParallelSection(tensor="auto", pipeline="auto"), masked)
+    check_splits(RobertaConfig(), ParallelSection(tensor="auto", pipeline="auto"), masked)
 
 
 def test_auto_follows_what_a_model_allows(config: PretrainConfig) -> None:
     free = changed(config, "parallel", tensor="auto", pipeline="auto")
-    cuts = {(candidate.cut.tensor, candidate.cut.pipeline) for candidate in planned(free, 4).candidates}
+    shapes = {(candidate.layout.tensor, candidate.layout.pipeline) for candidate in planned(free, 4).candidates}
     # Two heads, two blocks.
-    assert cuts == {(1, 1), (2, 1), (1, 2), (2, 2)}
+    assert shapes == {(1, 1), (2, 1), (1, 2), (2, 2)}
     muon = planned(changed(free, "training", optimizer="muon"), 4)
-    assert {(candidate.cut.tensor, candidate.cut.pipeline) for candidate in muon.candidates} == {(1, 1)}
+    assert {(candidate.layout.tensor, candidate.layout.pipeline) for candidate in muon.candidates} == {(1, 1)}
     # Tensor parallelism stays within a node.
     nodes = Capacity((Node(1.0), Node(1.0)))
-    assert {candidate.cut.tensor for candidate in plan_training(free, nodes).candidates} == {1}
+    assert {candidate.layout.tensor for candidate in plan_training(free, nodes).candidates} == {1}
 
 
 def test_seven_billion_parameters_on_gpus(config: PretrainConfig) -> None:
@@ -183,13 +183,13 @@ def test_seven_billion_parameters_on_gpus(config: PretrainConfig) -> None:
     assert plan.layout.precision == "bf16"
     assert sum(plan.memory_bytes().values()) < 80e9
     assert not plan.warning
-    assert plan.layout.cut.tensor <= 8
+    assert plan.layout.tensor <= 8
     # Too small a GPU for whole weights and gradients needs a cut.
     small = make_plan(
         changed(big, "resources", workers=gpus, gpus_per_worker=1, workers_per_node=8, memory_per_worker_gb=24.0)
     )
     assert sum(small.memory_bytes().values()) < 24e9
-    assert small.layout.cut.tensor * small.layout.cut.pipeline > 1 or small.layout.cut.zero_stage >= 2
+    assert small.layout.tensor * small.layout.pipeline > 1 or small.layout.zero_stage >= 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
@@ -204,7 +204,7 @@ def test_steps_put_together_make_the_whole_model(config: PretrainConfig, family:
     values |= {"objective": {}, "tokenizer": {"type": "bpe", "vocab_size": 400}}
     plan = planned(type(config).model_validate(values), 1)
     whole = plan.memory._measure_whole(False)
-    (composed,) = plan.memory.stages(replace(plan.layout.cut, micro_batch_size=1))
+    (composed,) = plan.memory.stages(replace(plan.layout, micro_batch_size=1))
     assert composed.parameters == whole.parameters == plan.parameters
     assert composed.footprint.kept == pytest.approx(whole.footprint.kept, rel=0.08)
     sums = [sum(stage.footprint.without_gradients.values()) for stage in (composed, whole)]
@@ -233,15 +233,15 @@ def test_encoders_with_another_head_are_measured(objective: str) -> None:
     for config in (BertConfig(vocab_size=99, **shape), RobertaConfig(vocab_size=99, **shape)):
         made = make_objective(ObjectiveSection(type=objective), config.model_type)
         memory = ModelMemory(config, made, 16, bf16=False)
-        (stage,) = memory.stages(Cut(1, 1, 1, 0, 4, 1, False, False, "adamw"))
-        (recomputed,) = memory.stages(Cut(1, 1, 1, 0, 4, 1, True, False, "adamw"))
+        (stage,) = memory.stages(Layout(1, 1, 1, 0, 4, 1, False, False, "adamw"))
+        (recomputed,) = memory.stages(Layout(1, 1, 1, 0, 4, 1, True, False, "adamw"))
         assert stage.footprint.kept > recomputed.footprint.kept > 0
 
 
 def test_footprint_is_what_a_real_pass_keeps(config: PretrainConfig) -> None:
     plan = planned(config, 2)
     model = build_model(plan.model_config, 0)
-    tokens = torch.zeros((plan.layout.cut.micro_batch_size, 64), dtype=torch.long)
+    tokens = torch.zeros((plan.layout.micro_batch_size, 64), dtype=torch.long)
     known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.UntypedStorage] = {}
 

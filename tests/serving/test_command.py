@@ -66,6 +66,15 @@ def healthy(url: str) -> bool:
 
 
 @pytest.mark.slow
+def test_a_page_under_another_name_gets_nothing(server: str) -> None:
+    request = urllib.request.Request(
+        f"{server}/v1/models", headers={"Host": f"evil.example:{server.rpartition(':')[2]}"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="421"):
+        urllib.request.urlopen(request, timeout=30)
+
+
+@pytest.mark.slow
 def test_completion_equals_generate_and_streams(server: str, tiny_model: Path) -> None:
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
     assert [model.id for model in client.models.list()] == ["tiny"]

@@ -15,7 +15,8 @@ from raylm.errors import UserError
 from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.encoder import open_encoder
 from raylm.serving.retrieval.library import Library
-from raylm.serving.retrieval.store import StoredDocument
+from raylm.serving.retrieval.records import StoredDocument
+from raylm.serving.retrieval.shelf import Shelf
 from raylm.serving.stage import _check_encoder
 
 DOCUMENTS = [StoredDocument("zebra", "Zebra", "It has stripes."), StoredDocument("北京", "", "北京是中国的首都。")]
@@ -54,13 +55,14 @@ async def _vectors_of_collections(tiny_model: Path, tmp_path: Path) -> None:
             hidden = model(**tokenizer("who has stripes", return_tensors="pt")).last_hidden_state[0].mean(dim=0)
         assert vector == pytest.approx((hidden / hidden.norm()).numpy(), abs=1e-5)
         library = Library(CollectionStore(tmp_path / "collections"), encoder=encoder)
-        await library.create("animals")
-        await library.add("animals", DOCUMENTS)
-        facts = await library.facts("animals")
+        shelf = Shelf(library)
+        await shelf.create("animals")
+        await shelf.add("animals", DOCUMENTS)
+        facts = (await shelf.entry("animals")).facts
         assert (facts.passages, facts.embedded) == (2, 2)
         # Without a word in common, vectors alone find something.
-        assert len(await library.search("animals", "xyz", 5)) == 2
-        assert (await library.search("animals", "stripes", 5))[0].passage.id == "zebra"
+        assert len(await shelf.search("animals", "xyz", 5)) == 2
+        assert (await shelf.search("animals", "stripes", 5))[0].passage.id == "zebra"
         before = library.store.get("animals").index().vectors.copy()
     finally:
         encoder.engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,27 @@ def test_passages_keep_all_of_the_text(text: str) -> None:
     assert len(spans) > 2
     assert all(0 < end - start <= LONGEST_WEIGHT for start, end in spans)
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize(
+    ("text", "passages"),
+    [
+        ("\n" * 200_000, 0),
+        ("\n " * 100_000, 0),
+        (" " * 200_000 + "x", 1),
+        ("北" * 200_000, 400),
+        ("." * 200_000, 134),
+        ("a. " * 70_000, 234),
+        ("a\n\n" * 70_000, 117),
+    ],
+    ids=["newlines", "lines of a space", "spaces", "no full stop", "full stops", "short sentences", "short paragraphs"],
+)
+def test_no_text_takes_long_to_cut(text: str, passages: int) -> None:
+    """Seconds to minutes before: each place, or each piece, looked at all that followed."""
+    began = time.process_time()
+    spans = list(passage_spans(text))
+    assert time.process_time() - began < 2
+    assert len(spans) == passages
 
 
 def test_sentences_of_a_long_paragraph_stay_whole() -> None:

@@ -13,12 +13,8 @@ import numpy as np
 import pytest
 
 from raylm.serving.retrieval.collection_store import CollectionStore
-from raylm.serving.retrieval.store import (
-    CollectionError,
-    CollectionExists,
-    NoSuchCollection,
-    StoredDocument,
-)  # fmt: skip
+from raylm.serving.retrieval.errors import CollectionDamaged, CollectionExists, NoSuchCollection
+from raylm.serving.retrieval.records import StoredDocument
 
 
 def titles(store: CollectionStore, question: str, name: str = "animals") -> list[str]:
@@ -66,7 +62,7 @@ def test_refusals(animals: CollectionStore) -> None:
         with pytest.raises(NoSuchCollection):
             animals.get(name)
     (animals.root / "animals" / "documents.sqlite").write_bytes(b"damaged" * 1000)
-    with pytest.raises(CollectionError, match="cannot be used"):
+    with pytest.raises(CollectionDamaged, match=r"'animals' is damaged \(file is not a database\); delete it"):
         animals.get("animals").facts()
 
 
@@ -113,7 +109,7 @@ KILLED = """
 import sys, threading
 from pathlib import Path
 from raylm.serving.retrieval.collection_store import CollectionStore
-from raylm.serving.retrieval.store import StoredDocument
+from raylm.serving.retrieval.records import StoredDocument
 collection = CollectionStore(Path(sys.argv[1])).get("animals")
 print("ready", flush=True)
 number = 0

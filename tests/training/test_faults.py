@@ -21,6 +21,7 @@ from raylm.training.reports.events import read_events
 from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import pretrain
 from tests.cpus import become_free, holders_of_cpus
+from tests.processes import start
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -87,14 +88,34 @@ def test_interrupt_leaves_nothing_of_ray_train(ray_instance, make_run: Callable)
 
 
 @pytest.mark.slow
-def test_interrupted_command_says_so(make_run: Callable) -> None:
-    run = make_run("interrupted", training={"steps": 100000})
-    driver = run.start()
+def test_interrupted_command_saves_and_says_so(make_run: Callable) -> None:
+    """Where a checkpoint is due once an hour, Ctrl-C saves one; a second Ctrl-C ends without."""
+    hourly = {"every_steps": None, "every_seconds": 3600.0}
+    run = make_run("interrupted", training={"steps": 100000}, checkpoint=hourly)
+    driver = start("-m", "raylm.cli", "pretrain", str(run.config))
+    run.drivers.append(driver)
     run.wait_for_step(5, driver)
-    driver.send_signal(signal.SIGINT)
-    _, errors = driver.communicate(timeout=60)
+    os.killpg(driver.pid, signal.SIGINT)
+    _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 130
-    assert errors.splitlines()[-1] == "raylm: interrupted"
+    *_, notice, saved, last = errors.splitlines()
+    assert notice.startswith("pretrain: ") and "Traceback" not in errors
+    step = int(re.fullmatch(r"pretrain: stopped after step (\d+), which was saved; the same command goes on", saved)[1])
+    assert last == "raylm: interrupted"
+    assert step >= 5
+    assert (run.metrics.parent / "checkpoints" / f"step-{step:08d}" / "checkpoint.json").is_file()
+    assert [event["kind"] for event in read_events(run.metrics.parent)] == ["interrupted"]
+    # The same command goes on from there, and SIGTERM does the same.
+    driver = run.start()
+    run.wait_for_step(step + 5, driver)
+    driver.send_signal(signal.SIGTERM)
+    _, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 143
+    assert errors.splitlines()[-1] == "raylm: ended by SIGTERM"
+    assert "which was saved" in errors
+    events = read_events(run.metrics.parent)
+    assert [event["kind"] for event in events] == ["interrupted", "resume", "interrupted"]
+    assert events[1]["step"] == step
 
 
 @pytest.fixture

@@ -92,9 +92,9 @@ def test_the_plan_shows_why(config: PretrainConfig) -> None:
     plan = make_plan(config)
     assert plan.layout.precision in ("fp32", "bf16")
     assert "ms in fp32" in plan.describe()
-    assert plan.layout.cut.zero_stage == 1
+    assert plan.layout.zero_stage == 1
     replicated = make_plan(config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": 0})}))
-    assert (replicated.layout.precision, replicated.layout.cut.zero_stage) == ("fp32", 0)
+    assert (replicated.layout.precision, replicated.layout.zero_stage) == ("fp32", 0)
     assert "parallel.zero_stage is 0" in replicated.describe()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -19,10 +21,11 @@ import yaml
 from raylm.config import load_config
 from raylm.config.tuning import Distribution, TuningSection
 from raylm.errors import UserError
-from raylm.tuning.search import concurrency
+from raylm.tuning.search import Outcome, concurrency, trial_config
 from raylm.tuning.space import draw_candidates
-from raylm.tuning.stage import tune
+from raylm.tuning.stage import tune, whole_record
 from tests.cpus import become_free, holders_of_cpus
+from tests.processes import start
 
 
 def write_config(directory: Path, model: Path, **tuning) -> Path:
@@ -143,19 +146,25 @@ def test_interrupted_search_keeps_finished_trials(tiny_model: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_drawn_candidates_outlive_an_interrupt(tiny_model: Path, tmp_path: Path) -> None:
-    """What a search draws after it was killed is what it would have drawn, and what was checked before it began."""
+    """Ctrl-C exports nothing, and what a search draws after it is what it would have drawn."""
     space = {"training.learning_rate": {"log_uniform": [1e-5, 1e-2]}, "training.batch_size": {"choice": [2, 4]}}
     path = write_config(tmp_path, tiny_model, scheduler="none", max_concurrent=1, space=space, trials=3)
-    command = [sys.executable, "-m", "raylm.cli", "tune", str(path), "training.steps=40"]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    command = ["-m", "raylm.cli", "tune", str(path), "training.steps=40"]
+    first = start(*command)
     try:
         wait_until(lambda: (tmp_path / "search" / "trials" / "trial-001" / "metrics.jsonl").exists(), first)
+        # Ctrl-C goes to the whole group.
+        os.killpg(first.pid, signal.SIGINT)
+        output, errors = first.communicate(timeout=60)
     finally:
         first.kill()
-    first.communicate(timeout=60)
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert again.returncode == 0, again.stderr[-2000:]
+    assert (first.returncode, output) == (130, "")
+    assert errors.splitlines()[-1] == "raylm: interrupted"
+    assert "Traceback" not in errors and "Tuner.restore" not in errors
+    assert not {"report.json", "model", ".model.partial"} & {path.name for path in (tmp_path / "search").iterdir()}
+    again = start(*command)
+    _, errors = again.communicate(timeout=240)
+    assert again.returncode == 0, errors[-2000:]
     report = json.loads((tmp_path / "search" / "report.json").read_text())
     assert [row["step"] for row in report["trials"]] == [40, 40, 40]
     tuning = load_config("tune", path).tuning
@@ -163,6 +172,43 @@ def test_drawn_candidates_outlive_an_interrupt(tiny_model: Path, tmp_path: Path)
     # One of Ray Tune's own searches, which went on.
     (search,) = (tmp_path / "search" / "ray-tune").iterdir()
     assert len(list(search.glob("trial-*"))) == 3
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"metrics": {}}', "changed", "no model"])
+def test_a_damaged_outcome_is_none(tiny_model: Path, tmp_path: Path, damage: str) -> None:
+    config = trial_config(load_config("tune", write_config(tmp_path, tiny_model)), {"training.learning_rate": 0.01})
+    (tmp_path / "trial-000" / "model").mkdir(parents=True)
+    outcome, metrics = Outcome(tmp_path / "trial-000", config), {"step": 12, "validation_loss": 2.0}
+    outcome.write(metrics)
+    assert outcome.read() == metrics
+    path = tmp_path / "trial-000" / "outcome.json"
+    if damage == "no model":
+        (tmp_path / "trial-000" / "model").rmdir()
+    elif damage == "changed":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": [1]}))
+    else:
+        path.write_text(damage)
+    assert outcome.read() is None
+
+
+def test_a_record_of_a_search_that_was_cut_off_is_not_whole(tmp_path: Path) -> None:
+    assert whole_record(tmp_path / "none")
+    whole = {
+        "experiment_state-2026-01-01_00-00-00.json": b"{",
+        "experiment_state-2026-01-02_00-00-00.json": json.dumps({"trial_data": []}).encode(),
+        "basic-variant-state-2026-01-02_00-00-00.json": pickle.dumps({"_counter": 3}),
+        "tuner.pkl": pickle.dumps({"a": 1}),
+    }
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    # Only what is read counts: the newest state.
+    assert whole_record(tmp_path)
+    for name in list(whole)[1:]:
+        for cut in (0, 5, len(whole[name]) - 1):
+            (tmp_path / name).write_bytes(whole[name][:cut])
+            assert not whole_record(tmp_path)
+        (tmp_path / name).write_bytes(whole[name])
+    assert whole_record(tmp_path)
 
 
 def test_search_of_an_older_raylm_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ order of the samples is a function of (seed, number of the sample).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[Label
 
 def in_order(labels: set[str]) -> list[str]:
     """Labels sorted: numbers by value, others by name."""
-    if all(label.removeprefix("-").isdecimal() for label in labels):
+    if all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels):
+        # 1 and 01 are two labels.
         return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)
 

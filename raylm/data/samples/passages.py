@@ -17,9 +17,11 @@ UNSPACED_WEIGHT = 3
 
 # Scripts without spaces between words: Chinese characters and Japanese kana.
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-_PARAGRAPH = re.compile(r"(?:(?!\n\s*\n).)+", re.DOTALL)
-# A sentence with what ends it, or a line.
-_SENTENCE = re.compile(r"(?:(?![.!?]\s|[。！？；]|\n).)*(?:[.!?。！？；\n]|.$)?\s*", re.DOTALL)
+# Searched for from each place where one may begin, and nowhere twice: a text of white space alone costs no more than
+# any other.
+_PARAGRAPH_END = re.compile(r"\n\s*\n")
+# What ends a sentence, or a line.
+_SENTENCE_END = re.compile(r"(?:[.!?]\s|[。！？；\n])\s*")
 
 
 def passage_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -46,14 +48,14 @@ def passage_spans(text: str) -> Iterator[tuple[int, int]]:
 
 def _units(text: str) -> Iterator[tuple[int, int]]:
     """Paragraphs, or parts of those that are too long."""
-    for paragraph in _PARAGRAPH.finditer(text):
-        start, end = _stripped(text, *paragraph.span())
-        if _weigh(text[start:end]) <= LONGEST_WEIGHT:
+    for span in _between(_PARAGRAPH_END, text, 0, len(text)):
+        start, end = _stripped(text, *span)
+        if _fits(text, start, end):
             if start < end:
                 yield start, end
             continue
-        for sentence in _SENTENCE.finditer(text, start, end):
-            begin, stop = _stripped(text, *sentence.span())
+        for sentence in _between(_SENTENCE_END, text, start, end):
+            begin, stop = _stripped(text, *sentence)
             while begin < stop:
                 cut = _fitting(text, begin, stop)
                 piece_start, piece_end = _stripped(text, begin, cut)
@@ -62,9 +64,23 @@ def _units(text: str) -> Iterator[tuple[int, int]]:
                 begin = cut
 
 
+def _between(ends: re.Pattern[str], text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """What lies up to and with each match of ``ends``, and behind the last one."""
+    for end in ends.finditer(text, start, stop):
+        yield start, end.end()
+        start = end.end()
+    if start < stop:
+        yield start, stop
+
+
+def _fits(text: str, start: int, end: int) -> bool:
+    """Whether a piece may stay whole; no character weighs less than 1, so that a long one need not be weighed."""
+    return end - start <= LONGEST_WEIGHT and _weigh(text[start:end]) <= LONGEST_WEIGHT
+
+
 def _fitting(text: str, start: int, end: int) -> int:
     """Where to cut ``text`` after ``start`` so that the piece is not too heavy, between words where there are any."""
-    if _weigh(text[start:end]) <= LONGEST_WEIGHT:
+    if _fits(text, start, end):
         return end
     weight, cut = 0, start
     while weight < LONGEST_WEIGHT and cut < end:

@@ -81,7 +81,20 @@ def verify_prepared(directory: Path | str) -> dict[str, Any]:
                     raise UserError(f"{path}: missing; prepare the data again")
                 if file_hash(path) != part["sha256"]:
                     raise UserError(f"{path}: damaged shard: wrong checksum; prepare the data again")
+    _verify_tokenizer(directory / "tokenizer")
     return manifest
+
+
+def _verify_tokenizer(directory: Path) -> None:
+    """Refuse a prepared set whose tokenizer, which training copies into the model, is not there or damaged."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = directory / name
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{path}: missing; prepare the data again") from None
+        except ValueError as error:
+            raise UserError(f"{path}: damaged: {error}; prepare the data again") from None
 
 
 class TokenShards:

@@ -17,7 +17,7 @@ from torch import nn
 from raylm.models.weights import Weights
 from raylm.parallel.layout.fragments import Fragment
 from raylm.parallel.layout.slicing import Slicing
-from raylm.parallel.plan.cut import BUCKET_ELEMENTS
+from raylm.parallel.plan.layout import BUCKET_ELEMENTS
 from raylm.tasks.objective import IGNORED, Batch, Objective
 
 MakeOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]

@@ -21,8 +21,8 @@ from raylm.models.families import find_outline
 from raylm.models.families.base import Steps
 from raylm.parallel.layout.pipeline_stages import StageLayer, balanced_stages, step_weights
 from raylm.parallel.layout.tensor import TensorGroup, split_loss
-from raylm.parallel.plan.cut import BUCKET_ELEMENTS, Cut
 from raylm.parallel.plan.footprint import KINDS, Footprint, Passage, chain, measure, whole
+from raylm.parallel.plan.layout import BUCKET_ELEMENTS, Layout
 from raylm.tasks.objective import Batch, Objective, ObjectiveModule
 
 FP32 = 4
@@ -77,27 +77,27 @@ class _Segments:
     weights: list[float]
     tied: int
 
-    def stages(self, cut: Cut) -> list[StageMemory]:
+    def stages(self, layout: Layout) -> list[StageMemory]:
         """The segments as pipeline stages."""
         before = len(self.steps.before)
-        inner = [bound - before + 1 for bound in balanced_stages(self.steps, self.weights, cut.pipeline)[1:-1]]
+        inner = [bound - before + 1 for bound in balanced_stages(self.steps, self.weights, layout.pipeline)[1:-1]]
         found = []
         for number, (first, stop) in enumerate(pairwise([0, *inner, len(self.segments)])):
             segments = self.segments[first:stop]
             passages = [segment.passage for segment in segments]
             sizes = [size for segment in segments for size in segment.sizes]
-            if self.tied and cut.pipeline == 1:
+            if self.tied and layout.pipeline == 1:
                 # A stage that uses a tied weight twice holds it once.
                 sizes.remove(self.tied)
                 element = passages[0].gradients // max(1, sum(segments[0].sizes))
                 passages[0] = replace(passages[0], gradients=passages[0].gradients - self.tied * element)
-            last = number == cut.pipeline - 1
+            last = number == layout.pipeline - 1
             found.append(
                 StageMemory(
                     parameters=sum(sizes),
                     largest=max(sizes),
                     footprint=chain(passages),
-                    in_flight=min(cut.pipeline - number, cut.accumulation),
+                    in_flight=min(layout.pipeline - number, layout.accumulation),
                     reduced=sum(segment.reduced for segment in segments),
                     received=passages[0].given if number else 0,
                     sent=0 if last else passages[-1].made,
@@ -111,20 +111,20 @@ class ModelMemory:
 
     def __init__(self, config: PretrainedConfig, objective: Objective, sequence_length: int, *, bf16: bool) -> None:
         self._config, self._objective, self._length, self._bf16 = config, objective, sequence_length, bf16
-        self._pieces: dict[tuple[int, bool], _Segments] = {}
+        self._segments: dict[tuple[int, bool], _Segments] = {}
         self._whole: dict[bool, StageMemory] = {}
 
-    def stages(self, cut: Cut) -> list[StageMemory]:
+    def stages(self, layout: Layout) -> list[StageMemory]:
         """What the ranks of each pipeline stage hold."""
-        checkpointing, count = cut.activation_checkpointing, cut.micro_batch_size
+        checkpointing, count = layout.activation_checkpointing, layout.micro_batch_size
         if find_outline(self._config.model_type) is None or not self._objective.predicts_tokens:
             if checkpointing not in self._whole:
                 self._whole[checkpointing] = self._measure_whole(checkpointing)
             stages = [self._whole[checkpointing]]
         else:
-            if (cut.tensor, checkpointing) not in self._pieces:
-                self._pieces[cut.tensor, checkpointing] = self._measure_segments(cut.tensor, checkpointing)
-            stages = self._pieces[cut.tensor, checkpointing].stages(cut)
+            if (layout.tensor, checkpointing) not in self._segments:
+                self._segments[layout.tensor, checkpointing] = self._measure_segments(layout.tensor, checkpointing)
+            stages = self._segments[layout.tensor, checkpointing].stages(layout)
         # Measured with one sequence; what does not grow with their number (a mask, positions) is small.
         return [
             replace(
@@ -235,52 +235,52 @@ def _lone_group(size: int) -> Any:
     return Lone(0, size)
 
 
-def held_bytes(parameters: int, cut: Cut) -> dict[str, float]:
+def held_bytes(parameters: int, layout: Layout) -> dict[str, float]:
     """Bytes that a rank with so many parameters (before ZeRO shards them) holds from one micro-batch to the next."""
-    low = 2 if cut.bf16 else FP32
-    data, zero = cut.data, cut.zero_stage
+    low = 2 if layout.bf16 else FP32
+    data, zero = layout.data, layout.zero_stage
     gradients = parameters * low / (data if zero >= 2 else 1)
-    if cut.bf16 and cut.tensor * cut.pipeline > 1:
+    if layout.bf16 and layout.tensor * layout.pipeline > 1:
         # Micro-batches are added up in fp32.
         gradients += parameters * FP32
     return {
         "weights": parameters * low / (data if zero == 3 else 1),
         "gradients": gradients,
         # ZeRO keeps an fp32 copy of its share of the weights beside the moments.
-        "optimizer": parameters * FP32 * (MOMENTS[cut.optimizer] + (1 if zero else 0)) / (data if zero else 1),
+        "optimizer": parameters * FP32 * (MOMENTS[layout.optimizer] + (1 if zero else 0)) / (data if zero else 1),
     }
 
 
-def rank_bytes(stage: StageMemory, cut: Cut, *, use_gpu: bool) -> dict[str, float]:
+def rank_bytes(stage: StageMemory, layout: Layout) -> dict[str, float]:
     """Bytes of one rank at the moment when they are the most, by kind.
 
     That is in the last micro-batch's pass, or after it, when gradients are added up between the replicas.
     """
-    parameters, data, zero, low = stage.parameters, cut.data, cut.zero_stage, 2 if cut.bf16 else FP32
-    weights, gradients, optimizer = held_bytes(parameters, cut).values()
+    parameters, data, zero, low = stage.parameters, layout.data, layout.zero_stage, 2 if layout.bf16 else FP32
+    weights, gradients, optimizer = held_bytes(parameters, layout).values()
     # Gradients are copied into a bucket to be added up between replicas.
     bucket = min(parameters, BUCKET_LIMIT)
     if zero == 0 and data == 1:
         # None is needed; a new gradient of the largest is added to what the micro-batches before gave.
         bucket = stage.largest
-    if use_gpu and zero:
+    if layout.use_gpu and zero:
         # There memory that is asked for is taken, whether it is filled or not: 4.5 times both buckets with overlap
         # (deepspeed.ai/docs/config-json), which the pipeline has not.
-        bucket = (9 if cut.tensor * cut.pipeline == 1 else 2) * BUCKET_ELEMENTS
+        bucket = (9 if layout.tensor * layout.pipeline == 1 else 2) * BUCKET_ELEMENTS
     # Else gradients of the micro-batches before are there when this one's activations are the most.
-    fresh = cut.accumulation == 1 and zero < 2
+    fresh = layout.accumulation == 1 and zero < 2
     now = stage.footprint.without_gradients
     if fresh:
         now = max(now, stage.footprint.peak, key=lambda kinds: sum(kinds.values()))
     # DeepSpeed's limit on gathered weights.
     gathered = min(parameters, GATHERED_LIMIT) * low if zero == 3 else 0
     activations = now["activations"] + (stage.in_flight - 1) * stage.footprint.kept
-    if cut.pipeline > 1:
+    if layout.pipeline > 1:
         # What came in is held twice over, in a buffer for each micro-batch; so is what the next stage sends back.
         activations += stage.received * (1 + max(2, stage.in_flight)) + stage.sent
     passed = {
         "weights": weights + gathered,
-        "gradients": now["gradients"] if fresh else gradients + (bucket * low if zero >= 2 or use_gpu else 0),
+        "gradients": now["gradients"] if fresh else gradients + (bucket * low if zero >= 2 or layout.use_gpu else 0),
         "optimizer": optimizer,
         "activations": activations,
         "logits": now["logits"],
@@ -297,18 +297,18 @@ def rank_bytes(stage: StageMemory, cut: Cut, *, use_gpu: bool) -> dict[str, floa
     return kinds | {"allocator": ALLOCATOR_SHARE * come_and_go}
 
 
-def traffic_bytes(stage: StageMemory, cut: Cut) -> dict[str, float]:
+def traffic_bytes(stage: StageMemory, layout: Layout) -> dict[str, float]:
     """Bytes that one rank sends in a step, by the kind of parallelism; sums travel in rings.
 
     A ring of n ranks that adds up b bytes sends 2 (n - 1) / n * b from each, and half of that to scatter or to gather.
     Rajbhandari et al. 2020, section 7: ZeRO 1 as much as plain data parallelism, ZeRO 3 half as much again; ZeRO 2 and
     3 reduce, and ZeRO 3 gathers, for every micro-batch.
     """
-    low = 2 if cut.bf16 else FP32
-    half_ring = (cut.data - 1) / cut.data * stage.parameters * low
-    halves = {0: 2, 1: 2, 2: cut.accumulation + 1, 3: 3 * cut.accumulation}[cut.zero_stage]
+    low = 2 if layout.bf16 else FP32
+    half_ring = (layout.data - 1) / layout.data * stage.parameters * low
+    halves = {0: 2, 1: 2, 2: layout.accumulation + 1, 3: 3 * layout.accumulation}[layout.zero_stage]
     return {
         "data": halves * half_ring,
-        "tensor": 2 * (cut.tensor - 1) / cut.tensor * stage.reduced * cut.accumulation,
-        "pipeline": 2.0 * stage.sent * cut.accumulation,
+        "tensor": 2 * (layout.tensor - 1) / layout.tensor * stage.reduced * layout.accumulation,
+        "pipeline": 2.0 * stage.sent * layout.accumulation,
     }

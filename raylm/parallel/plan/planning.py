@@ -20,9 +20,9 @@ from raylm.data.sources.segments import open_sources
 from raylm.errors import UserError
 from raylm.models.families.build import build_config, check_positions, parameter_count
 from raylm.models.loading import load_config
-from raylm.parallel.plan.cut import Cut
+from raylm.parallel.plan.layout import Layout
 from raylm.parallel.plan.precision import decide, measure, settled, width_of, with_precision
-from raylm.parallel.plan.refusals import check_cuts
+from raylm.parallel.plan.refusals import check_splits
 from raylm.tasks import make_objective
 
 if TYPE_CHECKING:
@@ -36,46 +36,12 @@ if TYPE_CHECKING:
 SHOWN = 4
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a run is cut.
-
-    Attributes:
-        cut: everything in numbers.
-        use_gpu: whether each worker holds a GPU.
-    """
-
-    cut: Cut
-    use_gpu: bool
-
-    @property
-    def workers(self) -> int:
-        """Processes: data x tensor x pipeline."""
-        return self.cut.data * self.cut.tensor * self.cut.pipeline
-
-    @property
-    def precision(self) -> str:
-        """fp32 or bf16."""
-        return "bf16" if self.cut.bf16 else "fp32"
-
-    @property
-    def warning(self) -> str:
-        """What is allowed but slow; empty where nothing is."""
-        if self.cut.accumulation >= self.cut.pipeline:
-            return ""
-        return (
-            f"{self.cut.accumulation} micro-batches for {self.cut.pipeline} pipeline stages: some are never at work "
-            "together; a smaller parallel.micro_batch_size, or a larger training.batch_size, helps"
-        )
-
-
 def apply_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
     """A copy of ``config`` in which the layout's numbers stand in place of ``auto``."""
-    cut = layout.cut
     names = ("data", "tensor", "pipeline", "zero_stage", "micro_batch_size", "activation_checkpointing")
     return config.model_copy(
         update={
-            "parallel": config.parallel.model_copy(update={name: getattr(cut, name) for name in names}),
+            "parallel": config.parallel.model_copy(update={name: getattr(layout, name) for name in names}),
             "training": config.training.model_copy(update={"precision": layout.precision}),
             "resources": config.resources.model_copy(update={"workers": layout.workers}),
         }
@@ -125,12 +91,12 @@ class Plan:
     @property
     def layout(self) -> Layout:
         """The taken one."""
-        return Layout(self.candidates[0].cut, self.space.use_gpu)
+        return self.candidates[0].layout
 
     @cached_property
     def stages(self) -> list[StageMemory]:
         """Parameters and activations of each pipeline stage."""
-        return self.memory.stages(self.layout.cut)
+        return self.memory.stages(self.layout)
 
     def memory_bytes(self) -> dict[str, float]:
         """Estimated bytes on the fullest rank, by kind."""
@@ -140,7 +106,7 @@ class Plan:
         """Bytes that the busiest rank sends in a step, by the kind of parallelism."""
         from raylm.parallel.plan.memory import traffic_bytes
 
-        ranks = [traffic_bytes(stage, self.layout.cut) for stage in self.stages]
+        ranks = [traffic_bytes(stage, self.layout) for stage in self.stages]
         return max(ranks, key=lambda kinds: sum(kinds.values()))
 
     @property
@@ -158,7 +124,7 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as lines of text."""
-        training, cut, memory = self.config.training, self.layout.cut, self.memory_bytes()
+        training, layout, memory = self.config.training, self.layout, self.memory_bytes()
         tokens = training.batch_size * training.sequence_length
         length = next(
             f"{getattr(training, name):g} {name}"
@@ -168,11 +134,11 @@ class Plan:
         limit = self.space.limit
         room = f"; a worker may hold {limit / 1e9:,.1f} GB, its libraries included" if limit is not None else ""
         lines = [
-            f"layout          {_name(cut)}, {'GPU' if self.layout.use_gpu else 'CPU'}, {self.layout.precision}",
+            f"layout          {_name(layout)}, {'GPU' if layout.use_gpu else 'CPU'}, {layout.precision}",
             *([f"precision       {self.precision_reason}"] if self.precision_reason else []),
             f"parameters      {self.parameters:,} (vocabulary {self.model_config.vocab_size:,})",
-            f"batch           {training.batch_size} sequences = {cut.data} replicas x {cut.accumulation} "
-            f"micro-batches x {cut.micro_batch_size}; {tokens:,} tokens a step",
+            f"batch           {training.batch_size} sequences = {layout.data} replicas x {layout.accumulation} "
+            f"micro-batches x {layout.micro_batch_size}; {tokens:,} tokens a step",
             f"length          {length}",
             "memory per rank " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in memory.items()),
             f"                {sum(memory.values()) / 1e6:,.1f} MB in all (an estimate, of the fullest rank){room}",
@@ -201,15 +167,15 @@ class Plan:
             )
         lines = [f"chosen          {why}"]
         for other in [*fitting[:SHOWN], *full[:SHOWN]]:
-            lines.append(
-                f"not             {_name(other.cut)}, micro-batches of {other.cut.micro_batch_size}: {other.reason}"
-            )
+            size = other.layout.micro_batch_size
+            lines.append(f"not             {_name(other.layout)}, micro-batches of {size}: {other.reason}")
         return lines
 
 
-def _name(cut: Cut) -> str:
-    recomputed = ", activations recomputed" if cut.activation_checkpointing else ""
-    return f"{cut.data} data x {cut.tensor} tensor x {cut.pipeline} pipeline, ZeRO {cut.zero_stage}{recomputed}"
+def _name(layout: Layout) -> str:
+    recomputed = ", activations recomputed" if layout.activation_checkpointing else ""
+    shape = f"{layout.data} data x {layout.tensor} tensor x {layout.pipeline} pipeline"
+    return f"{shape}, ZeRO {layout.zero_stage}{recomputed}"
 
 
 def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel | None = None) -> Plan:
@@ -227,9 +193,11 @@ def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel |
     model_config, objective = model or check_model(config)
     resources, training, parallel = config.resources, config.training, config.parallel
     use_gpu, places = capacity.uses_gpus(resources), capacity.places(resources)
-    cut = parallel.model_parallel
+    model_parallel = parallel.model_parallel
     least = (
-        resources.workers if resources.workers != "auto" else cut * (1 if parallel.data == "auto" else parallel.data)
+        resources.workers
+        if resources.workers != "auto"
+        else model_parallel * (1 if parallel.data == "auto" else parallel.data)
     )
     if least > places:
         unit = "1 GPU and " if use_gpu else ""
@@ -255,7 +223,7 @@ def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel |
         bf16=precision == "bf16",
         parameters=parameter_count(model_config, objective.head),
     )
-    for replicas in space.replicas(cut) if "auto" not in (parallel.tensor, parallel.pipeline) else []:
+    for replicas in space.replicas(model_parallel) if "auto" not in (parallel.tensor, parallel.pipeline) else []:
         share = -(-training.batch_size // replicas)
         refusal = micro_batch_refusal(parallel.micro_batch_size, share)
         if refusal and resources.elastic is None:
@@ -317,7 +285,7 @@ def check_model(config: TrainConfig, loaded: PretrainedConfig | None = None) -> 
         )
     check_positions(model_config, config.training.sequence_length)
     objective = make_objective(config.objective, model_config.model_type)
-    check_cuts(model_config, config.parallel, objective)
+    check_splits(model_config, config.parallel, objective)
     return TrainedModel(model_config, objective)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from raylm.tasks.objective import Objective
 
 
-def check_cuts(config: PretrainedConfig, parallel: ParallelSection, objective: Objective) -> None:
+def check_splits(config: PretrainedConfig, parallel: ParallelSection, objective: Objective) -> None:
     """Refuse a model that cannot be cut as ``parallel`` says; ``auto`` takes only what can be.
 
     Args:

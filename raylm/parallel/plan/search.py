@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from raylm.cluster.capacity import PROCESS_BYTES
 from raylm.cluster.hardware import CPU, GPU
-from raylm.config.layout import batch_refusal, cutting_refusal, micro_batch_refusal, workers_refusal, zero_refusal
+from raylm.config.layout import batch_refusal, micro_batch_refusal, splitting_refusal, workers_refusal, zero_refusal
 from raylm.config.stages import TrainConfig
-from raylm.parallel.plan.cut import Cut
+from raylm.parallel.plan.layout import Layout
 from raylm.parallel.plan.refusals import model_refusal
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ class Candidate:
     """A layout with what it takes.
 
     Attributes:
-        cut: the layout.
+        layout: how the run would be laid out.
         seconds: estimated time of a step.
         bytes: of the fullest rank, by kind.
         bubble: share of a step in which a stage waits.
         reason: why it was not taken; empty for the one that was.
     """
 
-    cut: Cut
+    layout: Layout
     seconds: float
     bytes: dict[str, float]
     bubble: float
@@ -63,9 +63,8 @@ class Candidate:
     @property
     def simplicity(self) -> tuple:
         """The smaller, the simpler."""
-        cut = self.cut
-        rank = (cut.pipeline, cut.tensor, cut.zero_stage, cut.activation_checkpointing)
-        return (*rank, -cut.micro_batch_size)
+        one = self.layout
+        return (one.pipeline, one.tensor, one.zero_stage, one.activation_checkpointing, -one.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,11 @@ class Space:
         return None if self.limit is None else self.limit - PROCESS_BYTES[self.use_gpu]
 
     def _allows(self, tensor: int, pipeline: int) -> bool:
-        """Whether the model may be cut so."""
-        cut = tensor * pipeline
-        if cut > 1 and self.config.resources.elastic is not None:
+        """Whether the model may be split so."""
+        model_parallel = tensor * pipeline
+        if model_parallel > 1 and self.config.resources.elastic is not None:
             return False
-        if cutting_refusal(self.config, cut):
+        if splitting_refusal(self.config, model_parallel):
             return False
         return not model_refusal(self.model_config, self.objective, tensor, pipeline)
 
@@ -126,26 +125,26 @@ class Space:
         shared = [n for n in range(1, most + 1) if most % n == 0 or n & (n - 1) == 0]
         return [n for n in shared if self._allows(tensor, n)]
 
-    def replicas(self, cut: int) -> list[int]:
-        """The largest number of replicas that the batch divides over, of ``cut`` workers each; none if not even one."""
+    def replicas(self, model_parallel: int) -> list[int]:
+        """The most replicas of ``model_parallel`` workers that the batch divides over; none if not even one."""
         resources, data, batch = self.config.resources, self.config.parallel.data, self.config.training.batch_size
         if resources.elastic is not None:
             return [max(resources.elastic[0], min(resources.elastic[1], self.places))]
         if isinstance(resources.workers, int):
-            if workers_refusal(resources.workers, data, cut, settled=True):
+            if workers_refusal(resources.workers, data, model_parallel, settled=True):
                 return []
-            sizes = [resources.workers // cut]
+            sizes = [resources.workers // model_parallel]
         elif data != "auto":
-            sizes = [data] if data * cut <= self.places else []
+            sizes = [data] if data * model_parallel <= self.places else []
         else:
-            sizes = list(range(self.places // cut, 0, -1))
+            sizes = list(range(self.places // model_parallel, 0, -1))
         return next(([n] for n in sizes if not batch_refusal(batch, n)), [])
 
-    def zero_stages(self, cut: int) -> list[int]:
-        """ZeRO stages that go with ``cut`` workers a replica."""
+    def zero_stages(self, model_parallel: int) -> list[int]:
+        """ZeRO stages that go with ``model_parallel`` workers a replica."""
         given, compiled = self.config.parallel.zero_stage, self.config.training.compile
         stages = [0, 1, 2, 3] if given == "auto" else [given]
-        return [n for n in stages if not zero_refusal(n, cut, bf16=self.bf16, compiled=compiled)]
+        return [n for n in stages if not zero_refusal(n, model_parallel, bf16=self.bf16, compiled=compiled)]
 
     def micro_batch_sizes(self, replicas: int) -> list[int]:
         """Sizes that divide a replica's share of the batch, the largest first."""
@@ -163,7 +162,7 @@ class Space:
         given = self.config.parallel.activation_checkpointing
         return [False, True] if given == "auto" else [given]
 
-    def cuts(self) -> Iterator[list[Cut]]:
+    def layouts(self) -> Iterator[list[Layout]]:
         """Layouts, in lists that differ in micro-batch size and recomputation only: of each the fastest first."""
         for tensor in self.tensors():
             for pipeline in self.pipelines(tensor):
@@ -172,36 +171,36 @@ class Space:
                     sizes = self.micro_batch_sizes(replicas)
                     for zero_stage in self.zero_stages(tensor * pipeline) if sizes else []:
                         yield [
-                            Cut(
+                            Layout(
                                 replicas, tensor, pipeline, zero_stage, micro, -(-share // micro), checkpointing,
-                                self.bf16, self.config.training.optimizer,
+                                self.bf16, self.config.training.optimizer, self.use_gpu,
                             )
                             for checkpointing in self.checkpointings()
                             for micro in sizes
                         ]  # fmt: skip
 
 
-def bubble(cut: Cut) -> float:
+def bubble(layout: Layout) -> float:
     """Share of a step in which a pipeline stage waits: (p - 1) / (m + p - 1)."""
-    return (cut.pipeline - 1) / (cut.accumulation + cut.pipeline - 1)
+    return (layout.pipeline - 1) / (layout.accumulation + layout.pipeline - 1)
 
 
-def step_seconds(space: Space, cut: Cut, stages: list[StageMemory]) -> float:
+def step_seconds(space: Space, layout: Layout, stages: list[StageMemory]) -> float:
     """Estimated time of a step; see the module."""
     from raylm.parallel.plan.memory import traffic_bytes
 
     machine, training = GPU if space.use_gpu else CPU, space.config.training
-    workers = cut.data * cut.tensor * cut.pipeline
+    workers = layout.workers
     work = 6.0 * space.parameters * training.batch_size * training.sequence_length / workers
-    work *= 1 + machine.half_full * cut.tensor / (cut.micro_batch_size * training.sequence_length)
-    work *= 4 / 3 if cut.activation_checkpointing else 1
+    work *= 1 + machine.half_full * layout.tensor / (layout.micro_batch_size * training.sequence_length)
+    work *= 4 / 3 if layout.activation_checkpointing else 1
     heaviest = max(stage.parameters for stage in stages) * len(stages) / sum(stage.parameters for stage in stages)
-    seconds = work / machine.flops * heaviest / (1 - bubble(cut))
+    seconds = work / machine.flops * heaviest / (1 - bubble(layout))
     # Ranks are numbered by stage, then replica, then tensor-parallel rank. A ring enters and leaves a node once, and
     # has the shares of the network of all the node's workers that are in it.
-    in_ring = {"tensor": 1, "data": max(1, space.per_node // cut.tensor), "pipeline": 1}
-    reach = {"tensor": cut.tensor, "data": cut.tensor * cut.data, "pipeline": workers}
-    sent = [traffic_bytes(stage, cut) for stage in stages]
+    in_ring = {"tensor": 1, "data": max(1, space.per_node // layout.tensor), "pipeline": 1}
+    reach = {"tensor": layout.tensor, "data": layout.tensor * layout.data, "pipeline": workers}
+    sent = [traffic_bytes(stage, layout) for stage in stages]
     for kind, workers_reached in reach.items():
         far = min(machine.near, machine.far * in_ring[kind])
         seconds += max(kinds[kind] for kinds in sent) / (machine.near if workers_reached <= space.per_node else far)
@@ -214,7 +213,7 @@ def candidates(space: Space, memory: ModelMemory) -> list[Candidate]:
     Empty where the workers cannot be shared out at all.
     """
     fitting, rejected = [], []
-    for group in space.cuts():
+    for group in space.layouts():
         found = _best_of(space, memory, group)
         (rejected if found.reason else fitting).append(found)
     rejected.sort(key=lambda candidate: candidate.total_bytes)
@@ -227,7 +226,7 @@ def candidates(space: Space, memory: ModelMemory) -> list[Candidate]:
     return [taken, *(replace(c, reason=_slower(c, taken)) for c in others), *rejected]
 
 
-def _best_of(space: Space, memory: ModelMemory, group: list[Cut]) -> Candidate:
+def _best_of(space: Space, memory: ModelMemory, group: list[Layout]) -> Candidate:
     """The fastest layout of the group that fits, without recomputation if it can be; else the one that misses by least.
 
     Without a pipeline a larger micro-batch is never slower; with one each size is weighed.
@@ -236,20 +235,20 @@ def _best_of(space: Space, memory: ModelMemory, group: list[Cut]) -> Candidate:
 
     best: list[Candidate] = []
     misses: list[Candidate] = []
-    for cut in group:
-        if cut.activation_checkpointing and best:
+    for layout in group:
+        if layout.activation_checkpointing and best:
             break
-        least = held_bytes(space.parameters // (cut.tensor * cut.pipeline), cut)
+        least = held_bytes(space.parameters // (layout.tensor * layout.pipeline), layout)
         if space.budget is not None and sum(least.values()) > space.budget:
             # Without any activations already: not worth measuring.
-            misses.append(Candidate(cut, float("inf"), least, bubble(cut)))
+            misses.append(Candidate(layout, float("inf"), least, bubble(layout)))
             break
-        stages = memory.stages(cut)
-        held = max((rank_bytes(s, cut, use_gpu=space.use_gpu) for s in stages), key=lambda kinds: sum(kinds.values()))
-        candidate = Candidate(cut, step_seconds(space, cut, stages), held, bubble(cut))
+        stages = memory.stages(layout)
+        held = max((rank_bytes(s, layout) for s in stages), key=lambda kinds: sum(kinds.values()))
+        candidate = Candidate(layout, step_seconds(space, layout, stages), held, bubble(layout))
         if space.budget is None or candidate.total_bytes <= space.budget:
             best.append(candidate)
-            if cut.pipeline == 1:
+            if layout.pipeline == 1:
                 break
         else:
             misses.append(candidate)

@@ -18,6 +18,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client
 
+from raylm.cluster.environment import API_KEYS_VARIABLE
 from raylm.config.loading import validate
 from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
@@ -30,7 +31,7 @@ from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.on_demand import EnginePool
 from raylm.serving.engines.opening import choose_engine, context_length
 from raylm.serving.http import request_log
-from raylm.serving.http.access import ENVIRONMENT_VARIABLE, load_key_hashes
+from raylm.serving.http.access import load_key_hashes
 from raylm.serving.http.gate import Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.routes import create_app
@@ -131,6 +132,7 @@ def open_service(
         "pooling": choose_pooling(model.pooling, source),
         "metrics": metrics,
         "service": task.service,
+        "vocabulary": getattr(model_config.get_text_config(), "vocab_size", None),
     }
     if task.generates:
         return ModelService(**common, context_length=context_length(source))
@@ -203,7 +205,7 @@ def refuse_strangers(key_hashes: dict[str, str]) -> None:
     if not key_hashes and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
         raise UserError(
             f"http_options.host: found {host}, allowed: a loopback address (127.0.0.1), as there are no API keys "
-            f"(serving.api_keys_file or {ENVIRONMENT_VARIABLE})"
+            f"(serving.api_keys_file or {API_KEYS_VARIABLE})"
         )
 
 

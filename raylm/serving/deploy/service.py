@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from raylm.data.chat import neutralize
-from raylm.serving.engines.base import EngineFailure, EngineTimeout, FinishReason, Pooling, SamplingParameters
+from raylm.serving.deploy.watch import TextWatch
+from raylm.serving.engines.base import EngineTimeout, FinishReason, Pooling, SamplingParameters
 from raylm.serving.engines.client import Engine
+from raylm.serving.engines.schemas import SchemaChecker
 from raylm.serving.engines.stats import EngineStats
 from raylm.serving.http import request_log
 from raylm.serving.http.errors import RequestError
-from raylm.serving.http.metrics import ServerMetrics, TextTiming
+from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.requests import GenerationRequest
+from raylm.serving.tasks.prompts import TextWork, check_fits, token_ids
 from raylm.serving.tasks.text import IncrementalDecoder, StopStrings
 from raylm.tasks import all_tasks
 from raylm.tasks.base import GENERATION, Service
@@ -79,6 +82,10 @@ class ModelService:
         pooling: how hidden states become an embedding.
         metrics: counts the texts.
         service: what the model is offered for.
+        schemas: compiles the schemas of response_format.
+        text_work: where long texts become tokens.
+        token_bytes: of text that one token stands for at most; 0 where that cannot be said, None until it is asked for.
+        vocabulary: rows of the model's embedding, often more than the tokenizer has ids; None: as many as those.
     """
 
     name: str
@@ -92,6 +99,10 @@ class ModelService:
     pooling: Pooling = "mean"
     metrics: ServerMetrics | None = None
     service: Service = GENERATION
+    schemas: SchemaChecker = field(default_factory=SchemaChecker, repr=False)
+    text_work: TextWork = field(default_factory=TextWork, repr=False)
+    token_bytes: int | None = field(default=None, repr=False)
+    vocabulary: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -114,26 +125,35 @@ class ModelService:
             )
 
     def encode_prompt(self, prompt: str | list[int], parameter: str = "prompt") -> list[int]:
-        """Token ids of a prompt; given ids are checked against the vocabulary."""
+        """Token ids of a prompt, given or of a text.
+
+        Raises:
+            RequestError: there is none, or the model does not know one.
+        """
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+            ids = token_ids(self.tokenizer, prompt, special=True)
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
                 raise RequestError(f"{parameter}: the text has no tokens, at least one is needed", parameter=parameter)
-            return ids
-        vocabulary = len(self.tokenizer)
-        unknown = next((token for token in prompt if token >= vocabulary), None)
+            return self.check_ids(ids, parameter)
+        return self.check_ids(prompt, parameter)
+
+    def check_ids(self, ids: list[int], parameter: str) -> list[int]:
+        """``ids``, or a refusal where the model has no embedding of one: looked up, it would end the engine."""
+        vocabulary = self.vocabulary or len(self.tokenizer)
+        unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
         if unknown is not None:
             raise RequestError(
                 f"{parameter}: found token id {unknown}, allowed: 0 to {vocabulary - 1}", parameter=parameter
             )
-        return prompt
+        return ids
 
-    def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_messages(self, messages: Sequence[dict[str, str]], *, whole: bool = False) -> list[int]:
         """Token ids of a conversation by the model's own chat template, up to where the answer begins.
 
-        Text that reads as a special token is defused: no message can end its own turn.
+        Text that reads as a special token is defused: no message can end its own turn. Where the ``whole`` of it has
+        to fit into the context, it is refused before it is tokenized.
         """
         if not self.tokenizer.chat_template:
             raise RequestError(
@@ -146,7 +166,12 @@ class ModelService:
         except TemplateError as error:
             raise RequestError(f"messages: the chat template refuses them: {error}", parameter="messages") from None
         # The template writes the special tokens itself.
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if whole:
+            check_fits(self, text, "messages")
+        ids = token_ids(self.tokenizer, text, special=False)
+        if not ids:
+            raise RequestError("messages: they have no tokens, at least one is needed", parameter="messages")
+        return self.check_ids(ids, "messages")
 
     def parameters(
         self,
@@ -211,7 +236,7 @@ class ModelService:
     def admit(self, texts: int) -> None:
         """Refuse ``texts`` more where the queue is full, or where they would wait too long."""
         stats = self.engine.stats()
-        full = stats.running + stats.waiting + texts > self.capacity
+        full = stats.running + stats.waiting + self.text_work.texts + texts > self.capacity
         if full or stats.wait_seconds > self.queue_seconds:
             # By then the queue is short enough again, if nobody else comes.
             wait = max(1, math.ceil(stats.wait_seconds - (0 if full else self.queue_seconds)))
@@ -270,7 +295,7 @@ class ModelService:
         decoder, stopping = IncrementalDecoder(self.tokenizer), StopStrings(stops)
         late = EngineTimeout(f"the text was not ready within {self.request_seconds:g} s (serving.request_seconds)")
         ids: list[int] = []
-        watch = _Watch(self)
+        watch = TextWatch(self)
         request_log.note(model=self.name)
         request_log.count(texts=1, prompt_tokens=len(prompt))
         with contextlib.ExitStack() as stack:
@@ -298,39 +323,6 @@ class ModelService:
             yield TextPiece(index, text + stopping.finish(), stream.finish_reason, tuple(ids))
 
 
-class _Watch:
-    """Times one text, and counts it when its block ends, however it ends.
-
-    Attributes:
-        reason: why it ended, once that is known; a block that ends before was left by its client.
-    """
-
-    def __init__(self, service: ModelService) -> None:
-        self.reason: FinishReason | None = None
-        self._service = service
-        self._began, self._tokens = time.monotonic(), 0
-        self._first: float | None = None
-
-    def tokens(self, count: int) -> None:
-        """Note that ``count`` tokens came."""
-        if self._first is None:
-            self._first = time.monotonic() - self._began
-            request_log.note(first_token_milliseconds=round(self._first * 1e3, 1))
-        self._tokens += count
-
-    def __enter__(self) -> _Watch:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        failed = kind is not None and issubclass(kind, EngineFailure)
-        reason = self.reason or ("error" if failed else "abort")
-        request_log.note(finish_reason=reason)
-        request_log.count(completion_tokens=self._tokens)
-        if self._service.metrics is not None:
-            timing = TextTiming(reason, self._first, time.monotonic() - self._began, self._tokens)
-            self._service.metrics.text(self._service.name, timing)
-
-
 class Models:
     """The models of one application.
 
@@ -340,6 +332,9 @@ class Models:
 
     def __init__(self, services: Sequence[ModelService]) -> None:
         self.services = list(services)
+        for service in self.services:
+            # One process for the schemas of all.
+            service.schemas = self.services[0].schemas
         self._by_name = {service.name: service for service in services}
 
     def find(self, name: str | None, *tasks: str) -> ModelService:

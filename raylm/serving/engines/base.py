@@ -157,6 +157,11 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Ping:
+    """Command: give a sign of life; answered by :class:`Alive`, or by anything else before it."""
+
+
+@dataclass(frozen=True)
 class Close:
     """Command: end the process."""
 
@@ -169,13 +174,18 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Alive:
+    """Message: the step that ran when the sign of life was asked for has ended."""
+
+
+@dataclass(frozen=True)
 class Ready:
     """First message of a backend that could load its model."""
 
     name: str
 
 
-Command = Generate | Score | Embed | Encode | Cancel | Close
+Command = Generate | Score | Embed | Encode | Cancel | Ping | Close
 
 
 class Backend(abc.ABC):

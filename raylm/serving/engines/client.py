@@ -1,6 +1,7 @@
 """The replica's side of an engine: prompt ids in, a stream of generated ids out, and the process that decodes them.
 
 The event loop submits and cancels; a thread reads the process's events and wakes the loop once for each list of them.
+Another one writes: a pipe that is full, as the engine is in a long step or hangs, must not stop the loop.
 Tokens reach a reader in groups when many are streaming: each hand-over costs the HTTP side as much CPU as a few tokens
 cost the model.
 """
@@ -9,8 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
+import math
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -21,127 +25,39 @@ from pathlib import Path
 from typing import Any
 
 import raylm
-from raylm.cluster.environment import worker_environment
+from raylm.cluster.environment import inherited_environment, worker_environment
 from raylm.config.serving import ServingSection
 from raylm.serving.engines.base import (
+    Alive,
     Cancel,
     Close,
     Command,
     Embed,
     Encode,
     EngineFailure,
-    EngineRefusal,
     Event,
-    FinishReason,
     Generate,
     Load,
+    Ping,
     Pooling,
     Ready,
     SamplingParameters,
     Score,
     TokenScores,
 )  # fmt: skip
+from raylm.serving.engines.liveness import Pulse, family_cpu_seconds, kill_family
 from raylm.serving.engines.pace import Pace
 from raylm.serving.engines.stats import EngineStats
+from raylm.serving.engines.streams import Answer, TokenStream, receive_all
 
 # Seconds between two hand-overs to the same reader, for each request in work. One costs the HTTP side about a
 # millisecond of a CPU: this keeps that near a tenth of one CPU, whatever the number of readers.
 HAND_OVER_SECONDS = 0.008
 LONGEST_HAND_OVER_SECONDS = 0.25
 CLOSE_SECONDS = 5.0
-
-
-class TokenStream:
-    """Generated ids of one request, as an async iterator over what arrived since the last look.
-
-    Attributes:
-        finish_reason: ``stop`` (end token) or ``length``, once the stream has ended.
-        generated: tokens that the engine gave, read or not.
-    """
-
-    def __init__(self, engine: Engine, number: int) -> None:
-        self.finish_reason: FinishReason | None = None
-        self.generated = 0
-        self._engine, self._number = engine, number
-        self._loop = asyncio.get_running_loop()
-        self._arrived = asyncio.Event()
-        self._tokens: list[int] = []
-        self._error: EngineFailure | None = None
-        # Ids that arrive before this time wait for it, the first ones for nothing.
-        self._due = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def __aiter__(self) -> TokenStream:
-        return self
-
-    async def __anext__(self) -> list[int]:
-        await self._arrived.wait()
-        # A timer may wake a reader who has its tokens already: loops' clocks round, and timers come early.
-        while not self._tokens and not self._ended:
-            self._arrived.clear()
-            await self._arrived.wait()
-        if not self._tokens:
-            if self._error is not None:
-                raise self._error
-            raise StopAsyncIteration
-        tokens, self._tokens = self._tokens, []
-        if not self._ended:
-            self._arrived.clear()
-            self._due = self._loop.time() + self._engine.hand_over_seconds
-        return tokens
-
-    def cancel(self, reason: EngineFailure | None = None) -> None:
-        """Give the request's place free; what arrived and was not read is dropped. Harmless after the end.
-
-        Args:
-            reason: what a reader that still waits gets.
-        """
-        if not self._ended:
-            self._error, self._tokens = reason or EngineFailure("cancelled"), []
-            self._wake()
-            self._engine._cancel(self._number)
-
-    @property
-    def _ended(self) -> bool:
-        return self.finish_reason is not None or self._error is not None
-
-    def _receive(self, event: Event) -> None:
-        """Take an event of the engine; runs in the event loop."""
-        if self._error is not None:
-            return
-        self._tokens += event.tokens
-        self.finish_reason = event.finish_reason
-        if event.error is not None:
-            self._error = EngineRefusal(event.error) if event.refused else EngineFailure(event.error)
-        # A reader that is awake already takes these as well. A timer set now would fire after it has: uvloop's timers
-        # come up to a millisecond early.
-        if self._ended or self._arrived.is_set() or self._loop.time() >= self._due:
-            self._wake()
-        elif self._timer is None:
-            self._timer = self._loop.call_at(self._due, self._wake)
-
-    def _wake(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._arrived.set()
-
-
-class _Answer:
-    """The one result of a request that generates nothing."""
-
-    def __init__(self) -> None:
-        self.generated = 0
-        self._loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Any] = self._loop.create_future()
-
-    def _receive(self, event: Event) -> None:
-        if self.future.done():
-            return
-        if event.error is not None:
-            self.future.set_exception(EngineFailure(event.error))
-        else:
-            self.future.set_result(event.result)
+# A step that computes longer than a text may take helps nobody, but a short serving.request_seconds is no reason to end
+# an engine that reads a long prompt.
+LEAST_LONGEST_STEP = 600.0
 
 
 class Engine:
@@ -152,23 +68,35 @@ class Engine:
         name: of the backend.
         sequences: requests decoded together; more wait their turn.
         process: the process behind the connection, ended by :meth:`close`.
+        longest_step: seconds after which a process that answers nothing hangs, even if it computes.
     """
 
     def __init__(
-        self, connection: Connection, name: str, sequences: int, process: subprocess.Popen | None = None
+        self,
+        connection: Connection,
+        name: str,
+        sequences: int,
+        process: subprocess.Popen | None = None,
+        longest_step: float = math.inf,
     ) -> None:
         self.name, self.sequences = name, sequences
         self._connection, self._process = connection, process
-        self._sending = threading.Lock()
         self._numbers = itertools.count()
-        self._waiting: dict[int, TokenStream | _Answer] = {}
+        self._waiting: dict[int, TokenStream | Answer] = {}
         self._submitted = self._finished = self._cancelled = self._failed = 0
         self._prompt_tokens = self._generated_tokens = 0
         self._cache_usage: float | None = None
         self._pace = Pace()
         self._failure: str | None = None
+        self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self.pulse: Pulse | None = None
+        if process is not None:
+            cpu_seconds = functools.partial(family_cpu_seconds, process.pid)
+            self.pulse = Pulse(lambda: self._send(Ping()), cpu_seconds, longest_step)
         self._reader = threading.Thread(target=self._read, name=f"{name}-engine", daemon=True)
+        self._writer = threading.Thread(target=self._write, name=f"{name}-commands", daemon=True)
         self._reader.start()
+        self._writer.start()
 
     async def open(self) -> Engine:
         """Itself: it runs."""
@@ -248,14 +176,22 @@ class Engine:
         return min(LONGEST_HAND_OVER_SECONDS, HAND_OVER_SECONDS * min(self.in_work, self.sequences))
 
     def check(self) -> None:
-        """Raise :class:`EngineFailure` if the process has died."""
+        """Raise :class:`EngineFailure` if the process has died or hangs; to be called every few seconds.
+
+        One that hangs is killed: those who wait learn of it at once, and it cannot outlive its replica.
+        """
+        if self._failure is None and self.pulse is not None and (reason := self.pulse.look()) is not None:
+            self._failure = f"the engine hung: {reason}"
+            kill_family(self._process.pid)
+        self._check_alive()
+
+    def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineFailure(self._failure)
 
     def close(self) -> None:
         """End the process; requests in work fail."""
-        with contextlib.suppress(OSError):
-            self._send(Close())
+        self._send(Close())
         if self._process is not None:
             try:
                 self._process.wait(CLOSE_SECONDS)
@@ -263,10 +199,12 @@ class Engine:
                 self._process.kill()
                 self._process.wait()
         self._reader.join(CLOSE_SECONDS)
+        self._outbox.put(None)
+        self._writer.join(CLOSE_SECONDS)
         self._connection.close()
 
     async def _ask(self, command: Score | Embed | Encode) -> Any:
-        answer = _Answer()
+        answer = Answer()
         self._enter(command.number, answer, command, len(command.ids))
         try:
             return await answer.future
@@ -274,26 +212,29 @@ class Engine:
             self._cancel(command.number)
             raise
 
-    def _enter(self, number: int, asker: TokenStream | _Answer, command: Command, prompt_tokens: int) -> None:
-        self.check()
+    def _enter(self, number: int, asker: TokenStream | Answer, command: Command, prompt_tokens: int) -> None:
+        self._check_alive()
         if not self._waiting:
             self._pace.begin()
         self._waiting[number] = asker
         self._submitted += 1
         self._prompt_tokens += prompt_tokens
-        # If the process is gone, the reader thread knows why, and fails this request with the others.
-        with contextlib.suppress(OSError):
-            self._send(command)
+        self._send(command)
 
     def _cancel(self, number: int) -> None:
         if self._waiting.pop(number, None) is not None:
             self._cancelled += 1
-            with contextlib.suppress(OSError):
-                self._send(Cancel(number))
+            self._send(Cancel(number))
 
     def _send(self, command: Command) -> None:
-        with self._sending:
-            self._connection.send(command)
+        self._outbox.put(command)
+
+    def _write(self) -> None:
+        """Hand commands to the process until the engine is closed; runs on a thread."""
+        while (command := self._outbox.get()) is not None:
+            # If the process is gone, the reader thread knows why, and fails this request with the others.
+            with contextlib.suppress(OSError):
+                self._connection.send(command)
 
     def _read(self) -> None:
         """Hand events to their askers until the process is gone; runs on a thread."""
@@ -301,21 +242,23 @@ class Engine:
         try:
             while True:
                 message = self._connection.recv()
+                if self.pulse is not None:
+                    self.pulse.beat()
                 if isinstance(message, EngineFailure):
                     reason = f"the engine failed: {message}"
                 elif isinstance(message, Load):
                     self._cache_usage = message.cache_usage
-                else:
+                elif not isinstance(message, Alive):
                     self._deliver(message)
         except (EOFError, OSError):
             if self._process is not None and (status := self._process.poll()):
                 reason = f"the engine's process ended with status {status}"
-        self._failure = reason
-        self._deliver([Event(number, error=reason) for number in list(self._waiting)])
+        self._failure = self._failure or reason
+        self._deliver([Event(number, error=self._failure) for number in list(self._waiting)])
 
     def _deliver(self, events: list[Event]) -> None:
         """Hand events over, with one wake-up of an event loop for all of them."""
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream | _Answer, Event]]] = {}
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream | Answer, Event]]] = {}
         for event in events:
             asker = self._waiting.get(event.number)
             # What was cancelled may have taken one more step.
@@ -333,7 +276,7 @@ class Engine:
         for loop, deliveries in loops.items():
             # A loop that has ended has nobody left who waits.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_receive_all, deliveries)
+                loop.call_soon_threadsafe(receive_all, deliveries)
 
 
 def start_engine(source: str, serving: ServingSection, *, threads: int, task: str = "causal") -> Engine:
@@ -353,7 +296,7 @@ def start_engine(source: str, serving: ServingSection, *, threads: int, task: st
         process = subprocess.Popen(
             [sys.executable, "-m", "raylm.serving.engines.process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, **worker_environment(threads), "PYTHONPATH": _module_path()},
+            env=inherited_environment() | worker_environment(threads) | {"PYTHONPATH": _module_path()},
         )
     try:
         ours.send((source, serving, threads, task))
@@ -363,15 +306,11 @@ def start_engine(source: str, serving: ServingSection, *, threads: int, task: st
     if not isinstance(message, Ready):
         process.wait()
         raise message
-    return Engine(ours, message.name, serving.max_concurrent_requests, process)
+    longest_step = max(serving.request_seconds, LEAST_LONGEST_STEP)
+    return Engine(ours, message.name, serving.max_concurrent_requests, process, longest_step)
 
 
 def _module_path() -> str:
     """Where a new interpreter finds raylm: Ray may have put a job's directory on this one's path alone."""
     root = str(Path(raylm.__file__).resolve().parents[1])
     return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-
-
-def _receive_all(deliveries: list[tuple[TokenStream | _Answer, Event]]) -> None:
-    for asker, event in deliveries:
-        asker._receive(event)

@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raylm.serving.engines.base import EngineRefusal
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# Of compiled grammars, for each model.
+CACHE_BYTES = 128 << 20
 
 
 class Grammars:
@@ -27,7 +33,7 @@ class Grammars:
             tokenizer, vocab_size=vocabulary, stop_token_ids=sorted(end_ids) or None
         )
         self._ends = bool(end_ids)
-        self._compiler = xgrammar.GrammarCompiler(information, max_threads=1)
+        self._compiler = xgrammar.GrammarCompiler(information, max_threads=1, cache_limit_bytes=CACHE_BYTES)
 
     def begin(self, schema: str) -> Grammar:
         """A grammar at the beginning of a text.
@@ -58,11 +64,17 @@ class Grammar:
         return self._matcher.is_terminated()
 
     def allowed(self, logits: torch.Tensor) -> torch.Tensor:
-        """``logits`` fp32 [vocabulary], minus infinity where a token may not come."""
+        """``logits`` fp32 [vocabulary], minus infinity where a token may not come.
+
+        Raises:
+            EngineRefusal: no token may come; a schema like ``{"$ref": "#"}`` allows no text at all.
+        """
         import xgrammar
 
         logits = logits.clone()
         self._matcher.fill_next_token_bitmask(self._mask)
+        if not self._mask.any():
+            raise EngineRefusal("response_format: the schema allows no further token of this model")
         xgrammar.apply_token_bitmask_inplace(logits[None], self._mask)
         return logits
 

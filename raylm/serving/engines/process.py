@@ -17,6 +17,7 @@ import numpy as np
 
 from raylm.errors import UserError
 from raylm.serving.engines.base import (
+    Alive,
     Backend,
     Cancel,
     Close,
@@ -28,6 +29,7 @@ from raylm.serving.engines.base import (
     Event,
     Generate,
     Load,
+    Ping,
     Reading,
     Ready,
     Score,
@@ -91,6 +93,8 @@ class Decoding:
                 self._join(command)
             elif isinstance(command, Cancel):
                 self._drop(command.number)
+            elif isinstance(command, Ping):
+                self._connection.send(Alive())
             else:
                 self._reading.append(command)
         return True

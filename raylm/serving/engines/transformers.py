@@ -152,12 +152,21 @@ class TransformersBackend(Backend):
         ).logits[:, -1]
 
     def _sample(self, numbers: list[int], logits: torch.Tensor) -> tuple[torch.Tensor, list[Event]]:
-        """The next token of each row, [rows, 1], and the events; requests that end lose their sampler."""
+        """The next token of each row, [rows, 1], and the events; requests that end lose their sampler.
+
+        A schema that allows no further token ends its own request only.
+        """
         likeliest = logits.argmax(dim=-1).tolist()
         tokens, events = [], []
         for row, number in enumerate(numbers):
             sampler = self._samplers[number]
-            token = likeliest[row] if sampler.plain else sampler.draw(logits[row])
+            try:
+                token = likeliest[row] if sampler.plain else sampler.draw(logits[row])
+            except EngineRefusal as error:
+                del self._samplers[number]
+                tokens.append(0)
+                events.append(Event(number, error=str(error), refused=True))
+                continue
             reason = sampler.account(token)
             if reason:
                 del self._samplers[number]

@@ -17,6 +17,7 @@ import numpy as np
 
 from raylm.config.serving import ServingSection
 from raylm.serving.engines.base import (
+    Alive,
     Cancel,
     Close,
     Command,
@@ -24,6 +25,7 @@ from raylm.serving.engines.base import (
     Event,
     FinishReason,
     Generate,
+    Ping,
     Ready,
     SamplingParameters,
     Score,
@@ -53,6 +55,7 @@ class _Work:
         self._connection, self._end_ids = connection, end_ids
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._events: list[Event] = []
+        self._sign: asyncio.Task[None] | None = None
         self._closed = asyncio.Event()
 
     async def run(self, source: str, serving: ServingSection) -> None:
@@ -92,6 +95,10 @@ class _Work:
             if (task := self._tasks.pop(command.number, None)) is not None:
                 task.cancel()
             return
+        if isinstance(command, Ping):
+            if self._sign is None or self._sign.done():
+                self._sign = self._loop.create_task(self._give_sign())
+            return
         self._tasks[command.number] = self._loop.create_task(self._answer(command))
 
     async def _answer(self, command: Command) -> None:
@@ -113,6 +120,11 @@ class _Work:
             self._deliver(Event(command.number, error=str(error)))
         finally:
             self._tasks.pop(command.number, None)
+
+    async def _give_sign(self) -> None:
+        """Ask vLLM's own process, which answers between two steps, a question that changes nothing."""
+        await self._engine.is_sleeping()
+        self._connection.send(Alive())
 
     async def _generate(self, command: Generate) -> AsyncIterator[Event]:
         reason = None

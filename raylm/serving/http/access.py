@@ -1,16 +1,19 @@
-"""API keys: read from a file or the environment where the server is started, hashed before they go anywhere else."""
+"""Who may ask. API keys are read from a file or the environment where the server is started, and hashed before they go
+anywhere else. A server without keys answers only requests to a loopback name.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import re
 from pathlib import Path
 
+from raylm.cluster.environment import API_KEYS_VARIABLE
 from raylm.config.serving import ServingSection
 from raylm.errors import UserError
 
-ENVIRONMENT_VARIABLE = "RAYLM_API_KEYS"
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 # Shorter keys could be guessed.
 LEAST_CHARACTERS = 16
@@ -19,6 +22,22 @@ LEAST_CHARACTERS = 16
 def hash_key(key: str) -> str:
     """SHA-256 of ``key``, hexadecimal. Keys are long and random, so a plain hash cannot be turned back."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def names_loopback(host: str) -> bool:
+    """Whether a ``Host`` header, with or without a port, is ``localhost`` or a loopback address.
+
+    A page of the web may have its own name resolved to this machine (DNS rebinding), and its reader's browser then lets
+    it ask whatever listens here. The name in ``Host`` stays the page's.
+    """
+    name = re.sub(r":\d*$", "", host.strip()).lower()
+    if name == "localhost":
+        return True
+    try:
+        # Only a literal in brackets is an IPv6 address here.
+        return ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name).is_loopback
+    except ValueError:
+        return False
 
 
 def load_key_hashes(serving: ServingSection) -> dict[str, str]:
@@ -44,8 +63,8 @@ def load_key_hashes(serving: ServingSection) -> dict[str, str]:
         ]
         if not entries:
             raise UserError(f"serving.api_keys_file: {path} holds no key")
-    variable = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    entries += [(ENVIRONMENT_VARIABLE, entry.strip()) for entry in variable.split(",") if entry.strip()]
+    variable = os.environ.get(API_KEYS_VARIABLE, "")
+    entries += [(API_KEYS_VARIABLE, entry.strip()) for entry in variable.split(",") if entry.strip()]
     return dict(_read_entry(where, entry) for where, entry in entries)
 
 

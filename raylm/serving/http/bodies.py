@@ -1,27 +1,63 @@
-"""What the bodies of all requests have in common: no unknown keys, no guessed types, and text that is text."""
+"""What the bodies of all requests have in common: no unknown keys, no guessed types, and text that is text.
+
+A body of 4 MB may hold a million mistakes; to describe them all would take a minute and gigabytes. Lists stop at their
+first mistake, and what no request needs so many of is refused before it is looked at one by one.
+"""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
+"""A list of a body."""
+
+# Keys of one body, and objects and lists in it.
+MOST_KEYS = 64
+MOST_CONTAINERS = 40_000
 
 
 class RequestBody(BaseModel):
     """A JSON object that a client sends."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _text_is_text(cls, values: Any) -> Any:
-        # JSON can name half of a surrogate pair (RFC 8259, section 8.2): no tokenizer, file or answer can hold it.
+    def _no_more_than_a_request_needs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and len(values) > MOST_KEYS:
+            raise ValueError(f"The body has {len(values)} parameters, allowed: at most {MOST_KEYS}")
+        check_text(values)
+        return values
+
+
+def check_text(body: Any) -> None:
+    """Refuse half of a surrogate pair anywhere in ``body``, and too many objects and lists.
+
+    JSON can name such a half (RFC 8259, section 8.2): no tokenizer, file or answer can hold it.
+
+    Raises:
+        ValueError: says what was found.
+    """
+    waiting, seen = [body], 0
+    while waiting:
+        value = waiting.pop()
+        texts = [value] if isinstance(value, str) else []
+        if isinstance(value, dict | list):
+            seen += 1
+            if seen > MOST_CONTAINERS:
+                raise ValueError(f"The body holds more than {MOST_CONTAINERS} objects and lists")
+            inner = list(value.values()) if isinstance(value, dict) else value
+            # Of a million token ids none need be looked at by itself.
+            kinds = set(map(type, inner))
+            texts = [*value] if isinstance(value, dict) else []
+            if str in kinds:
+                texts += [item for item in inner if isinstance(item, str)]
+            if dict in kinds or list in kinds:
+                waiting += [item for item in inner if isinstance(item, dict | list)]
         try:
-            json.dumps(values, ensure_ascii=False).encode()
+            "".join(texts).encode()
         except UnicodeEncodeError:
             raise ValueError("The body holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
-        except (TypeError, ValueError, RecursionError):
-            # No JSON, as the validators of the fields will say.
-            pass
-        return values

@@ -13,6 +13,8 @@ from starlette.exceptions import HTTPException
 from raylm.serving.engines.base import EngineFailure, EngineRefusal, EngineTimeout
 
 INVALID = "invalid_request_error"
+# Of a name or message that may quote what the client sent.
+LONGEST_QUOTE = 300
 
 
 class ErrorObject(BaseModel):
@@ -44,6 +46,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         404: "No such model, collection or page",
         405: "The route does not take this method",
         413: "The body is too large",
+        421: "The server has no API keys, and the Host header names no loopback address",
         429: "Too many requests with this key",
         500: "The engine failed",
         503: "The server is busy",
@@ -123,16 +126,22 @@ def _describe(mistake: dict[str, Any]) -> dict[str, Any]:
     if mistake["type"] == "json_invalid":
         reason = mistake.get("ctx", {}).get("error", "")
         return error_body(f"The body is not valid JSON: {reason} at character {mistake['loc'][-1]}", INVALID)
-    keys = [str(part) for part in mistake["loc"][1:]]
+    keys = [_short(str(part)) for part in mistake["loc"][1:]]
     if mistake["type"] == "value_error" and not keys:
         # A validator of the whole body names its parameters itself.
         return error_body(mistake["msg"].removeprefix("Value error, "), INVALID, code="invalid_value")
     if not keys:
         return error_body("The body must be a JSON object, sent as application/json", INVALID)
     parameter = keys[0]
-    message = mistake["msg"].removeprefix("Value error, ")
+    message = _short(mistake["msg"].removeprefix("Value error, "))
     if mistake["type"] == "extra_forbidden":
         return error_body(f"Unsupported parameter: {'.'.join(keys)}", INVALID, parameter, "unsupported_parameter")
     if mistake["type"] == "missing":
         return error_body(f"Missing parameter: {'.'.join(keys)}", INVALID, parameter, "missing_parameter")
     return error_body(f"{parameter}: {message}", INVALID, parameter, "invalid_value")
+
+
+def _short(text: str) -> str:
+    """``text``, cut where it is long, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}…"

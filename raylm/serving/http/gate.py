@@ -1,4 +1,4 @@
-"""What every request passes before it reaches a route: its id, API key, rate, body size, and its line in the log.
+"""What every request passes before it reaches a route: host name or API key, rate, body size, and its line in the log.
 
 Plain ASGI, so that streams pass through untouched. Limits are those of one replica.
 """
@@ -18,9 +18,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raylm.cluster.environment import API_KEYS_VARIABLE
 from raylm.config.serving import ServingSection
 from raylm.serving.http import request_log
-from raylm.serving.http.access import hash_key
+from raylm.serving.http.access import hash_key, names_loopback
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.metrics import ServerMetrics
 
@@ -28,6 +29,8 @@ from raylm.serving.http.metrics import ServerMetrics
 OPEN_PATHS = frozenset({"/health", "/"})
 # Of a path, as the log has it.
 LONGEST_PATH = 200
+# In a request's scope: the SHA-256 of its key, hexadecimal; not there where there are no keys.
+OWNER = "raylm.owner"
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 
 
@@ -55,7 +58,7 @@ class Gate:
     Args:
         app: the application.
         limits: what one client may ask for.
-        key_hashes: SHA-256 of each key and its name; empty lets everybody in.
+        key_hashes: SHA-256 of each key and its name; empty lets in whoever asks for a loopback name.
         metrics: counts the answers.
     """
 
@@ -90,7 +93,7 @@ class Gate:
 
         try:
             try:
-                self._check(scope["path"], headers, entry)
+                self._check(scope, headers, entry)
             except RequestError as error:
                 await JSONResponse(error.body, error.status, error.headers)(scope, receive, sending)
             else:
@@ -103,11 +106,18 @@ class Gate:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.http(route, entry["status"])
 
-    def _check(self, path: str, headers: Headers, entry: dict[str, Any]) -> None:
-        """Refuse a wrong key, too many requests, and a body that says it is too long."""
-        if path in OPEN_PATHS:
+    def _check(self, scope: Scope, headers: Headers, entry: dict[str, Any]) -> None:
+        """Refuse a strange host name, a wrong key, too many requests, and a body that says it is too long.
+
+        Notes whose request it is.
+        """
+        if not self._key_hashes:
+            _check_host(headers)
+        if scope["path"] in OPEN_PATHS:
             return
-        name = self._identify(headers)
+        name, hashed = self._identify(headers)
+        if hashed is not None:
+            scope[OWNER] = hashed
         entry["key"] = name
         if self._limits.requests_per_minute is not None:
             allowance = self._allowances.setdefault(name, Allowance(self._limits.requests_per_minute))
@@ -125,13 +135,14 @@ class Gate:
         if length.isdigit() and int(length) > self._limits.body_bytes:
             raise RequestError(self._too_long, status=413, code="body_too_large", headers={"Connection": "close"})
 
-    def _identify(self, headers: Headers) -> str:
-        """The name of the request's key."""
+    def _identify(self, headers: Headers) -> tuple[str, str | None]:
+        """The name of the request's key, and its hash where there are keys."""
         if not self._key_hashes:
-            return "anyone"
+            return "anyone", None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         # Looked up by hash: how long it takes says nothing about any key.
-        name = self._key_hashes.get(hash_key(key.strip())) if scheme.lower() == "bearer" else None
+        hashed = hash_key(key.strip())
+        name = self._key_hashes.get(hashed) if scheme.lower() == "bearer" else None
         if name is None:
             raise RequestError(
                 "Incorrect API key; send it as 'Authorization: Bearer KEY'"
@@ -142,7 +153,7 @@ class Gate:
                 kind="authentication_error",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return name
+        return name, hashed
 
     @property
     def _too_long(self) -> str:
@@ -161,6 +172,18 @@ class Gate:
             return message
 
         return limited
+
+
+def _check_host(headers: Headers) -> None:
+    """Refuse a name that is none of this machine's own; a client without one (HTTP/1.0) is no browser."""
+    for host in headers.getlist("host"):
+        if not names_loopback(host):
+            raise RequestError(
+                f"Host: found {host[:LONGEST_PATH]!r}, allowed: localhost or a loopback address (127.0.0.1), as the "
+                f"server has no API keys (serving.api_keys_file or {API_KEYS_VARIABLE})",
+                status=421,
+                code="unknown_host",
+            )
 
 
 class Allowance:

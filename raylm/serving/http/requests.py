@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from raylm.serving.http.bodies import RequestBody
+from raylm.serving.http.bodies import Items, RequestBody
 from raylm.serving.tasks.structured import ResponseFormat
 
 # Texts that one request may ask for: its prompts times n.
@@ -18,7 +18,9 @@ MOST_CHOICES = 64
 # Texts of one request for embeddings, and likeliest tokens that a request may ask for at each place.
 MOST_INPUTS = 256
 MOST_LOGPROBS = 20
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# Messages of one conversation, and parts of one message.
+MOST_MESSAGES = 10_000
+TokenIds = Annotated[Items[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 # Parameters of OpenAI's that are not supported, and the values besides null that change nothing.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -67,7 +69,7 @@ class GenerationRequest(RequestBody):
     """Subtracted from the logit of every token that was generated before."""
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     """Subtracted from a token's logit once for each time that it was generated before."""
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     """Strings that end the text, at most 4; the text ends before them."""
     stream: bool | None = None
     """Send the text as server-sent events while it is generated."""
@@ -116,7 +118,7 @@ def as_list(texts: str | list) -> list[str] | list[list[int]]:
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: str | TokenIds | Items[str] | Items[TokenIds]
     """Text, token ids, or a list of either."""
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     """Number of completions of each prompt; default 1."""
@@ -160,7 +162,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[Items[TextPart], Field(max_length=MOST_MESSAGES)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -172,7 +174,7 @@ class Message(BaseModel):
 class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     """The conversation so far."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """OpenAI's newer name of max_tokens."""
@@ -197,7 +199,7 @@ class ChatRequest(GenerationRequest):
 class EmbeddingRequest(RequestBody):
     """``POST /v1/embeddings``."""
 
-    input: str | TokenIds | list[str] | list[TokenIds]
+    input: str | TokenIds | Items[str] | Items[TokenIds]
     """Text, token ids, or a list of either."""
     model: str | None = None
     """Name of the model; by default the first one that fits the route."""

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 import raylm
@@ -14,7 +14,7 @@ from raylm.serving.deploy.service import Models, ModelService
 from raylm.serving.http.errors import ERROR_RESPONSES, install_error_handlers
 from raylm.serving.http.metrics import CONTENT_TYPE, ServerMetrics
 from raylm.serving.http.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
-from raylm.serving.retrieval.collections import collection_routes
+from raylm.serving.retrieval.collections import collection_routes, shelf_of
 from raylm.serving.retrieval.library import Library
 from raylm.serving.tasks.answering import answer_question
 from raylm.serving.tasks.classification import ClassifyRequest, classify
@@ -57,9 +57,10 @@ def create_app(
     _add_model_routes(app, models)
 
     @app.post("/v1/qa", responses=STREAMS)
-    async def question_answering(request: QuestionRequest) -> Response:
+    async def question_answering(request: QuestionRequest, client: Request) -> Response:
         """Answer a question from the passages of a collection, with its sources, or from a given context."""
-        return await answer_question(models, library, request, request.passages or passages, least_relevance)
+        shelf = shelf_of(library, client)
+        return await answer_question(models, shelf, request, request.passages or passages, least_relevance)
 
     app.include_router(collection_routes(library))
     return app

@@ -1,10 +1,22 @@
-"""The collections of a directory by their names, each a :class:`~raylm.serving.retrieval.store.StoredCollection`."""
+"""The collections of a directory by their names, each a :class:`~raylm.serving.retrieval.store.StoredCollection`.
+
+``<root>/<name>`` are common, ``<root>/@<hash>/<name>`` belong to the API key of that hash: no two keys share names.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
-from raylm.serving.retrieval.store import NAME, NoSuchCollection, StoredCollection
+from raylm.serving.retrieval.errors import NoSuchCollection
+from raylm.serving.retrieval.records import Usage
+from raylm.serving.retrieval.store import NAME, StoredCollection
+
+# Collections whose indexes a process keeps open.
+MOST_OPEN = 64
+# Of a key's hash: enough that no two keys share a directory.
+OWNER_CHARACTERS = 32
 
 
 class CollectionStore:
@@ -12,11 +24,23 @@ class CollectionStore:
 
     Args:
         root: made when the first collection is.
+        opened: gives the one object of a process for a collection's directory.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, opened: Callable[[Path], StoredCollection] | None = None) -> None:
         self.root = root
-        self._known: dict[str, StoredCollection] = {}
+        self._opened = opened or functools.lru_cache(MOST_OPEN)(StoredCollection)
+
+    def of(self, owner: str) -> CollectionStore:
+        """The collections of the API key whose SHA-256 is ``owner``, hexadecimal."""
+        return CollectionStore(self.root / f"@{owner[:OWNER_CHARACTERS]}", self._opened)
+
+    def owned(self) -> list[CollectionStore]:
+        """The collections of each key that has made any."""
+        if not self.root.is_dir():
+            return []
+        roots = sorted(path for path in self.root.iterdir() if path.name.startswith("@") and path.is_dir())
+        return [CollectionStore(path, self._opened) for path in roots]
 
     def names(self) -> list[str]:
         """Names of all collections, sorted."""
@@ -35,12 +59,15 @@ class CollectionStore:
         Raises:
             NoSuchCollection: there is none.
         """
-        if not NAME.fullmatch(name) or not (self.root / name / "CURRENT").is_file():
-            self._known.pop(name, None)
+        if not NAME.fullmatch(name) or not (self.root / name).is_dir():
             raise NoSuchCollection(f"The collection '{name}' does not exist")
-        return self._known.setdefault(name, StoredCollection(self.root / name))
+        return self._opened(self.root / name)
 
     def delete(self, name: str) -> None:
         """Remove a collection."""
         self.get(name).delete()
-        self._known.pop(name, None)
+
+    def usage(self, besides: str | None = None) -> Usage:
+        """What all collections hold together; without the one called ``besides``."""
+        each = [self._opened(self.root / name).usage() for name in self.names() if name != besides]
+        return Usage(sum(usage.documents for usage in each), sum(usage.bytes for usage in each))

@@ -7,23 +7,42 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fastapi import APIRouter
-from pydantic import Field
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field, field_validator
 
 from raylm.serving.http.bodies import RequestBody
-from raylm.serving.http.errors import RequestError, error_response
-from raylm.serving.retrieval.library import DEFAULT, Library
-from raylm.serving.retrieval.store import (
+from raylm.serving.http.errors import INVALID, RequestError, error_response
+from raylm.serving.http.gate import OWNER
+from raylm.serving.retrieval.errors import (
+    CollectionBusy,
+    CollectionDamaged,
     CollectionError,
     CollectionExists,
-    Facts,
-    Match,
+    CollectionUnreachable,
+    NoRoom,
     NoSuchCollection,
-    StoredDocument,
+    QuotaExceeded,
 )  # fmt: skip
+from raylm.serving.retrieval.library import Library
+from raylm.serving.retrieval.records import Match, StoredDocument
+from raylm.serving.retrieval.shelf import DEFAULT, Entry, Shelf
 
 MOST_DOCUMENTS = 1000
 MOST_PASSAGES = 20
+# For the OpenAPI document: what routes answer instead.
+DAMAGED: dict[int | str, dict[str, Any]] = {409: error_response("The collection is damaged")}
+STORING: dict[int | str, dict[str, Any]] = {507: error_response("The server's disk is full")}
+# Status and code of each kind of refusal; the first kind that fits counts.
+_ANSWERS: dict[type[CollectionError], tuple[int, str]] = {
+    NoSuchCollection: (404, "collection_not_found"),
+    CollectionExists: (409, "collection_exists"),
+    CollectionDamaged: (409, "collection_damaged"),
+    QuotaExceeded: (413, "quota_exceeded"),
+    CollectionBusy: (503, "server_busy"),
+    CollectionUnreachable: (503, "collection_unreachable"),
+    NoRoom: (507, "no_room"),
+    CollectionError: (400, "collection_refused"),
+}
 
 
 class NewCollection(RequestBody):
@@ -43,6 +62,13 @@ class NewDocument(RequestBody):
     id: str | None = Field(default=None, min_length=1, max_length=256)
     """Id of the document; by default a hash of the text. A document with the same id is replaced."""
 
+    @field_validator("text")
+    @classmethod
+    def _says_something(cls, text: str) -> str:
+        if text.isspace():
+            raise ValueError("found only white space, allowed: a text that can be searched")
+        return text
+
 
 class NewDocuments(RequestBody):
     """``POST /v1/collections/{name}/documents``."""
@@ -59,64 +85,79 @@ class Search(RequestBody):
     """Number of passages to find."""
 
 
+def shelf_of(library: Library, request: Request) -> Shelf:
+    """The collections as the client of ``request`` has them."""
+    return Shelf(library, request.scope.get(OWNER))
+
+
 def collection_routes(library: Library) -> APIRouter:
     """The routes over ``library``."""
     router = APIRouter(prefix="/v1/collections")
 
-    @router.post("", responses={409: error_response("A collection of this name exists")})
-    async def create(request: NewCollection) -> dict[str, Any]:
-        """Make an empty collection."""
+    def mine(request: Request) -> Shelf:
+        return shelf_of(library, request)
+
+    shelf_of_client = Depends(mine)
+    _add_document_routes(router, shelf_of_client)
+
+    @router.post("", responses={409: error_response("A collection of this name exists"), **STORING})
+    async def create(request: NewCollection, shelf: Shelf = shelf_of_client) -> dict[str, Any]:
+        """Make an empty collection. It belongs to the API key of the request."""
         with refusals():
-            return _describe(await library.create(request.name))
+            return _describe(await shelf.create(request.name))
 
     @router.get("")
-    async def list_all() -> dict[str, Any]:
-        """All collections."""
+    async def list_all(shelf: Shelf = shelf_of_client) -> dict[str, Any]:
+        """All collections of the API key, and the common ones."""
         with refusals():
-            return {"object": "list", "data": [_describe(facts) for facts in await library.all_facts()]}
+            return {"object": "list", "data": [_describe(entry) for entry in await shelf.entries()]}
 
     @router.get("/{name}")
-    async def retrieve(name: str) -> dict[str, Any]:
+    async def retrieve(name: str, shelf: Shelf = shelf_of_client) -> dict[str, Any]:
         """One collection."""
         with refusals():
-            return _describe(await library.facts(name))
+            return _describe(await shelf.entry(name))
 
     @router.delete("/{name}")
-    async def delete(name: str) -> dict[str, Any]:
+    async def delete(name: str, shelf: Shelf = shelf_of_client) -> dict[str, Any]:
         """Delete a collection with its documents."""
         with refusals():
-            await library.delete(name)
+            await shelf.delete(name)
         return {"object": "collection.deleted", "id": name, "deleted": True}
 
-    @router.post("/{name}/documents")
-    async def add(name: str, request: NewDocuments) -> dict[str, Any]:
-        """Add documents. A search finds them as soon as this request is answered."""
+    return router
+
+
+def _add_document_routes(router: APIRouter, shelf_of_client: Any) -> None:
+    """What is done with the documents of a collection."""
+
+    @router.post("/{name}/documents", responses={**DAMAGED, **STORING})
+    async def add(name: str, request: NewDocuments, shelf: Shelf = shelf_of_client) -> dict[str, Any]:
+        """Add documents: all or none. A search finds them as soon as this request is answered."""
         documents = [
             StoredDocument(document.id or _hash(document.text), document.title, document.text)
             for document in request.documents
         ]
         with refusals():
-            passages = await library.add(name, documents)
+            passages = await shelf.add(name, documents)
         ids = [document.id for document in documents]
         return {"object": "collection.documents", "collection": name, "ids": ids, "passages": passages}
 
-    @router.delete("/{name}/documents/{document_id:path}")
-    async def remove(name: str, document_id: str) -> dict[str, Any]:
+    @router.delete("/{name}/documents/{document_id:path}", responses={**DAMAGED, **STORING})
+    async def remove(name: str, document_id: str, shelf: Shelf = shelf_of_client) -> dict[str, Any]:
         """Delete a document."""
         with refusals():
-            removed = await library.remove(name, document_id)
+            removed = await shelf.remove(name, document_id)
         if not removed:
             raise RequestError(f"The collection '{name}' has no document '{document_id}'", status=404, parameter="id")
         return {"object": "collection.document.deleted", "id": document_id, "deleted": True}
 
-    @router.post("/{name}/search")
-    async def search(name: str, request: Search) -> dict[str, Any]:
+    @router.post("/{name}/search", responses=DAMAGED)
+    async def search(name: str, request: Search, shelf: Shelf = shelf_of_client) -> dict[str, Any]:
         """The passages that fit a question best, one for each document."""
         with refusals():
-            matches = await library.search(name, request.question, request.passages)
+            matches = await shelf.search(name, request.question, request.passages)
         return {"object": "list", "collection": name, "data": describe_matches(matches)}
-
-    return router
 
 
 @contextmanager
@@ -124,12 +165,16 @@ def refusals() -> Iterator[None]:
     """Turn what a collection cannot do into an answer to the client."""
     try:
         yield
-    except NoSuchCollection as error:
-        raise RequestError(str(error), status=404, parameter="collection", code="collection_not_found") from None
-    except CollectionExists as error:
-        raise RequestError(str(error), status=409, parameter="name", code="collection_exists") from None
     except CollectionError as error:
-        raise RequestError(str(error), parameter="collection", code="collection_refused") from None
+        status, code = next(answer for kind, answer in _ANSWERS.items() if isinstance(error, kind))
+        raise RequestError(
+            str(error),
+            status=status,
+            parameter="name" if isinstance(error, CollectionExists) else "collection",
+            code=code,
+            kind=INVALID if status < 500 else "server_error",
+            headers={"Retry-After": "1"} if status == 503 else None,
+        ) from None
 
 
 def describe_matches(matches: Sequence[Match]) -> list[dict[str, Any]]:
@@ -148,15 +193,20 @@ def describe_matches(matches: Sequence[Match]) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(facts: Facts) -> dict[str, Any]:
+def _describe(entry: Entry) -> dict[str, Any]:
+    facts = entry.facts
     return {
-        "id": facts.name,
+        "id": entry.name,
         "object": "collection",
-        "created": facts.created,
-        "documents": facts.documents,
-        "passages": facts.passages,
-        "embedded": facts.embedded,
-        "read_only": facts.name == DEFAULT,
+        "status": "damaged" if facts is None else "ready",
+        "error": entry.damage or None,
+        "created": facts and facts.created,
+        "documents": facts and facts.documents,
+        "passages": facts and facts.passages,
+        "embedded": facts and facts.embedded,
+        "bytes": facts and facts.bytes,
+        "common": entry.common,
+        "read_only": entry.name == DEFAULT,
     }
 
 

@@ -15,6 +15,7 @@ from raylm.data.loading import load_tokenizer, resolve_model
 from raylm.models.encoders import sentence_length, sentence_pooling
 from raylm.serving.engines.base import Pooling
 from raylm.serving.engines.client import Engine, start_engine
+from raylm.serving.engines.deadline import all_in_time
 from raylm.serving.engines.opening import context_length
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def open_encoder(path: str, serving: ServingSection, threads: int) -> Encoder:
     longest = sentence_length(source, context_length(str(source)))
     serving = serving.model_copy(update={"engine": "auto"})
     engine = start_engine(str(source), serving, threads=threads, task="embedding")
-    return Encoder(engine, tokenizer, sentence_pooling(source), longest, fingerprint(source))
+    made_by = fingerprint(source)
+    return Encoder(engine, tokenizer, sentence_pooling(source), longest, made_by, serving.request_seconds)
 
 
 class Encoder:
@@ -49,25 +51,33 @@ class Encoder:
         pooling: how hidden states become a vector.
         longest: tokens of a text that are read; the rest of it is left out.
         fingerprint: of the encoder; vectors of different ones cannot be compared.
+        seconds: longest time for a text.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, pooling: Pooling, longest: int, fingerprint: str
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling: Pooling,
+        longest: int,
+        fingerprint: str,
+        seconds: float,
     ) -> None:
-        self.engine, self.fingerprint = engine, fingerprint
+        self.engine, self.fingerprint, self._seconds = engine, fingerprint, seconds
         self._tokenizer, self._pooling, self._longest = tokenizer, pooling, longest
 
     async def vectors(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One vector a text, fp32 [width].
 
         Raises:
-            EngineFailure: the engine has stopped.
+            EngineFailure: the engine has stopped, or took too long for a text.
         """
         turns = asyncio.Semaphore(IN_WORK)
 
         async def embed(ids: list[int]) -> np.ndarray:
             async with turns:
-                return await self.engine.embed(ids, self._pooling)
+                (vector,) = await all_in_time([self.engine.embed(ids, self._pooling)], self._seconds)
+                return vector
 
         return await asyncio.gather(*map(embed, await asyncio.to_thread(self._ids, texts)))
 

@@ -67,12 +67,11 @@ class Index:
         self.vectors = vectors
 
     @classmethod
-    def build(cls, rows: Iterable[tuple[int, int, str, str, str]], vectors: np.ndarray | None) -> Index:
-        """Index passages.
+    def build(cls, rows: Iterable[tuple[int, int, str, str, str]]) -> Index:
+        """Index passages by their words.
 
         Args:
             rows: (passage number, document number, title, aliases, text) of each, documents in order; at least one.
-            vectors: as in the class.
         """
         passages, documents, texts, titles, names = [], [], [], [], []
         for passage, document, title, aliases, text in rows:
@@ -83,7 +82,7 @@ class Index:
             texts.append(tokenize(text) or [_EVERYWHERE])
             titles.append([*tokenize(f"{title} {aliases}"), _EVERYWHERE])
             names.append([*sorted(keys), _EVERYWHERE])
-        return cls(_bm25(texts), _bm25(titles), _bm25(names), np.array(passages), np.array(documents), vectors)
+        return cls(_bm25(texts), _bm25(titles), _bm25(names), np.array(passages), np.array(documents), None)
 
     def save(self, directory: Path) -> None:
         """Write everything into a new ``directory``."""
@@ -159,7 +158,8 @@ class Index:
         words = tokenize(question)
         content = content_words(words)
         scores = _scores(self._text, content)
-        rest = [word for word in words if word not in set(content)]
+        known = set(content)
+        rest = [word for word in words if word not in known]
         return scores + STOP_WORD_WEIGHT * (scores > 0) * _scores(self._text, rest)
 
     def _named(self, question: str) -> np.ndarray:

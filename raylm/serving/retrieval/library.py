@@ -1,39 +1,42 @@
 """All collections of a server, for its event loop: one that ``raylm prepare`` made, and those that were uploaded.
 
 What blocks runs in threads, what computes vectors in the encoder's process. Collections are shared with the other
-replicas through the disk alone.
+replicas through the disk alone. What one client sees of them is a :class:`~raylm.serving.retrieval.shelf.Shelf`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
 
+from raylm.config.serving import CollectionQuota
 from raylm.serving.engines.base import EngineFailure
+from raylm.serving.retrieval.changes import Changes
 from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.encoder import Encoder
+from raylm.serving.retrieval.errors import CollectionError, NoSuchCollection
 from raylm.serving.retrieval.index import DENSE_WEIGHT
-from raylm.serving.retrieval.store import (
-    NAME,
-    CollectionError,
-    CollectionExists,
-    Facts,
-    Match,
-    NoSuchCollection,
-    StoredCollection,
-    StoredDocument,
-)  # fmt: skip
+from raylm.serving.retrieval.store import StoredCollection
 
-# What the prepared collection is called.
-DEFAULT = "default"
 # Passages whose vectors are kept together: what a stopped server computes again.
 EMBEDDED_TOGETHER = 64
-MOST_COLLECTIONS = 1000
+# Threads that only read; changes have others.
+READING_THREADS = 8
+# Between two looks for collections that are not whole.
+TEND_SECONDS = 60.0
 
+T = TypeVar("T")
 log = logging.getLogger("raylm.serving")
+
+
+def _reading_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(READING_THREADS, thread_name_prefix="collection-read")
 
 
 @dataclass
@@ -45,92 +48,23 @@ class Library:
         prepared: the one of ``serving.collection``, which clients cannot change.
         encoder: makes vectors; without it words alone decide.
         dense_weight: share of the vectors in the rank.
+        quota: what the collections of one key may hold.
+        changes: carries out what clients change.
     """
 
     store: CollectionStore
     prepared: StoredCollection | None = None
     encoder: Encoder | None = None
     dense_weight: float = DENSE_WEIGHT
+    quota: CollectionQuota = field(default_factory=CollectionQuota)
+    changes: Changes = field(default_factory=Changes)
+    _threads: ThreadPoolExecutor = field(default_factory=_reading_threads)
     _tending: asyncio.Task[None] | None = None
+    _tended: float = -TEND_SECONDS
 
-    async def search(self, name: str | None, question: str, count: int) -> list[Match]:
-        """The best passages of ``count`` documents; of the prepared collection where none is named.
-
-        Raises:
-            NoSuchCollection: there is none of that name, or no prepared one.
-            EngineFailure: the encoder has stopped.
-        """
-        collection = self._find(DEFAULT if name is None else name)
-        index = await asyncio.to_thread(collection.index)
-        if index is None:
-            return []
-        vector = None
-        if self.encoder is not None and index.vectors is not None:
-            (vector,) = await self.encoder.vectors([question])
-
-        def rank() -> list[Match]:
-            return collection.matches(index.search(question, count, vector, self.dense_weight))
-
-        return await asyncio.to_thread(rank)
-
-    async def all_facts(self) -> list[Facts]:
-        """All collections, the prepared one first."""
-
-        def gather() -> list[Facts]:
-            found = [self.prepared.facts()] if self.prepared is not None else []
-            for name in self.store.names():
-                # One that is deleted meanwhile is none.
-                with contextlib.suppress(NoSuchCollection):
-                    found.append(self.store.get(name).facts())
-            return found
-
-        return await asyncio.to_thread(gather)
-
-    async def facts(self, name: str) -> Facts:
-        """What one collection says about itself."""
-        return await asyncio.to_thread(lambda: self._find(name).facts())
-
-    async def create(self, name: str) -> Facts:
-        """Make an empty collection.
-
-        Raises:
-            CollectionExists: the name is taken.
-            CollectionError: the name is no name, or there are too many collections.
-        """
-
-        def make() -> Facts:
-            if not NAME.fullmatch(name):
-                raise CollectionError(f"name: found '{name}', allowed: a to z, 0 to 9, - and _, at most 64")
-            if name == DEFAULT:
-                raise CollectionExists(f"The collection '{DEFAULT}' is that of serving.collection; choose another name")
-            if len(self.store.names()) >= MOST_COLLECTIONS:
-                raise CollectionError(f"There are {MOST_COLLECTIONS} collections already; delete one first")
-            return self.store.create(name).facts()
-
-        return await asyncio.to_thread(make)
-
-    async def delete(self, name: str) -> None:
-        """Remove a collection."""
-        await asyncio.to_thread(lambda: (self._own(name), self.store.delete(name)))
-
-    async def add(self, name: str, documents: Sequence[StoredDocument]) -> int:
-        """Put documents into a collection; when this returns, they are found.
-
-        Returns:
-            How many passages came in.
-        """
-        collection = await asyncio.to_thread(self._own, name)
-        passages = await asyncio.to_thread(collection.add, documents)
-        await self._embed(collection)
-        await asyncio.to_thread(collection.build)
-        return passages
-
-    async def remove(self, name: str, document_id: str) -> bool:
-        """Take a document out of a collection; False where it has none of that id."""
-        collection = await asyncio.to_thread(self._own, name)
-        removed = await asyncio.to_thread(collection.remove, document_id)
-        await asyncio.to_thread(collection.build)
-        return removed
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run what reads from the disk in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def check(self) -> None:
         """Raise :class:`EngineFailure` if the encoder has died."""
@@ -138,47 +72,55 @@ class Library:
             self.encoder.engine.check()
 
     def tend(self) -> None:
-        """Compute vectors that are missing, in the background and once: call from the event loop, as often as you like.
+        """Make collections whole in the background: call from the event loop, as often as you like.
 
-        They are missing after a server was stopped on the way, or was given another encoder. Of several replicas one
-        computes them.
+        Vectors are missing after a server was stopped on the way, or was given another encoder, and an index after a
+        machine stopped between a change and its naming. Of several replicas one makes a collection whole.
         """
-        if self.encoder is not None and self._tending is None:
+        rested = time.monotonic() - self._tended >= TEND_SECONDS
+        if rested and (self._tending is None or self._tending.done()):
             self._tending = asyncio.get_running_loop().create_task(self._tend())
 
     async def _tend(self) -> None:
-        names = await asyncio.to_thread(self.store.names)
-        for name in [*([DEFAULT] if self.prepared is not None else []), *names]:
-            try:
-                collection = await asyncio.to_thread(self._find, name)
-                with collection.turn("embed") as mine:
-                    if mine:
-                        await self._embed(collection)
-                        await asyncio.to_thread(collection.build)
-            except (CollectionError, EngineFailure, OSError) as error:
-                # The others can still be searched, and this one by its words.
-                log.warning("collection %s: vectors were not computed: %s", name, error)
+        if self.prepared is not None:
+            await self._make_whole(self.prepared)
+        for store in (self.store, *await self.in_thread(self.store.owned)):
+            for name in await self.in_thread(store.names):
+                try:
+                    collection = store.get(name)
+                except NoSuchCollection:
+                    # Deleted meanwhile.
+                    continue
+                await self._make_whole(collection)
+        self._tended = time.monotonic()
+
+    async def _make_whole(self, collection: StoredCollection) -> None:
+        """Compute the vectors that ``collection`` has not, and its index, unless another replica does."""
+        fingerprint = self.encoder.fingerprint if self.encoder is not None else None
+        try:
+            if await self.in_thread(lambda: collection.is_whole(fingerprint)):
+                return
+            with collection.turn("embed") as mine:
+                if mine:
+                    await self._embed(collection)
+                    async with self.changes.turn(collection.path.parent):
+                        await self.changes.in_thread(collection.build)
+        except (CollectionError, EngineFailure, OSError) as error:
+            # The others can still be searched, and this one by its words.
+            log.warning("collection %s is not whole: %s", collection.path.name, error)
 
     async def _embed(self, collection: StoredCollection) -> None:
-        """Compute the vectors that ``collection`` has not."""
-        if self.encoder is None:
+        """Compute missing vectors, a few at a time: changes by clients come between."""
+        encoder = self.encoder
+        if encoder is None:
             return
-        fingerprint = self.encoder.fingerprint
-        while rows := await asyncio.to_thread(collection.to_embed, fingerprint, EMBEDDED_TOGETHER):
-            vectors = await self.encoder.vectors([text for _, text in rows])
-            numbers = [number for number, _ in rows]
-            pairs = list(zip(numbers, vectors, strict=True))
-            await asyncio.to_thread(collection.keep_vectors, fingerprint, pairs)
-
-    def _find(self, name: str) -> StoredCollection:
-        if name == DEFAULT:
-            if self.prepared is None:
-                raise NoSuchCollection("This server has no collection of its own; name one, or set serving.collection")
-            return self.prepared
-        return self.store.get(name)
-
-    def _own(self, name: str) -> StoredCollection:
-        """A collection that clients may change."""
-        if name == DEFAULT and self.prepared is not None:
-            raise CollectionError(f"The collection '{DEFAULT}' is made by `raylm prepare` and cannot be changed here")
-        return self._find(name)
+        changes, root, fingerprint = self.changes, collection.path.parent, encoder.fingerprint
+        while True:
+            async with changes.turn(root):
+                rows = await changes.in_thread(lambda: collection.to_embed(fingerprint, EMBEDDED_TOGETHER))
+            if not rows:
+                return
+            vectors = await encoder.vectors([text for _, text in rows])
+            pairs = list(zip([number for number, _ in rows], vectors, strict=True))
+            async with changes.turn(root):
+                await changes.in_thread(functools.partial(collection.keep_vectors, fingerprint, pairs))

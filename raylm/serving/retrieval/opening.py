@@ -7,8 +7,9 @@ from pathlib import Path
 from raylm.config.stages import ServeConfig
 from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.encoder import open_encoder
-from raylm.serving.retrieval.library import DEFAULT, Library
+from raylm.serving.retrieval.library import Library
 from raylm.serving.retrieval.prepared import open_prepared
+from raylm.serving.retrieval.shelf import DEFAULT
 
 # In the run's directory: the index of serving.collection, and what clients upload.
 PREPARED, UPLOADED = "prepared", "collections"
@@ -22,4 +23,4 @@ def open_library(config: ServeConfig, threads: int) -> Library:
     if serving.collection is not None:
         prepared = open_prepared(serving.collection, run / PREPARED / DEFAULT)
     encoder = open_encoder(serving.encoder, serving, threads) if serving.encoder is not None else None
-    return Library(CollectionStore(uploaded), prepared, encoder, serving.dense_weight)
+    return Library(CollectionStore(uploaded), prepared, encoder, serving.dense_weight, serving.collection_quota)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 
 from raylm.errors import UserError
-from raylm.serving.retrieval.store import CollectionExists, StoredCollection, StoredDocument
+from raylm.serving.retrieval.errors import CollectionExists
+from raylm.serving.retrieval.records import StoredDocument
+from raylm.serving.retrieval.store import StoredCollection
 
 COLUMNS = ("id", "title", "text")
 OPTIONAL_COLUMNS = ("aliases",)

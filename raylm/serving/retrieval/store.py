@@ -2,100 +2,49 @@
 
 ``<root>/<name>/documents.sqlite`` is what is known; ``index-<version>-<id>/`` is made of it, and ``CURRENT``, replaced
 whole, names the newest one. Any number of processes read and write one collection: writers take turns under a lock
-file, and readers look at ``CURRENT`` before each search. A process killed half-way leaves the last whole state.
+file, and readers look at ``CURRENT`` before each search. Documents come in with their index or not at all: a client
+that leaves, a full disk and a process killed half-way leave the last whole state.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import re
 import shutil
 import sqlite3
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from raylm.config.run_directory import write_atomically
-from raylm.data.samples.passages import passage_spans
+from raylm.serving.retrieval.database import (
+    count_change,
+    create_database,
+    insert,
+    keep_fact,
+    known,
+    passages_in,
+    take_out,
+    to_blob,
+    transaction,
+)  # fmt: skip
+from raylm.serving.retrieval.errors import CollectionError, CollectionExists, damaged, told
 from raylm.serving.retrieval.index import Hit, Index
+from raylm.serving.retrieval.records import Facts, Match, Passage, StoredDocument, Usage, embedded_text
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # Every change reads all passages once: a collection beyond this wants a search engine of its own.
 MOST_PASSAGES = 500_000
-LOCK_SECONDS = 60.0
-
-_SCHEMA = """
-CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE documents (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, title TEXT NOT NULL,
-    aliases TEXT NOT NULL, text TEXT NOT NULL);
-CREATE TABLE passages (number INTEGER PRIMARY KEY AUTOINCREMENT, document INTEGER NOT NULL, start INTEGER NOT NULL,
-    stop INTEGER NOT NULL, vector BLOB);
-CREATE INDEX passages_of ON passages (document);
-"""
-
-
-class CollectionError(Exception):
-    """A collection cannot do what is asked; the text says why."""
-
-
-class NoSuchCollection(CollectionError):
-    """There is no collection of that name (any more)."""
-
-
-class CollectionExists(CollectionError):
-    """The name is taken."""
-
-
-@dataclass(frozen=True)
-class StoredDocument:
-    """A document as it is put into a collection; ``aliases`` are other names, with spaces between."""
-
-    id: str
-    title: str
-    text: str
-    aliases: str = ""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A piece of a document: ``document text[start:end]``, with the document's id, title and other names."""
-
-    id: str
-    title: str
-    text: str
-    aliases: str = ""
-    start: int = 0
-    end: int = 0
-
-
-@dataclass(frozen=True)
-class Match:
-    """A passage that was found: how well it fits (higher is better), and its relevance from 0 to 1."""
-
-    passage: Passage
-    score: float
-    relevance: float
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a collection says about itself; ``embedded`` counts passages with a vector."""
-
-    name: str
-    created: int
-    version: int
-    documents: int
-    passages: int
-    embedded: int
 
 
 class StoredCollection:
     """One collection of the disk; methods block and may be called from any thread.
+
+    All raise :class:`~raylm.serving.retrieval.errors.CollectionError`, which says what is wrong with it.
 
     Args:
         path: its directory.
@@ -111,16 +60,14 @@ class StoredCollection:
 
         Raises:
             CollectionExists: there is one already.
+            NoRoom: the disk is full.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         making = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        making.mkdir()
         try:
-            with contextlib.closing(sqlite3.connect(making / "documents.sqlite")) as database, database:
-                database.executescript(_SCHEMA)
-                facts = {"version": "0", "created": str(int(time.time())), "encoder": ""}
-                database.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
-            write_atomically(making / "CURRENT", "")
+            with told(making, path.name):
+                making.mkdir(parents=True)
+                create_database(making / "documents.sqlite")
+                write_atomically(making / "CURRENT", "")
             try:
                 making.rename(path)
             except OSError:
@@ -132,19 +79,28 @@ class StoredCollection:
     def delete(self) -> None:
         """Remove it; searches that have begun still end."""
         leaving = self.path.with_name(f".{self.path.name}-{uuid.uuid4().hex}")
-        try:
+        with told(self.path):
             self.path.rename(leaving)
-        except FileNotFoundError:
-            raise NoSuchCollection(f"The collection '{self.path.name}' does not exist") from None
+        self._loaded = None
         shutil.rmtree(leaving, ignore_errors=True)
 
     def facts(self) -> Facts:
         """Counts and version."""
+        self._current()
         with self._database() as database:
-            known = dict(database.execute("SELECT key, value FROM facts"))
+            whole = known(database)
             documents = database.execute("SELECT count(*) FROM documents").fetchone()[0]
             passages, embedded = database.execute("SELECT count(*), count(vector) FROM passages").fetchone()
-        return Facts(self.path.name, int(known["created"]), int(known["version"]), documents, passages, embedded)
+        return Facts(self.path.name, whole.created, whole.version, documents, passages, embedded, whole.bytes)
+
+    def usage(self) -> Usage:
+        """What it counts in a quota; the file itself where it is damaged."""
+        try:
+            with self._database() as database:
+                return _usage(database)
+        except CollectionError:
+            file = self.path / "documents.sqlite"
+            return Usage(0, file.stat().st_size if file.is_file() else 0)
 
     def fact(self, key: str) -> str:
         """One of the strings that were kept by :meth:`keep_fact`; empty without it."""
@@ -154,110 +110,102 @@ class StoredCollection:
 
     def keep_fact(self, key: str, value: str) -> None:
         """Keep a string under a name of its own."""
-        with self._database() as database:
-            database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
+        with self._database(changes=True) as database:
+            keep_fact(database, key, value)
 
-    def add(self, documents: Iterable[StoredDocument]) -> int:
-        """Put documents in, in place of those with the same ids; they are found after :meth:`build`.
+    def add(
+        self,
+        documents: Iterable[StoredDocument],
+        vectors: Sequence[np.ndarray] | None = None,
+        encoder: str = "",
+        allow: Callable[[Usage, Usage], None] | None = None,
+    ) -> int:
+        """Put documents in, in place of those with the same ids, and index them; all of them, or none.
+
+        Args:
+            documents: with any ids.
+            vectors: of their passages, in order, fp32 of length 1.
+            encoder: whose vectors those are; the vectors of another one are forgotten.
+            allow: is given what the collection holds and would hold, and raises where it may not.
 
         Returns:
             How many passages came in.
 
         Raises:
-            CollectionError: it would become too large; nothing was changed.
+            CollectionError: it would become too large, or the disk is full; nothing was changed.
         """
-        added = 0
-        with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
+        added, rest = 0, list(vectors) if vectors is not None else None
+        with self._change() as database:
+            before = _usage(database)
+            size = before.bytes
+            if rest is not None:
+                _take_encoder(database, encoder)
             for document in documents:
-                _remove(database, document.id)
-                number = database.execute(
-                    "INSERT INTO documents (id, title, aliases, text) VALUES (?, ?, ?, ?)",
-                    (document.id, document.title, document.aliases, document.text),
-                ).lastrowid
-                spans = [(number, *span) for span in passage_spans(document.text)]
-                database.executemany("INSERT INTO passages (document, start, stop) VALUES (?, ?, ?)", spans)
-                added += len(spans)
+                mine = None
+                if rest is not None:
+                    mine, rest = rest[: len(document.spans)], rest[len(document.spans) :]
+                size += document.bytes - (take_out(database, document.id) or 0)
+                insert(database, document, mine)
+                added += len(document.spans)
+            count_change(database, size)
             (passages,) = database.execute("SELECT count(*) FROM passages").fetchone()
             if passages > MOST_PASSAGES:
                 raise CollectionError(
                     f"The collection '{self.path.name}' would have {passages} passages, allowed: {MOST_PASSAGES}"
                 )
-            _count_change(database)
+            if allow is not None:
+                allow(before, _usage(database))
         return added
 
     def remove(self, document_id: str) -> bool:
-        """Take a document out; it is found until :meth:`build`. False where there is none of that id."""
-        with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
-            removed = _remove(database, document_id)
-            if removed:
-                _count_change(database)
-        return removed
+        """Take a document out, of the index as well. False where there is none of that id."""
+        with contextlib.suppress(_NothingChangedError), self._change() as database:
+            size = known(database).bytes
+            gone = take_out(database, document_id)
+            if gone is None:
+                raise _NothingChangedError
+            count_change(database, size - gone)
+            return True
+        return False
 
     def clear(self) -> None:
-        """Take all documents out."""
-        with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
+        """Take all documents out; they are found until :meth:`add` or :meth:`build`."""
+        with self._database(changes=True) as database:
             database.execute("DELETE FROM passages")
             database.execute("DELETE FROM documents")
-            _count_change(database)
+            count_change(database, 0)
 
     def to_embed(self, encoder: str, count: int) -> list[tuple[int, str]]:
         """(number, text) of up to ``count`` passages without a vector; those of another encoder are forgotten."""
-        with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
-            (known,) = database.execute("SELECT value FROM facts WHERE key = 'encoder'").fetchone()
-            if known != encoder:
-                database.execute("UPDATE passages SET vector = NULL")
-                database.execute("UPDATE facts SET value = ? WHERE key = 'encoder'", (encoder,))
-                _count_change(database)
-            rows = database.execute(
-                "SELECT passages.number, title, text, start, stop FROM passages JOIN documents "
-                "ON documents.number = document WHERE vector IS NULL ORDER BY passages.number LIMIT ?",
-                (count,),
-            ).fetchall()
-        return [
-            (number, "\n".join(filter(None, [title, text[start:stop]]))) for number, title, text, start, stop in rows
-        ]
+        with self._database(changes=True) as database:
+            _take_encoder(database, encoder)
+            rows = passages_in(database, "vector IS NULL", count)
+            return [(number, embedded_text(title, text)) for number, _, title, _, text, _ in rows]
 
     def keep_vectors(self, encoder: str, vectors: Sequence[tuple[int, np.ndarray]]) -> None:
         """Keep vectors of passages, fp32 of length 1; passages that have gone meanwhile are left out."""
-        rows = [(vector.astype("<f4").tobytes(), number) for number, vector in vectors]
-        with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
-            if database.execute("SELECT value FROM facts WHERE key = 'encoder'").fetchone()[0] == encoder:
+        rows = [(to_blob(vector), number) for number, vector in vectors]
+        with self._database(changes=True) as database:
+            if known(database).encoder == encoder:
                 database.executemany("UPDATE passages SET vector = ? WHERE number = ?", rows)
-                _count_change(database)
+                count_change(database)
+
+    def is_whole(self, encoder: str | None) -> bool:
+        """Whether the index is that of the documents, and has their vectors by ``encoder``, if there is one."""
+        current = self._current()
+        with self._database() as database:
+            whole = known(database)
+            if not current:
+                return database.execute("SELECT 1 FROM passages LIMIT 1").fetchone() is None
+        if not current.startswith(f"index-{whole.version}-"):
+            return False
+        return encoder is None or (whole.encoder == encoder and (self.path / current / "vectors.npy").is_file())
 
     def build(self) -> None:
         """Make the index of what is in now, unless there is one already, and let every reader take it."""
-        with self.locked("build"):
-            with self._database() as database:
-                database.execute("BEGIN")
-                (version,) = database.execute("SELECT value FROM facts WHERE key = 'version'").fetchone()
-                previous = self._current()
-                if previous.startswith(f"index-{version}-"):
-                    return
-                # No two indexes share a name, not even those of a deleted collection and one called the same.
-                name = f"index-{version}-{uuid.uuid4().hex[:8]}"
-                rows = database.execute(
-                    "SELECT passages.number, document, title, aliases, text, start, stop, vector "
-                    "FROM passages JOIN documents ON documents.number = document ORDER BY passages.number"
-                ).fetchall()
-            if not rows:
-                write_atomically(self.path / "CURRENT", "")
-                return
-            embedded = all(row[-1] is not None for row in rows)
-            vectors = np.stack([np.frombuffer(row[-1], "<f4") for row in rows]) if embedded else None
-            making = self.path / f".{name}"
-            Index.build(((*row[:4], row[4][row[5] : row[6]]) for row in rows), vectors).save(making)
-            making.rename(self.path / name)
-            write_atomically(self.path / "CURRENT", name)
-            # Who has just read the last name may be opening it.
-            for old in (*self.path.glob("index-*"), *self.path.glob(".index-*")):
-                if old.name not in (name, previous):
-                    shutil.rmtree(old, ignore_errors=True)
+        with self.locked("build"), self._database() as database:
+            if not self._current().startswith(f"index-{known(database).version}-"):
+                self._index(database)
 
     def index(self) -> Index | None:
         """The newest index; None while there are no passages."""
@@ -266,14 +214,17 @@ class StoredCollection:
             loaded = self._loaded
             if loaded is not None and loaded[0] == current:
                 return loaded[1]
-            try:
-                index = Index.load(self.path / current) if current else None
-            except FileNotFoundError:
-                # Replaced twice since its name was read.
-                continue
+            with told(self.path):
+                try:
+                    index = Index.load(self.path / current) if current else None
+                except FileNotFoundError:
+                    # Replaced twice since its name was read.
+                    continue
+                except (ValueError, KeyError, TypeError, EOFError) as error:
+                    raise damaged(self.path.name, error) from None
             self._loaded = (current, index)
             return index
-        raise CollectionError(f"The collection '{self.path.name}' is damaged: {current} is missing")
+        raise damaged(self.path.name, f"{current} is missing")
 
     def search(self, question: str, count: int, vector: np.ndarray | None = None, **how: float) -> list[Match]:
         """The best passages of the ``count`` best documents, as :meth:`Index.search` ranks them."""
@@ -316,48 +267,88 @@ class StoredCollection:
 
     @contextlib.contextmanager
     def _open_lock(self, what: str) -> Iterator[object]:
-        try:
+        with told(self.path):
             stream = (self.path / f".{what}.lock").open("a")
-        except FileNotFoundError:
-            raise NoSuchCollection(f"The collection '{self.path.name}' does not exist") from None
         with stream:
             yield stream
 
     def _current(self) -> str:
         try:
-            return (self.path / "CURRENT").read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            raise NoSuchCollection(f"The collection '{self.path.name}' does not exist") from None
+            with told(self.path):
+                return (self.path / "CURRENT").read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise damaged(self.path.name, error) from None
 
     @contextlib.contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are kept together at the end of the block, or not at all."""
-        self._current()
+    def _database(self, *, changes: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction, as :func:`transaction` makes it."""
+        with told(self.path), transaction(self.path / "documents.sqlite", changes=changes) as database:
+            yield database
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """A transaction whose changes come with a new index: both are there at the end of the block, or neither."""
+        with self.locked("build"), self._database(changes=True) as database:
+            yield database
+            self._index(database)
+
+    def _index(self, database: sqlite3.Connection) -> None:
+        """Make the index of what ``database`` holds, commit, and let every reader take it."""
+        previous, version = self._current(), known(database).version
+        # No two indexes share a name, not even those of a deleted collection and one called the same.
+        name = f"index-{version}-{uuid.uuid4().hex[:8]}"
+        making, naming = self.path / f".{name}", self.path / ".CURRENT.next"
         try:
-            with contextlib.closing(
-                sqlite3.connect(self.path / "documents.sqlite", timeout=LOCK_SECONDS, isolation_level=None)
-            ) as database:
-                try:
-                    yield database
-                except BaseException:
-                    if database.in_transaction:
-                        database.rollback()
-                    raise
-                if database.in_transaction:
-                    database.commit()
-        except sqlite3.Error as error:
-            self._current()
-            raise CollectionError(f"The collection '{self.path.name}' cannot be used: {error}") from None
+            if database.execute("SELECT 1 FROM passages LIMIT 1").fetchone() is None:
+                name = ""
+            else:
+                _read_index(database).save(making)
+                making.rename(self.path / name)
+            # Nothing is written after the commit, only named: a disk may be full by then.
+            with naming.open("w", encoding="utf-8") as stream:
+                stream.write(name)
+                stream.flush()
+                os.fsync(stream.fileno())
+            database.commit()
+        except BaseException:
+            for left in (making, self.path / (name or making.name)):
+                shutil.rmtree(left, ignore_errors=True)
+            naming.unlink(missing_ok=True)
+            raise
+        naming.replace(self.path / "CURRENT")
+        # Who has just read the last name may be opening it.
+        for old in (*self.path.glob("index-*"), *self.path.glob(".index-*")):
+            if old.name not in (name, previous):
+                shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove(database: sqlite3.Connection, document_id: str) -> bool:
-    row = database.execute("SELECT number FROM documents WHERE id = ?", (document_id,)).fetchone()
-    if row is None:
-        return False
-    database.execute("DELETE FROM passages WHERE document = ?", row)
-    database.execute("DELETE FROM documents WHERE number = ?", row)
-    return True
+def _usage(database: sqlite3.Connection) -> Usage:
+    (documents,) = database.execute("SELECT count(*) FROM documents").fetchone()
+    return Usage(documents, known(database).bytes)
 
 
-def _count_change(database: sqlite3.Connection) -> None:
-    database.execute("UPDATE facts SET value = CAST(value AS INTEGER) + 1 WHERE key = 'version'")
+class _NothingChangedError(Exception):
+    """Leaves a change that changes nothing."""
+
+
+def _take_encoder(database: sqlite3.Connection, encoder: str) -> None:
+    """Forget the vectors of another encoder: they cannot be compared."""
+    if known(database).encoder != encoder:
+        database.execute("UPDATE passages SET vector = NULL")
+        keep_fact(database, "encoder", encoder)
+        count_change(database)
+
+
+def _read_index(database: sqlite3.Connection) -> Index:
+    """The index of the passages in ``database``; with vectors where all have one."""
+    blobs: list[bytes | None] = []
+
+    def rows() -> Iterator[tuple[int, int, str, str, str]]:
+        for number, document, title, aliases, text, vector in passages_in(database):
+            blobs.append(vector)
+            yield number, document, title, aliases, text
+
+    index = Index.build(rows())
+    if all(blob is not None for blob in blobs):
+        index.vectors = np.stack([np.frombuffer(blob, "<f4") for blob in blobs if blob is not None])
+    return index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from raylm.serving.deploy.service import Models, ModelService, TextPiece, Usage
 from raylm.serving.http.replies import Reply, send_reply, stream_reply
 from raylm.serving.http.requests import QuestionRequest
 from raylm.serving.retrieval.collections import describe_matches, refusals
-from raylm.serving.retrieval.library import Library
-from raylm.serving.retrieval.store import Match, Passage
+from raylm.serving.retrieval.records import Match, Passage
+from raylm.serving.retrieval.shelf import Shelf
 from raylm.serving.tasks.citations import Citer
 from raylm.serving.tasks.encoders import EncoderService
 from raylm.serving.tasks.extraction import extract
+from raylm.serving.tasks.prompts import check_fits, most_characters, token_ids
 
 # Share of the context that is kept for the answer where the request does not say how long it may be.
 ANSWER_SHARE = 0.25
@@ -34,15 +36,14 @@ class QuestionReply(Reply):
             source | {"in_context": place < used} for place, source in enumerate(describe_matches(matches))
         ]
 
-        self._passages = [f"{match.passage.title}\n{match.passage.text}" for match in matches[:used]]
-        self._citer = Citer(self._passages)
+        self._citer = Citer([f"{match.passage.title}\n{match.passage.text}" for match in matches[:used]])
 
     def whole(self, pieces: Sequence[TextPiece], usage: Usage) -> dict[str, Any]:
         """The answer in one object."""
         return self._head | {
             "object": self.kind,
             "mode": "generative",
-            "answer": _cited(Citer(self._passages), pieces[0]),
+            "answer": _cited(self._citer, pieces[0]),
             "answered": True,
             "finish_reason": pieces[0].finish_reason,
             "sources": self._sources,
@@ -68,7 +69,7 @@ class QuestionReply(Reply):
 
 
 async def answer_question(
-    models: Models, library: Library, request: QuestionRequest, count: int, least_relevance: float
+    models: Models, shelf: Shelf, request: QuestionRequest, count: int, least_relevance: float
 ) -> Response:
     """Find ``count`` passages, or take the given context, and let a reader or a generator answer.
 
@@ -77,8 +78,8 @@ async def answer_question(
     """
     service = choose_model(models, request)
     if isinstance(service, EncoderService):
-        return await extract(service, library, request, count, least_relevance)
-    return await generate_answer(service, library, request, count, least_relevance)
+        return await extract(service, shelf, request, count, least_relevance)
+    return await generate_answer(service, shelf, request, count, least_relevance)
 
 
 def choose_model(models: Models, request: QuestionRequest) -> ModelService:
@@ -95,28 +96,33 @@ def choose_model(models: Models, request: QuestionRequest) -> ModelService:
 
 
 async def generate_answer(
-    service: ModelService, library: Library, request: QuestionRequest, count: int, least_relevance: float
+    service: ModelService, shelf: Shelf, request: QuestionRequest, count: int, least_relevance: float
 ) -> Response:
     """Put passages before the question, and answer; or say that none has to do with it.
 
     Raises:
         RequestError: there is no such collection, or the question alone fills the context.
     """
+    service.admit(1)
+    check_fits(service, request.question, "question")
     if request.context is not None:
         given = Passage("context", "", request.context, start=0, end=len(request.context))
         matches = [Match(given, 1.0, 1.0)]
     else:
         with refusals():
-            matches = await library.search(request.collection, request.question, count)
+            matches = await shelf.search(request.collection, request.question, count)
     if max((match.relevance for match in matches), default=0.0) < least_relevance:
         return refuse(request, QuestionReply(service, matches, 0))
     wanted = request.max_tokens
     if wanted is None and service.context_length is not None:
         wanted = max(1, min(service.max_new_tokens, int(service.context_length * ANSWER_SHARE)))
-    prompt, used = fit_prompt(service, request.question, matches, wanted or service.max_new_tokens)
+    characters = len(request.question) + sum(len(match.passage.text) for match in matches)
+    fit = functools.partial(fit_prompt, service, request.question, matches, wanted or service.max_new_tokens)
+    prompt, used = await service.text_work.run(characters, 1, fit)
     # The likeliest answer, unless the request asks for chance: sampling invents what the passages do not say.
     parameters = service.parameters(request, wanted, len(prompt), temperature=0.0)
-    return await send_reply(service, request, QuestionReply(service, matches, used), [prompt], [parameters])
+    reply = await service.text_work.run(characters, 1, functools.partial(QuestionReply, service, matches, used))
+    return await send_reply(service, request, reply, [prompt], [parameters])
 
 
 def refuse(request: QuestionRequest, reply: QuestionReply) -> Response:
@@ -151,7 +157,8 @@ def fit_prompt(
     """
     bare = service.encode_messages(question_messages(question))
     room = None if service.context_length is None else service.context_length - answer_tokens - len(bare)
-    context = "\n\n".join(match.passage.text for match in matches)
+    # What the context cannot hold whatever its tokens are need not become tokens first.
+    context = "\n\n".join(match.passage.text for match in matches)[: most_characters(service)]
     prompt = service.encode_messages(question_messages(question, context)) if context else bare
     # Ids of a text are not a prefix of the ids of a longer one: what was cut is measured again.
     while context and room is not None and len(prompt) - len(bare) > room:
@@ -167,7 +174,7 @@ def fit_prompt(
 
 def _shorten(service: ModelService, text: str, tokens: int) -> str:
     """``text`` without at least its last ``tokens`` tokens, cut between words where there are any."""
-    ids = service.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(service.tokenizer, text, special=False)
     kept = service.tokenizer.decode(
         ids[: max(0, len(ids) - tokens)], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )

@@ -6,16 +6,17 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from raylm.serving.http.bodies import RequestBody
+from raylm.serving.http.bodies import Items, RequestBody
 from raylm.serving.http.requests import MOST_INPUTS
 from raylm.serving.tasks.encoders import EncoderService
+from raylm.serving.tasks.prompts import encode_prompts
 from raylm.tasks.classification.texts import softmax
 
 
 class ClassifyRequest(RequestBody):
     """``POST /v1/classify``."""
 
-    input: str | list[str]
+    input: str | Items[str]
     """A text, or a list of them."""
     model: str | None = None
     """Name of the classifier; by default the first one."""
@@ -38,7 +39,7 @@ class ClassifyRequest(RequestBody):
 
 async def classify(service: EncoderService, request: ClassifyRequest) -> dict[str, Any]:
     """The likeliest label of each text, and the probabilities."""
-    texts = [service.encode_prompt(text, "input") for text in request.inputs]
+    texts = await encode_prompts(service, request.inputs, "input")
     for ids in texts:
         service.check_length(ids, "input")
     data = []

@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from raylm.serving.deploy.service import ModelService, TextPiece, Usage
 from raylm.serving.http.replies import ChatReply, CompletionReply, send_reply
 from raylm.serving.http.requests import ChatRequest, CompletionRequest
-from raylm.serving.tasks.logprobs import chat_logprobs, completion_logprobs, describe
+from raylm.serving.tasks.logprobs import chat_logprobs, completion_logprobs, describe, score
+from raylm.serving.tasks.prompts import encode_messages, encode_prompts
 from raylm.serving.tasks.structured import wanted_schema
 
 # OpenAI's default for completions; chat answers run as long as they may.
@@ -20,13 +21,13 @@ COMPLETION_TOKENS = 16
 
 async def complete(service: ModelService, request: CompletionRequest) -> Response:
     """Text that goes on from each prompt."""
-    prompts = [service.encode_prompt(prompt) for prompt in request.prompts]
+    prompts = await encode_prompts(service, request.prompts)
     echoes = [_echo(service, prompt, ids) for prompt, ids in zip(request.prompts, prompts, strict=True)]
     if only_scores(request):
         return await _score(service, request, prompts, echoes)
     choices = request.n or 1
     wanted = request.max_tokens or min(COMPLETION_TOKENS, service.max_new_tokens)
-    schema = await wanted_schema(request.response_format)
+    schema = await _schema(service, request)
     parameters = [service.parameters(request, wanted, len(prompt), schema=schema) for prompt in prompts]
     repeated = [echo for echo in echoes for _ in range(choices)] if request.echo else ()
     logprobs = None
@@ -38,12 +39,18 @@ async def complete(service: ModelService, request: CompletionRequest) -> Respons
 
 async def chat(service: ModelService, request: ChatRequest) -> Response:
     """The assistant's next message in a conversation."""
-    prompt = service.encode_messages([message.plain() for message in request.messages])
+    prompt = await encode_messages(service, [message.plain() for message in request.messages])
     wanted = request.max_completion_tokens or request.max_tokens
-    schema = await wanted_schema(request.response_format)
+    schema = await _schema(service, request)
     parameters = service.parameters(request, wanted, len(prompt), schema=schema)
     logprobs = functools.partial(chat_logprobs, service, top=request.top_logprobs or 0) if request.logprobs else None
     return await send_reply(service, request, ChatReply(service), [prompt], [parameters], request.n or 1, logprobs)
+
+
+async def _schema(service: ModelService, request: CompletionRequest | ChatRequest) -> str | None:
+    # OpenVINO GenAI compiles with a library of its own.
+    source = None if service.engine.name == "openvino" else service.tokenizer.name_or_path
+    return await wanted_schema(request.response_format, service.schemas, source or None)
 
 
 def only_scores(request: CompletionRequest) -> bool:
@@ -67,16 +74,17 @@ async def _score(
         service.check_length([*prompt, *range(request.max_tokens or 0)], "prompt")
     service.admit(len(prompts))
     usage, pieces = Usage(prompt_tokens=sum(map(len, prompts))), []
-    for index, prompt in enumerate(prompts):
-        scores = await service.engine.score(prompt, max(request.logprobs or 0, 1))
+    scored = await score(service, prompts, request.logprobs or 0)
+    for index, (prompt, scores) in enumerate(zip(prompts, scored, strict=True)):
         # The likeliest token after the prompt is the answer, where there is to be one.
         tokens = scores.top_ids[-1, : request.max_tokens].tolist()
         usage.completion_tokens += len(tokens)
         logprobs = None
         if request.logprobs is not None:
             chosen = np.concatenate([scores.chosen, scores.top[-1, : len(tokens)]])
-            scores = dataclasses.replace(scores, chosen=chosen)
-            logprobs = describe(service, scores, [*prompt, *tokens], 0, request.logprobs)
+            logprobs = describe(
+                service, dataclasses.replace(scores, chosen=chosen), [*prompt, *tokens], 0, request.logprobs
+            )
         text = service.tokenizer.decode(tokens, skip_special_tokens=True)
         pieces.append(TextPiece(index, text, "length", tuple(tokens), logprobs))
     return JSONResponse(CompletionReply(service, echoes).whole(pieces, usage))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Any
 
 import numpy as np
 
 from raylm.serving.deploy.service import ModelService, Usage
+from raylm.serving.engines.deadline import all_in_time
 from raylm.serving.http.requests import EmbeddingRequest
+from raylm.serving.tasks.prompts import encode_prompts
 
 
 async def embed(service: ModelService, request: EmbeddingRequest) -> dict[str, Any]:
     """OpenAI's list of embeddings."""
-    texts = [service.encode_prompt(text, "input") for text in request.inputs]
+    texts = await encode_prompts(service, request.inputs, "input")
     for ids in texts:
         service.check_length(ids, "input")
     service.admit(len(texts))
-    vectors = await asyncio.gather(*(service.engine.embed(ids, service.pooling) for ids in texts))
+    vectors = await all_in_time([service.engine.embed(ids, service.pooling) for ids in texts], service.request_seconds)
     usage = Usage(prompt_tokens=sum(map(len, texts)))
     return {
         "object": "list",

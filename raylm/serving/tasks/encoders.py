@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -14,7 +15,8 @@ import numpy as np
 from raylm.config.reading import ReadingSection
 from raylm.data.samples.windows import Window, Windows
 from raylm.serving.deploy.service import ModelService
-from raylm.serving.engines.base import EngineFailure, EngineTimeout
+from raylm.serving.engines.base import EngineFailure
+from raylm.serving.engines.deadline import all_in_time
 from raylm.serving.http import request_log
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.metrics import TextTiming
@@ -57,13 +59,16 @@ class EncoderService(ModelService):
         def cut() -> list[Window]:
             with self._cutting:
                 cutter = Windows(self.tokenizer, self.reading.sequence_length, self.reading.overlap)
-                return list(cutter.cut(question, context))
+                return list(itertools.islice(cutter.cut(question, context), MOST_WINDOWS + 1))
 
-        windows = await asyncio.to_thread(cut)
+        self.admit(1)
+        windows = await self.text_work.run(len(question) + len(context), 1, cut)
+        for window in windows:
+            self.check_ids(window.input_ids.tolist(), "context")
         if len(windows) > MOST_WINDOWS:
             raise RequestError(
-                f"The context needs {len(windows)} windows of {self.reading.sequence_length} tokens, allowed: at most "
-                f"{MOST_WINDOWS}; shorten it, or put it into a collection",
+                f"The context needs more than {MOST_WINDOWS} windows of {self.reading.sequence_length} tokens, "
+                f"allowed: at most {MOST_WINDOWS}; shorten it, or put it into a collection",
                 parameter="context",
                 code="context_length_exceeded",
             )
@@ -102,22 +107,14 @@ class EncoderService(ModelService):
     async def _read(self, texts: list[Coroutine[Any, Any, np.ndarray]]) -> list[np.ndarray]:
         """Wait for what the engine says of each text, and count how long that took."""
         began, reason = time.monotonic(), "abort"
-        tasks = [asyncio.ensure_future(text) for text in texts]
         try:
-            found = await asyncio.wait_for(asyncio.gather(*tasks), self.request_seconds)
+            found = await all_in_time(texts, self.request_seconds)
             reason = "stop"
             return found
-        except TimeoutError:
-            reason = "error"
-            raise EngineTimeout(
-                f"the answer was not ready within {self.request_seconds:g} s (serving.request_seconds)"
-            ) from None
         except EngineFailure:
             reason = "error"
             raise
         finally:
-            for task in tasks:
-                task.cancel()
             if self.metrics is not None:
-                for _ in tasks:
+                for _ in texts:
                     self.metrics.text(self.name, TextTiming(reason, None, time.monotonic() - began, 0))

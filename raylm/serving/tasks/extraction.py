@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from raylm.serving.http.requests import QuestionRequest
 from raylm.serving.retrieval.collections import describe_matches, refusals
-from raylm.serving.retrieval.library import Library
-from raylm.serving.retrieval.store import Match
+from raylm.serving.retrieval.records import Match
+from raylm.serving.retrieval.shelf import Shelf
 from raylm.serving.tasks.encoders import EncoderService
 from raylm.tasks.extractive_qa.spans import AnswerSpan
 
@@ -23,7 +23,7 @@ LEAST_PRIOR = 1e-6
 
 
 async def extract(
-    service: EncoderService, library: Library, request: QuestionRequest, count: int, least_relevance: float
+    service: EncoderService, shelf: Shelf, request: QuestionRequest, count: int, least_relevance: float
 ) -> Response:
     """Read the request's context, or ``count`` passages of its collection, and give the best span.
 
@@ -35,7 +35,7 @@ async def extract(
         (answer,), tokens = await service.find(request.question, [request.context], threshold)
         return _send(service, request, _describe(answer, answer.score), [], tokens)
     with refusals():
-        matches = await library.search(request.collection, request.question, count)
+        matches = await shelf.search(request.collection, request.question, count)
     sources = describe_matches(matches)
     if not matches or max(match.relevance for match in matches) < least_relevance:
         return _send(service, request, _describe(None, 1.0), sources, 0)

@@ -10,7 +10,27 @@ from typing import Any
 
 from raylm.serving.deploy.service import ModelService
 from raylm.serving.engines.base import TokenScores
+from raylm.serving.engines.deadline import all_in_time
 from raylm.serving.tasks.text import IncrementalDecoder
+
+
+async def score(service: ModelService, texts: Sequence[Sequence[int]], top: int) -> list[TokenScores]:
+    """Scores of each text, one text after the other: who else scores has a turn between them.
+
+    Args:
+        texts: token ids.
+        top: likeliest tokens to name at each place; one is named always.
+
+    Raises:
+        EngineTimeout: all together take longer than a request may.
+        EngineFailure: the engine has stopped, or a text cannot be read.
+    """
+
+    async def one_by_one() -> list[TokenScores]:
+        return [await service.engine.score(ids, max(top, 1)) for ids in texts]
+
+    (scores,) = await all_in_time([one_by_one()], service.request_seconds)
+    return scores
 
 
 async def completion_logprobs(
@@ -25,7 +45,7 @@ async def completion_logprobs(
         echo: name the prompt's tokens too; the first one has no probability.
     """
     ids = [*prompt, *tokens]
-    scores = await service.engine.score(ids, max(top, 1))
+    (scores,) = await score(service, [ids], top)
     return describe(service, scores, ids, 0 if echo else len(prompt), top)
 
 
@@ -50,7 +70,7 @@ def describe(service: ModelService, scores: TokenScores, ids: Sequence[int], fir
 async def chat_logprobs(service: ModelService, prompt: Sequence[int], tokens: Sequence[int], top: int) -> dict:
     """The ``logprobs`` object of a chat answer."""
     ids = [*prompt, *tokens]
-    scores = await service.engine.score(ids, max(top, 1))
+    (scores,) = await score(service, [ids], top)
     content = []
     for place in range(len(prompt), len(ids)):
         entry = _chat_token(service, ids[place], float(scores.chosen[place - 1]))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylm.cluster.environment import training_environment, worker_environment
 from raylm.errors import RunFailure
+from raylm.interrupts import Deferred, deferred
 from raylm.progress import Activity, ProgressBar
 from raylm.training.checkpoints.mirror import METRICS
 from raylm.training.loop.worker import TrainingJob, Worker
@@ -170,16 +171,26 @@ def launch(
 def _fit(
     job: TrainingJob, trainer: TorchTrainer, on_evaluation: Callable[[dict[str, Any]], None] | None
 ) -> dict[str, Any]:
+    from raylm.training.ray_train.fitting import Fitting
+
+    with deferred() as signals:
+        with Fitting(trainer, job.progress) as fitting:
+            _show_progress(job, fitting, signals, on_evaluation)
+            # Long enough for the workers' resources to be free again; without a dashboard Ray Train's controller then
+            # waits ten seconds more for an answer that cannot come, and nothing of it is needed.
+            fitting.wait(RELEASE_SECONDS)
+        final = _final(job, fitting)
+        if signals.received is not None and "failure" in final:
+            print(f"{job.stage}: {final['failure']}", file=sys.stderr, flush=True)
+    if "failure" in final:
+        raise RunFailure(final["failure"])
+    return final
+
+
+def _final(job: TrainingJob, fitting: Fitting) -> dict[str, Any]:
+    """Rank 0's final metrics, with ``failure`` where it ended before the last step."""
     import ray
 
-    from raylm.training.ray_train.fitting import Fitting
-    from raylm.training.ray_train.preemption import sigterm_noticed, sigterm_received
-
-    with sigterm_noticed(), Fitting(trainer, job.progress) as fitting:
-        _show_progress(job, fitting, sigterm_received, on_evaluation)
-        # Long enough for the workers' resources to be free again; without a dashboard Ray Train's controller then
-        # waits ten seconds more for an answer that cannot come, and nothing of it is needed.
-        fitting.wait(RELEASE_SECONDS)
     first = ray.get(job.progress.first_failure.remote(), timeout=HANDOVER_SECONDS)
     latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
     if (error := fitting.error) is not None or (first is not None and first.kind == "fatal"):
@@ -187,8 +198,6 @@ def _fit(
     # Ray Train keeps the metrics of reports with a checkpoint only; ours are not its checkpoints.
     if (final := latest.get("final")) is None:
         raise RunFailure(f"{job.directory}: the workers ended without a result")
-    if "failure" in final:
-        raise RunFailure(final["failure"])
     return {**final, "restarts": latest["restarts"]}
 
 
@@ -231,7 +240,7 @@ def _explain(error: Exception | None, first: Failure | None) -> str:
 def _show_progress(
     job: TrainingJob,
     fitting: Fitting,
-    asked_to_end: Callable[[], bool],
+    signals: Deferred,
     on_evaluation: Callable[[dict[str, Any]], None] | None,
 ) -> None:
     import ray
@@ -251,12 +260,17 @@ def _show_progress(
             for metrics in ray.get(job.progress.evaluations.remote(evaluated), timeout=HANDOVER_SECONDS):
                 on_evaluation(metrics)
                 evaluated += 1
-        if asked_to_end():
+        if (number := signals.received) is not None:
+            if "total_steps" not in latest or "finishing" in latest:
+                # No step was made, or the last one, which was saved.
+                raise KeyboardInterrupt
             if deadline == float("inf"):
                 deadline = time.monotonic() + STOP_SECONDS
-                job.progress.stop.remote("SIGTERM")
+                job.progress.stop.remote(number.name)
+                text = "saving a checkpoint, then ending; Ctrl-C once more ends at once"
+                print(f"{job.stage}: {text}", file=sys.stderr, flush=True)
             if time.monotonic() > deadline:
-                raise RunFailure(f"SIGTERM: the workers did not end within {STOP_SECONDS:.0f} s")
+                raise RunFailure(f"{number.name}: the workers did not end within {STOP_SECONDS:.0f} s")
 
     with Activity(f"{job.stage}: starting {_workers(job)}") as activity:
         while fitting.running() and "total_steps" not in latest:

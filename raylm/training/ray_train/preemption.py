@@ -7,11 +7,8 @@ hook installs the handler there.
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from types import FrameType
@@ -60,20 +57,6 @@ def sigterm_received() -> bool:
     """Whether this process was asked to end; from any thread."""
     handler = signal.getsignal(signal.SIGTERM)
     return isinstance(handler, SigtermFlag) and handler.received
-
-
-@contextlib.contextmanager
-def sigterm_noticed() -> Iterator[None]:
-    """SIGTERM is a notice within the block; outside the main thread nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    install_sigterm_flag()
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Notices:

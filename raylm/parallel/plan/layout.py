@@ -1,0 +1,50 @@
+"""How a run is laid out over its workers, in numbers: what its memory and its communication follow from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Of each of the two buckets in which data-parallel gradients and weights travel on a GPU while others are computed.
+BUCKET_ELEMENTS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out; the names are those of ``parallel`` and ``training``, each ``auto`` decided.
+
+    Attributes:
+        data: replicas.
+        accumulation: micro-batches of a step on each replica.
+        use_gpu: whether each worker holds a GPU.
+    """
+
+    data: int
+    tensor: int
+    pipeline: int
+    zero_stage: int
+    micro_batch_size: int
+    accumulation: int
+    activation_checkpointing: bool
+    bf16: bool
+    optimizer: str
+    use_gpu: bool = False
+
+    @property
+    def workers(self) -> int:
+        """Processes: data x tensor x pipeline."""
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def precision(self) -> str:
+        """fp32 or bf16."""
+        return "bf16" if self.bf16 else "fp32"
+
+    @property
+    def warning(self) -> str:
+        """What is allowed but slow; empty where nothing is."""
+        if self.accumulation >= self.pipeline:
+            return ""
+        return (
+            f"{self.accumulation} micro-batches for {self.pipeline} pipeline stages: some are never at work together; "
+            "a smaller parallel.micro_batch_size, or a larger training.batch_size, helps"
+        )

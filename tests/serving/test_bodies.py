@@ -1,0 +1,73 @@
+"""Bodies that are wrong a million times over are refused in a moment, for their first mistake."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from raylm.serving.http.bodies import MOST_CONTAINERS, MOST_KEYS, RequestBody
+from raylm.serving.http.errors import _describe
+from raylm.serving.http.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
+from raylm.serving.tasks.classification import ClassifyRequest
+
+MESSAGE = {"role": "user", "content": "?"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"prompt": [1.5] * 800_000}),
+        (CompletionRequest, {"prompt": [[]] * 800_000}),
+        (CompletionRequest, {"prompt": "a", "stop": [1] * 1_000_000}),
+        (CompletionRequest, {"prompt": "a"} | {f"k{number}": None for number in range(200_000)}),
+        (EmbeddingRequest, {"input": [[1, -1]] * 500_000}),
+        (ClassifyRequest, {"input": [7] * 1_000_000}),
+        (ChatRequest, {"messages": [{"role": "x"}] * 200_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 400_000}]}),
+        (ChatRequest, {"messages": [MESSAGE] * 100_000}),
+    ],
+    ids=["floats", "empty lists", "stops", "keys", "ids", "numbers", "roles", "parts", "messages"],
+)
+def test_a_million_mistakes_are_one(kind: type[RequestBody], body: dict[str, Any]) -> None:
+    """They took a minute of the event loop and 3 GB to describe."""
+    began = time.process_time()
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate(body)
+    assert len(refusal.value.errors()) < 10
+    assert time.process_time() - began < 2
+
+
+def test_what_may_be_large_is_taken() -> None:
+    assert len(CompletionRequest.model_validate({"prompt": [5] * 1_000_000}).prompts[0]) == 1_000_000
+    assert len(ChatRequest.model_validate({"messages": [MESSAGE] * 10_000}).messages) == 10_000
+    assert len(EmbeddingRequest.model_validate({"input": ["a"] * 256}).inputs) == 256
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "message"),
+    [
+        (CompletionRequest, {"prompt": "a\ud800"}, "half of a surrogate pair"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]},
+            "surrogate pair",
+        ),
+        (CompletionRequest, {"prompt": "a", "response_format": {"type": {"\ud800": [1]}}}, "half of a surrogate pair"),
+        (CompletionRequest, {"prompt": [[]] * (MOST_CONTAINERS + 1)}, f"more than {MOST_CONTAINERS} objects and lists"),
+        (CompletionRequest, {f"k{n}": 1 for n in range(MOST_KEYS + 1)}, f"65 parameters, allowed: at most {MOST_KEYS}"),
+        (CompletionRequest, {"prompt": "a", "temperature": float("nan")}, "finite number"),
+        (QuestionRequest, {"question": "a", "null_threshold": float("inf")}, "finite number"),
+        (CompletionRequest, {"prompt": "a", "n" * 10**6: 1}, "Unsupported parameter: n"),
+    ],
+)
+def test_the_mistake_is_named_in_one_line(kind: type[RequestBody], body: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate(body)
+    first = refusal.value.errors()[0]
+    said = _describe(first | {"loc": ("body", *first["loc"])})["error"]["message"]
+    assert message in said
+    assert "\n" not in said
+    assert len(said) < 400
