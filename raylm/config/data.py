@@ -19,7 +19,8 @@ class FieldsSection(Section):
     """``data.fields``: which column of a row holds what."""
 
     text: str = "text"
-    """Column of a document's text."""
+    """Column of a document's text. ``context`` takes the passages of SQuAD files as documents, once each, instead of
+    their questions as pairs."""
     prompt: str = "prompt"
     """Column of a pair's prompt."""
     answer: str = "answer"

@@ -5,8 +5,10 @@ Each change takes a text and gives a text; it knows nothing of documents.
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from ipaddress import ip_address
 
@@ -21,12 +23,20 @@ BLOCK_ELEMENTS = (
     "p,pre,section,table,td,th,tr,ul"
 )
 _NOT_CONTENT = "script,style,noscript,template,svg,head"
+_TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)[^<>]*>")
+# Elements that hold none, or end where the next one begins.
+_FLAT_ELEMENTS = (
+    "area,base,br,col,dd,dt,embed,hr,img,input,li,link,meta,option,p,param,source,tbody,td,tfoot,th,thead,tr,track,wbr"
+)
+# As browsers have it. A parser looks through the open elements at each tag, so that depth costs its square.
+MOST_DEPTH = 512
 _CONTROL = re.compile(
     # C0 without tab and line feed, C1, soft hyphen, zero-width and direction marks, byte order mark, noncharacters.
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff]"
 )
 _SPACES = re.compile(r"[ \t]+\n|\n[ \t]+|[ \t]{2,}")
-_EMAIL = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}")
+# Matches what might be a local part in any case, so that its end is never looked for again from within it.
+_EMAIL = re.compile(r"[A-Za-z0-9._%+-]++(@[A-Za-z0-9-]++(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,})?")
 _IP = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:]|\.\d)")
 # International and national forms with separators, and Chinese mobile numbers.
 # Dates do not match: their middle is short.
@@ -67,6 +77,8 @@ def html_to_text(text: str) -> str:
     """The text that a browser would show, block elements on lines of their own."""
     if "<" not in text and "&" not in text:
         return text
+    if _is_deep(text):
+        return _collapsed(_without_tags(text))
     from selectolax.lexbor import LexborHTMLParser
 
     tree = LexborHTMLParser(text)
@@ -75,7 +87,46 @@ def html_to_text(text: str) -> str:
         node.insert_before("\n")
         node.insert_after("\n")
     root = tree.body or tree.root
-    content = root.text(deep=True) if root is not None else ""
+    return _collapsed(root.text(deep=True) if root is not None else "")
+
+
+def _is_deep(text: str) -> bool:
+    """Whether elements are nested deeper than any page of use."""
+    open_elements: Counter[str] = Counter()
+    flat, depth = set(_FLAT_ELEMENTS.split(",")), 0
+    for match in _TAG.finditer(text):
+        name = match[2].lower()
+        if name in flat:
+            continue
+        if not match[1]:
+            open_elements[name] += 1
+            depth += 1
+            if depth > MOST_DEPTH:
+                return True
+        elif open_elements[name]:
+            open_elements[name] -= 1
+            depth -= 1
+    return False
+
+
+def _without_tags(text: str) -> str:
+    """The text between the tags, each on a line of its own, without a tree of the elements."""
+    hidden, pieces, place, inside = set(_NOT_CONTENT.split(",")), [], 0, ""
+    for match in _TAG.finditer(text):
+        if not inside:
+            pieces.append(text[place : match.start()])
+        name = match[2].lower()
+        if not match[1] and not inside and name in hidden:
+            inside = name
+        elif match[1] and name == inside:
+            inside = ""
+        place = match.end()
+    if not inside:
+        pieces.append(text[place:])
+    return html.unescape("\n".join(pieces))
+
+
+def _collapsed(content: str) -> str:
     content = _SPACES.sub(lambda match: "\n" if "\n" in match[0] else " ", content)
     return re.sub(r"\n{3,}", "\n\n", content).strip()
 
@@ -100,7 +151,7 @@ def chinese_converter(target: str) -> Change:
 
 def mask_emails(text: str) -> str:
     """``text`` with <email> for e-mail addresses."""
-    return _EMAIL.sub("<email>", text) if "@" in text else text
+    return _EMAIL.sub(lambda match: "<email>" if match[1] else match[0], text) if "@" in text else text
 
 
 def mask_addresses(text: str) -> str:

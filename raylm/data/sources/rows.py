@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import xxhash
+
 from raylm.config.data import FieldsSection
 from raylm.data.sources.documents import Document, make_pair
 from raylm.data.sources.squad import COLUMNS as SQUAD_COLUMNS
-from raylm.data.sources.squad import answers_of, is_squad
+from raylm.data.sources.squad import CONTEXT, answers_of, is_squad
 from raylm.data.sources.streams import InputErrors
 from raylm.errors import UserError
 
@@ -71,7 +73,8 @@ def rows_to_documents(
             f"found: {', '.join(columns) or 'none'}; name yours in data.fields"
         )
     make = {"text": _text, "pair": _pair, "messages": _conversation, "squad": _squad_pair}[kind]
-    for number, row in itertools.chain([first], table.rows):
+    rows = itertools.chain([first], table.rows)
+    for number, row in _each_context(rows) if kind == "text" and is_squad(columns) and fields.text == CONTEXT else rows:
         try:
             if fields.label is None:
                 yield from make(row, fields)
@@ -88,6 +91,18 @@ def rows_to_documents(
             )
             continue
         yield from (replace(document, label=label) for document in documents)
+
+
+def _each_context(rows: Rows) -> Rows:
+    """The first row of each context: those of the other questions about it would be the same document again."""
+    seen: set[int] = set()
+    for number, row in rows:
+        context = row.get(CONTEXT)
+        key = xxhash.xxh3_128_intdigest(context.encode(errors="replace")) if isinstance(context, str) else None
+        if key not in seen:
+            yield number, row
+        if key is not None:
+            seen.add(key)
 
 
 def kind_of(columns: Sequence[str], fields: FieldsSection) -> str | None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from raylm.data.sources.streams import InputErrors
 
-COLUMNS = ("id", "question", "context", "answers")
+CONTEXT = "context"
+COLUMNS = ("id", "question", CONTEXT, "answers")
 NO_START = -1
 
 
