@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from raylm.config.base import LONGEST_PATH_BYTES
+from raylm.config.mistakes import cut
 from raylm.errors import UserError
 
 # The user information of an address (RFC 3986, section 3.2.1) is in front of its host. A secret of AWS may hold slashes
@@ -56,7 +57,7 @@ def refuse_credentials(value: Any, origin: str, key: str = "") -> None:
         instead = _INSTEAD.get(
             _ALIASES.get(kind, kind), "the environment or the configuration of the library that reads it"
         )
-        place = f"{key}: " if key else ""
+        place = f"{cut(key)}: " if key else ""
         raise UserError(
             f"{origin}: {place}found {what} in an address ({scheme}://...), allowed: an address without it; "
             f"credentials come from {instead}"

@@ -77,7 +77,7 @@ def apply_override(parsed: Parsed, override: str) -> None:
     """
     key, separator, text = override.partition("=")
     # Before any message shows it; what is no key may be a part of it.
-    refuse_credentials(override, f"override '{key}'" if re.fullmatch(r"[\w.-]+", key) else "override")
+    refuse_credentials(override, f"override {shown(key)}" if re.fullmatch(r"[\w.-]+", key) else "override")
     if not separator or not key:
         raise UserError(
             f"override {shown(override)}: found no KEY=VALUE, allowed: a key with its value, as training.steps=1"
