@@ -31,6 +31,7 @@ from raylm.config.loading import validate
 from raylm.config.stages import ServeConfig
 from raylm.serving.deploy.app import model_sources, open_service
 from raylm.serving.deploy.service import Models
+from raylm.serving.engines.base import EngineFailure
 from raylm.serving.http.gate import Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.routes import create_app
@@ -167,8 +168,8 @@ class LoopWatch:
                 self._place = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(stack))
 
 
-async def watch_memory(findings: Findings, began: float) -> None:
-    """Note the memory of this process and of its engines every half minute."""
+async def watch_memory(findings: Findings, models: Models, began: float) -> None:
+    """Note the memory of this process and of its engines, and engines that ended, every half minute."""
     process = psutil.Process()
     while True:
         rest = 0
@@ -176,6 +177,11 @@ async def watch_memory(findings: Findings, began: float) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rest += child.memory_info().rss
         findings.memory.append((time.monotonic() - began, process.memory_info().rss / 1e6, rest / 1e6))
+        for service in models.services:
+            try:
+                await asyncio.to_thread(service.engine.check)
+            except EngineFailure as error:
+                findings.errors.append(f"{service.name}: {error}")
         await asyncio.sleep(30)
 
 
@@ -232,7 +238,10 @@ async def fuzz(
     async with application(encoders=encoders, exported=exported) as (app, models):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         began = time.monotonic()
-        watchers = [asyncio.create_task(LoopWatch(findings).beat()), asyncio.create_task(watch_memory(findings, began))]
+        watchers = [
+            asyncio.create_task(LoopWatch(findings).beat()),
+            asyncio.create_task(watch_memory(findings, models, began)),
+        ]
 
         async def work(place: int) -> None:
             for number in numbers:
@@ -241,8 +250,6 @@ async def fuzz(
                 await send(client, attack, findings, f"--seed {options.seed} --only {number}")
                 if time.monotonic() - began > options.minutes * 60:
                     return
-                for service in models.services:
-                    service.engine.check()
 
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None) as client:
             done = await asyncio.gather(*map(work, range(TOGETHER)), return_exceptions=True)

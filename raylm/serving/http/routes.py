@@ -116,8 +116,8 @@ def _add_model_routes(app: FastAPI, models: Models) -> None:
         """The assistant's next message in a conversation."""
         return await chat(models.find(request.model, "generation"), request)
 
-    @app.post("/v1/embeddings")
-    async def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
+    @app.post("/v1/embeddings", response_model=dict[str, Any])
+    async def embeddings(request: EmbeddingRequest) -> Response:
         """One vector for each text, of length 1."""
         return await embed(models.find(request.model, "generation", "embedding"), request)
 

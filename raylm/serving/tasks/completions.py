@@ -82,7 +82,7 @@ async def _score(
         logprobs = None
         if request.logprobs is not None:
             chosen = np.concatenate([scores.chosen, scores.top[-1, : len(tokens)]])
-            logprobs = describe(
+            logprobs = await describe(
                 service, dataclasses.replace(scores, chosen=chosen), [*prompt, *tokens], 0, request.logprobs
             )
         text = service.tokenizer.decode(tokens, skip_special_tokens=True)

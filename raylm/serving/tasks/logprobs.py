@@ -13,6 +13,9 @@ from raylm.serving.engines.base import TokenScores
 from raylm.serving.engines.deadline import all_in_time
 from raylm.serving.tasks.text import IncrementalDecoder
 
+# To name a token takes about as long as to tokenize so many characters.
+CHARACTERS_PER_NAME = 8
+
 
 async def score(service: ModelService, texts: Sequence[Sequence[int]], top: int) -> list[TokenScores]:
     """Scores of each text, one text after the other: who else scores has a turn between them.
@@ -46,16 +49,24 @@ async def completion_logprobs(
     """
     ids = [*prompt, *tokens]
     (scores,) = await score(service, [ids], top)
-    return describe(service, scores, ids, 0 if echo else len(prompt), top)
+    return await describe(service, scores, ids, 0 if echo else len(prompt), top)
 
 
-def describe(service: ModelService, scores: TokenScores, ids: Sequence[int], first: int, top: int) -> dict[str, Any]:
+async def describe(
+    service: ModelService, scores: TokenScores, ids: Sequence[int], first: int, top: int
+) -> dict[str, Any]:
     """The ``logprobs`` object of the tokens from place ``first`` on.
 
     Args:
         scores: ``chosen`` of all ``ids`` after the first one.
         top: likeliest tokens to name at each place.
     """
+    # Each name is a call of the tokenizer: a long text with 20 names a token takes seconds.
+    named = (len(ids) - first) * (top + 2) * CHARACTERS_PER_NAME
+    return await service.text_work.run(named, 1, lambda: _describe(service, scores, ids, first, top))
+
+
+def _describe(service: ModelService, scores: TokenScores, ids: Sequence[int], first: int, top: int) -> dict[str, Any]:
     places = range(first, len(ids))
     return {
         "tokens": [service.token_text(ids[place]) for place in places],
@@ -71,13 +82,18 @@ async def chat_logprobs(service: ModelService, prompt: Sequence[int], tokens: Se
     """The ``logprobs`` object of a chat answer."""
     ids = [*prompt, *tokens]
     (scores,) = await score(service, [ids], top)
-    content = []
-    for place in range(len(prompt), len(ids)):
-        entry = _chat_token(service, ids[place], float(scores.chosen[place - 1]))
-        pairs = zip(scores.top_ids[place - 1, :top].tolist(), scores.top[place - 1, :top].tolist(), strict=True)
-        entry["top_logprobs"] = [_chat_token(service, token, value) for token, value in pairs]
-        content.append(entry)
-    return {"content": content, "refusal": None}
+
+    def name() -> list[dict[str, Any]]:
+        content = []
+        for place in range(len(prompt), len(ids)):
+            entry = _chat_token(service, ids[place], float(scores.chosen[place - 1]))
+            pairs = zip(scores.top_ids[place - 1, :top].tolist(), scores.top[place - 1, :top].tolist(), strict=True)
+            entry["top_logprobs"] = [_chat_token(service, token, value) for token, value in pairs]
+            content.append(entry)
+        return content
+
+    named = len(tokens) * (top + 1) * CHARACTERS_PER_NAME
+    return {"content": await service.text_work.run(named, 1, name), "refusal": None}
 
 
 def _likeliest(service: ModelService, scores: TokenScores, ids: Sequence[int], place: int) -> dict[str, float]:
