@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+# Tokens that stages put into texts themselves.
+_NAMED = ("bos", "eos", "pad", "unk", "mask", "cls", "sep")
 # Weights that only a pickle, or another framework, reads.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf")
 
@@ -94,7 +96,8 @@ def check_vocabulary(
 ) -> None:
     """Refuse token ids that the embedding has no row for: the tokenizer's, and the special ones of the configuration.
 
-    An embedding with more rows than the tokenizer has tokens (padded for speed) is fine.
+    An embedding with more rows than the tokenizer has tokens (padded for speed) is fine. So are special tokens beyond
+    it that no text becomes, as Gemma 3's text models have one for images.
 
     Args:
         source: the model; of a directory ``generation_config.json`` is read too.
@@ -105,7 +108,9 @@ def check_vocabulary(
     rows = getattr(config, "vocab_size", None)
     if not isinstance(rows, int):
         return
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    unused = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unused -= {getattr(tokenizer, f"{name}_token_id") for name in _NAMED}
+    largest = max(set(tokenizer.get_vocab().values()) - unused, default=-1)
     if largest >= rows:
         raise UserError(
             f"{key}: {source}: found a tokenizer with token ids up to {largest}, allowed: at most {rows - 1}, as the "

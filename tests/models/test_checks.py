@@ -99,6 +99,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(model: Path) -> None:
         load_parts(model)
 
 
+def test_a_special_token_that_no_text_becomes_may_lie_beyond(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(model)
+    assert max(load_parts(model)[1].get_vocab().values()) == rows
+    tokenizer.add_special_tokens({"mask_token": "<image>"})
+    tokenizer.save_pretrained(model)
+    with pytest.raises(UserError, match=f"found a tokenizer with token ids up to {rows}"):
+        load_parts(model)
+
+
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize(("key", "value"), [("pad_token_id", 320), ("eos_token_id", [0, 9999]), ("bos_token_id", -2)])
 def test_special_ids_without_a_row_are_refused(model: Path, file: str, key: str, value: Any) -> None:
