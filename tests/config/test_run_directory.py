@@ -137,10 +137,10 @@ def test_a_damaged_configuration_is_one_line(tmp_path: Path, damage: str) -> Non
     with run.held():
         run.create()
     (run.path / "config.yaml").write_text(damage)
-    with pytest.raises(UserError, match=r"config\.yaml: is damaged: .*; choose another run\.name"):
+    with pytest.raises(UserError, match=r"config\.yaml is damaged, or not of .*: .*; restore the file"):
         run.check()
     (run.path / "config.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"config\.yaml: is damaged: .*utf-8"):
+    with pytest.raises(UserError, match=r"config\.yaml is damaged, or not of .*(utf-8|UTF-8)"):
         run.check()
 
 
