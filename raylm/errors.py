@@ -10,7 +10,9 @@ class UserError(Exception):
     """The configuration or the input is wrong; nothing was started and nothing was written."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        # What a user named may hold characters that steer a terminal, or turn the direction of what follows.
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 class RunFailure(Exception):

@@ -291,3 +291,7 @@ def test_help_and_import_stay_light() -> None:
     code = "import sys, raylm, raylm.cli; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_message_shows_no_characters_that_steer_a_terminal() -> None:
+    assert str(UserError("a\u202eb\x1b[31m c\nd \u4e2d")) == "a\\u202eb\\x1b[31m c d \u4e2d"
