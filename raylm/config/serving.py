@@ -46,11 +46,11 @@ class ReplicaScaling(Section):
 class CollectionQuota(Section):
     """``serving.collection_quota``: what the collections of one API key may hold together, and the common ones."""
 
-    collections: int = Field(default=100, ge=1)
+    collections: int = Field(default=100, ge=1, le=10**6)
     """Most collections."""
-    documents: int = Field(default=100_000, ge=1)
+    documents: int = Field(default=100_000, ge=1, le=10**9)
     """Most documents in all of them."""
-    megabytes: float = Field(default=256.0, gt=0)
+    megabytes: float = Field(default=256.0, gt=0, le=1e6)
     """Most megabytes of titles and texts (UTF-8) in all of them."""
 
 
