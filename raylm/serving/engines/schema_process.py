@@ -22,6 +22,7 @@ from raylm.serving.engines.base import reason_of
 COMPILE_SECONDS = 3.0
 # Beyond what the process holds when it begins.
 COMPILE_BYTES = 2 << 30
+HARMLESS = '{"type": "boolean"}'
 # Of what the library says, which may quote the schema.
 LONGEST_REASON = 300
 
@@ -35,8 +36,8 @@ class Trials:
 
     def __init__(self, seconds: float = COMPILE_SECONDS) -> None:
         self._seconds = seconds
-        # For each model's directory: what the library knows of its tokenizer; None where it does not know the kind.
-        self._vocabularies: dict[str, Any] = {}
+        # For each model's directory, and for none.
+        self._vocabularies: dict[str | None, Any] = {}
 
     def mistake_in(self, schema: str, source: str | None) -> str | None:
         """Why the schema cannot be followed; None where it can.
@@ -51,7 +52,11 @@ class Trials:
             import xgrammar  # noqa: F401
         except ImportError:
             return "this server cannot force JSON: it lacks xgrammar (pip install 'raylm[cpu]')"
-        vocabulary = self._vocabulary(source) if source is not None else None
+        if source not in self._vocabularies:
+            self._vocabularies[source] = None if source is None else _load_vocabulary(source)
+            # Libraries load parts of themselves at their first use; a fork would do so each time.
+            _try(HARMLESS, self._vocabularies[source])
+        vocabulary = self._vocabularies[source]
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             os.close(reading)
@@ -83,18 +88,18 @@ class Trials:
         # Nobody handles the signal, so the kernel ends the process, whatever the library does.
         signal.setitimer(signal.ITIMER_PROF, self._seconds)
 
-    def _vocabulary(self, source: str) -> Any:
-        if source not in self._vocabularies:
-            import xgrammar
 
-            from raylm.data.loading import load_tokenizer
+def _load_vocabulary(source: str) -> Any:
+    """What the library knows of a model's tokenizer; None where it does not know the kind."""
+    import xgrammar
 
-            try:
-                self._vocabularies[source] = xgrammar.TokenizerInfo.from_huggingface(load_tokenizer(source))
-            except (RuntimeError, ValueError, AttributeError, OSError):
-                # The engine says so itself: the schema is not at fault.
-                self._vocabularies[source] = None
-        return self._vocabularies[source]
+    from raylm.data.loading import load_tokenizer
+
+    try:
+        return xgrammar.TokenizerInfo.from_huggingface(load_tokenizer(source))
+    except (RuntimeError, ValueError, AttributeError, OSError):
+        # The engine says so itself: the schema is not at fault.
+        return None
 
 
 def _try(schema: str, vocabulary: Any) -> str:
