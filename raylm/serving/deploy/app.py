@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import ipaddress
 import math
@@ -89,7 +90,8 @@ class ModelReplica:
         self._library.check()
         self._library.tend()
         for service in self._models.services:
-            service.engine.check()
+            # It reads what the engine's processes have taken, among all of the machine's: not in the event loop.
+            await asyncio.to_thread(service.engine.check)
         self._metrics.publish(self._models.services)
 
 

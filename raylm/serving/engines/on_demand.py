@@ -147,8 +147,9 @@ class OnDemandEngine:
 
     def check(self) -> None:
         """Raise :class:`~raylm.serving.engines.base.EngineFailure` if its process has died, or hangs."""
-        if self._engine is not None:
-            self._engine.check()
+        # Another thread may end it meanwhile.
+        if (engine := self._engine) is not None:
+            engine.check()
 
 
 class _Running:

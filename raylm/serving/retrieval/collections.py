@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field, field_validator
 
-from raylm.serving.http.bodies import RequestBody
+from raylm.serving.http.bodies import Items, RequestBody
 from raylm.serving.http.errors import INVALID, RequestError, error_response
 from raylm.serving.http.gate import OWNER
 from raylm.serving.retrieval.errors import (
@@ -73,7 +73,7 @@ class NewDocument(RequestBody):
 class NewDocuments(RequestBody):
     """``POST /v1/collections/{name}/documents``."""
 
-    documents: list[NewDocument] = Field(min_length=1, max_length=MOST_DOCUMENTS)
+    documents: Items[NewDocument] = Field(min_length=1, max_length=MOST_DOCUMENTS)
 
 
 class Search(RequestBody):
