@@ -184,9 +184,18 @@ def _check_python(arguments: list[str], mention: bool) -> None:
         return
     if script == "-m" and rest[0] in ("venv", "pip"):
         return
+    if script == "-m" and rest[0].startswith("tests."):
+        script, *rest = rest[0].replace(".", "/") + ".py", *rest[1:]
     _need_file(script)
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
-    parser = _parser_of(tree, script)
+    # The parser of several scripts may stand in a module that they import.
+    helpers = (
+        ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests.fuzz.")
+        and (path := ROOT / f"{node.module.replace('.', '/')}.py").is_file()
+    )  # fmt: skip
+    parser = next((found for each in (tree, *helpers) if (found := _parser_of(each, script)) is not None), None)
     if parser is not None:
         parser.parse_args(rest)
         return

@@ -17,6 +17,7 @@ READMES = {
     "cluster/README.md": (4, 2),
     "raylm/README.md": (0, 1),
     "tests/benchmarks/README.md": (18, 10),
+    "tests/fuzz/README.md": (4, 0),
 }
 
 
