@@ -138,7 +138,7 @@ def test_a_killed_prepare_leaves_no_whole_set_and_the_same_command_completes_it(
     # Killed in the midst of reading, then of tokenizing.
     for record in ("work/blocks/*.json", "work/files/*.json"):
         process = raylm("prepare", config, env=environment)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not list(directory.glob(record)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -152,7 +152,7 @@ def test_a_killed_prepare_leaves_no_whole_set_and_the_same_command_completes_it(
         finished = {path: path.stat().st_mtime_ns for path in directory.glob(record)}
         assert finished
     process = raylm("prepare", config, env=environment)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert "prepare: done in" in output
     verify_prepared(directory)
@@ -162,11 +162,11 @@ def test_a_killed_prepare_leaves_no_whole_set_and_the_same_command_completes_it(
     assert report["documents"]["train"] + report["documents"]["validation"] == 20_000
     assert report["bytes_per_token"] > 1 and report["compressed"]["gzip -9"]["bits_per_byte"] > 1
     process = raylm("prepare", config, env=environment)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=150)
     assert process.returncode == 0 and "is done already" in output
     # The same name with another configuration is refused.
     process = raylm("prepare", config, "tokenizer.vocab_size=700")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=150)
     assert process.returncode == 2 and "tokenizer.vocab_size (was 600, now 700)" in errors
 
 
@@ -175,26 +175,26 @@ def test_sigterm_ends_prepare_with_one_line_and_the_same_command_completes_it(ra
     environment = {**os.environ, "RAY_ADDRESS": ray_instance.get_runtime_context().gcs_address}
     directory = tmp_path / "runs" / "set"
     process = raylm("prepare", config, env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not list(directory.glob("work/blocks/*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     # In use: a second command is refused, in one line, and changes nothing.
     with raylm("prepare", config, env=environment) as second:
         process.send_signal(signal.SIGSTOP)
-        _, errors = second.communicate(timeout=60)
+        _, errors = second.communicate(timeout=150)
         process.send_signal(signal.SIGCONT)
     assert second.returncode == 2, errors
     assert errors.splitlines()[-1].endswith(f"{directory} is in use by another command that is still running")
     assert errors.count("raylm: ") == 1 and "Traceback" not in errors
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=150)
     assert process.returncode == 143 and output == "", errors
     *doing, last = errors.splitlines()
     assert last == "raylm: ended by SIGTERM"
     assert not re.search(r"Traceback|Error|SIG|\.cc|@ +0x", "\n".join(doing)), errors
     assert not (directory / "manifest.json").exists() and not (directory / "report.json").exists()
     process = raylm("prepare", config, env=environment)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     verify_prepared(directory)
 
@@ -206,23 +206,23 @@ def test_a_failed_prepare_leaves_what_others_have_finished(ray_instance, tmp_pat
     config = write_config(tmp_path, {"train": f"{tmp_path}/good.txt"})
     environment = {**os.environ, "RAY_ADDRESS": ray_instance.get_runtime_context().gcs_address}
     process = raylm("prepare", config, f"run.storage={storage}", env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (storage / "set" / "work").is_dir() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     (storage / "other").mkdir()
     (storage / "other" / "report.json").write_text("{}")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=150)
     assert process.returncode == 2 and "leaves none for validation" in errors
     assert [str(path.relative_to(storage)) for path in sorted(storage.rglob("*"))] == ["other", "other/report.json"]
     # The corrected file begins the run: it is not refused as another configuration.
     process = raylm("prepare", config, f"run.storage={storage}", "data.validation_fraction=0", env=environment)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     verify_prepared(storage / "set")
     # An input that has changed since is not done.
     (tmp_path / "good.txt").write_text("another good document")
     process = raylm("prepare", config, f"run.storage={storage}", "data.validation_fraction=0")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=150)
     assert process.returncode == 2 and output == ""
     assert errors.splitlines()[-1] == (
         f"raylm: error: data: {tmp_path}/good.txt has changed (15 bytes, now 21) since {storage}/set was prepared; "
@@ -231,7 +231,7 @@ def test_a_failed_prepare_leaves_what_others_have_finished(ray_instance, tmp_pat
     # A set whose sources are gone stands for them.
     (tmp_path / "good.txt").unlink()
     process = raylm("prepare", config, f"run.storage={storage}", "data.validation_fraction=0")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=150)
     assert process.returncode == 0 and "is done already" in output
 
 
@@ -310,7 +310,7 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(case, tmp_pat
     config = write_config(tmp_path, data, tokenizer=tokenizer)
     address = ray_instance.get_runtime_context().gcs_address
     process = raylm("prepare", config, env={**os.environ, "RAY_ADDRESS": address})
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=150)
     assert process.returncode == 2
     # Beside what the stage says it is doing, one line.
     *doing, error = errors.splitlines()
