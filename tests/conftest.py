@@ -118,13 +118,15 @@ def bucket() -> Iterator[str]:
                 break
         assert server.poll() is None and time.monotonic() < deadline, "the S3 server did not start"
         time.sleep(0.1)
-    before = dict(os.environ)
-    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
-    yield (
-        f"s3://raylm/runs?scheme=http&endpoint_override=127.0.0.1%3A{port}&region=us-east-1&allow_bucket_creation=true"
-    )
-    os.environ.clear()
-    os.environ.update(before)
+    secrets = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in secrets.items():
+            patch.setenv(name, value)
+        # Restores these alone: the session's Ray, which may start meanwhile, leaves variables of its own.
+        yield (
+            f"s3://raylm/runs?scheme=http&endpoint_override=127.0.0.1%3A{port}&region=us-east-1"
+            "&allow_bucket_creation=true"
+        )
     server.kill()
     server.wait()
 
