@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from raylm.cluster.environment import without_api_keys
+from raylm.cluster.environment import default_environment, without_api_keys
 from raylm.cluster.local_access import local_access, reread_environment
 from raylm.errors import RunFailure, UserError, first_line
 from raylm.progress import Activity
@@ -127,19 +127,30 @@ def _start_ray(dashboard: bool) -> None:
         # Nobody drains the only node: the actor that would look for it need not be.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options |= {"include_dashboard": dashboard, "address": "local"}
+    # Ray tries 20 times, a minute each, to join a cluster that does not answer this client.
+    patience = {"RAY_gcs_server_port_wait_time_s": "1"} if address else {}
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with without_api_keys():
+            with without_api_keys(), default_environment(patience):
                 ray.init(**options)
             return
         except ConnectionError as error:
-            raise UserError(f"{_no_cluster(address or 'local')}: {error}") from None
+            raise UserError(f"{_no_cluster(address or 'local')}: {first_line(error)}{_token_hint()}") from None
         except Exception as error:  # Ray raises its bare class where a process of it does not come up in time
             ray.shutdown()
+            if address:
+                raise UserError(f"{_no_cluster(address)}: {first_line(error)}{_token_hint()}") from error
             reason = f"Ray did not start: {first_line(error)}"
-            if address or attempt == ATTEMPTS:
+            if attempt == ATTEMPTS:
                 raise RunFailure(reason) from error
             print(f"{reason} (the machine is busy?); trying again", file=sys.stderr, flush=True)
+
+
+def _token_hint() -> str:
+    """What a cluster that is there but does not answer may want."""
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return "; is the token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH that of the cluster?"
+    return "; a cluster that wants a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 
 def _check_address(address: str) -> None:
