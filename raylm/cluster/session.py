@@ -134,12 +134,10 @@ def _start_ray(dashboard: bool) -> None:
             with without_api_keys(), default_environment(patience):
                 ray.init(**options)
             return
-        except ConnectionError as error:
-            raise UserError(f"{_no_cluster(address or 'local')}: {first_line(error)}{_token_hint()}") from None
         except Exception as error:  # Ray raises its bare class where a process of it does not come up in time
             ray.shutdown()
-            if address:
-                raise UserError(f"{_no_cluster(address)}: {first_line(error)}{_token_hint()}") from error
+            if address or isinstance(error, ConnectionError):
+                raise UserError(f"{_no_cluster(address or 'local')}: {first_line(error)}{_token_hint()}") from error
             reason = f"Ray did not start: {first_line(error)}"
             if attempt == ATTEMPTS:
                 raise RunFailure(reason) from error
