@@ -60,14 +60,18 @@ def test_a_ray_that_comes_up_too_late_is_started_again(
     failures += ["one", "two", "three"]
     with pytest.raises(RunFailure, match="Ray did not start: three"):
         _start_ray(dashboard=False)
-    # A cluster that others started is asked once.
+    # A cluster that others started is asked once. Without a token of its own: the session's Ray has one.
     monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setattr(
         ray, "init", lambda **options: failures.append("asked") or (_ for _ in ()).throw(Exception("x"))
     )
     with pytest.raises(UserError, match=r"RAY_ADDRESS: found auto, allowed: .*: x; a cluster that wants a token needs"):
         _start_ray(dashboard=False)
     assert failures == ["asked"]
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(UserError, match=r": x; is the token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH that of the"):
+        _start_ray(dashboard=False)
 
 
 def test_a_full_disk_for_rays_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
