@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import gc
 import logging
 import multiprocessing
 import random
@@ -125,6 +126,9 @@ async def application(*, encoders: bool, exported: bool) -> AsyncIterator[tuple[
     metrics, library = ServerMetrics(export=False), open_library(settings, 1)
     models = Models([open_service(settings, name, 1, metrics) for name in model_sources(settings)])
     app = create_app(models, metrics, library)
+    # As a replica does.
+    gc.collect()
+    gc.freeze()
     try:
         yield Gate(app, Limits.of(settings.serving), {}, metrics), models
     finally:

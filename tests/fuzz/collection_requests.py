@@ -37,6 +37,7 @@ from raylm.serving.http.gate import Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.routes import create_app
 from raylm.serving.retrieval.collection_store import CollectionStore
+from raylm.serving.retrieval.indexer import Indexer
 from raylm.serving.retrieval.library import Library
 
 KEYS = [f"a-key-of-the-fuzz-{number:04}" for number in range(3)]
@@ -60,7 +61,7 @@ class Fuzz:
         self.random, self.root = random.Random(seed), root
         metrics = ServerMetrics(export=False)
         quota = CollectionQuota(collections=5, documents=3000, megabytes=12)
-        self.library = Library(CollectionStore(root), quota=quota)
+        self.library = Library(CollectionStore(root, Indexer().write), quota=quota)
         gate = Gate(
             create_app(Models([]), metrics, self.library),
             Limits.of(ServingSection()),

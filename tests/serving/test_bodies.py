@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from raylm.serving.http.bodies import MOST_CONTAINERS, MOST_KEYS, RequestBody
-from raylm.serving.http.errors import _describe
+from raylm.serving.http.bodies import MOST_CONTAINERS, MOST_KEYS, BodyRoute, RequestBody
+from raylm.serving.http.errors import _describe, install_error_handlers
 from raylm.serving.http.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
 from raylm.serving.tasks.classification import ClassifyRequest
 
@@ -38,6 +41,40 @@ def test_a_million_mistakes_are_one(kind: type[RequestBody], body: dict[str, Any
         kind.model_validate(body)
     assert len(refusal.value.errors()) < 10
     assert time.process_time() - began < 2
+
+
+BRACES = "[{" * (MOST_CONTAINERS // 2)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"[" + b"[]," * MOST_CONTAINERS + b"[]]", "too many"),
+        (b'{"a": "\\\\", "b": [' + b"{}," * MOST_CONTAINERS + b"1]}", "too many"),
+        # Brackets within texts are none, after escaped quotes and in a text without an end too.
+        (json.dumps({"a": f'{BRACES}"{BRACES}\\', "b": [1]}).encode(), "taken"),
+        (b'{"a": "' + b"[" * 100_000, "taken"),
+        (b'"' + b'\\"' * 1_000_000 + b"[" * 100_000, "taken"),
+    ],
+)
+def test_objects_are_counted_before_they_are_made(body: bytes, status: str) -> None:
+    app = FastAPI()
+    app.router.route_class = BodyRoute
+    install_error_handlers(app)
+    seen = []
+
+    @app.post("/")
+    async def route(request: Request) -> None:
+        seen.append(await request.body())
+
+    began = time.process_time()
+    reply = TestClient(app).post("/", content=body)
+    assert time.process_time() - began < 2
+    if status == "taken":
+        assert (reply.status_code, seen) == (200, [body])
+    else:
+        assert (reply.status_code, seen) == (400, [])
+        assert reply.json()["error"]["message"] == f"The body holds more than {MOST_CONTAINERS} objects and lists"
 
 
 def test_what_may_be_large_is_taken() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from raylm.config.serving import CollectionQuota, ServingSection
@@ -23,6 +25,8 @@ from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.routes import create_app
 from raylm.serving.retrieval.changes import MOST_OF_ONE
 from raylm.serving.retrieval.collection_store import CollectionStore
+from raylm.serving.retrieval.errors import CollectionUnreachable
+from raylm.serving.retrieval.indexer import Indexer
 from raylm.serving.retrieval.library import Library
 from raylm.serving.retrieval.records import StoredDocument
 
@@ -36,7 +40,7 @@ class Server:
 
     def __init__(self, root: Path, keys: tuple[str, ...] = (), **quota: float) -> None:
         metrics = ServerMetrics(export=False)
-        self.library = Library(CollectionStore(root), quota=CollectionQuota(**quota))
+        self.library = Library(CollectionStore(root, Indexer().write), quota=CollectionQuota(**quota))
         app = create_app(Models([]), metrics, self.library)
         gate = Gate(app, Limits.of(ServingSection()), {hash_key(key): key[-5:] for key in keys}, metrics)
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://127.0.0.1")
@@ -295,6 +299,23 @@ def test_a_full_disk_refuses_and_leaves_nothing(small_disk: Path) -> None:
         assert len(list((small_disk / "a").glob("*index-*"))) <= 2
 
     run(story)
+
+
+def test_an_index_process_that_dies_leaves_nothing(tmp_path: Path) -> None:
+    """As the kernel ends one for its memory: the change is refused, and the next has another process."""
+    indexer, others = Indexer(), set(psutil.Process().children())
+    collection = CollectionStore(tmp_path, indexer.write).create("animals")
+    collection.add([StoredDocument("zebra", "", "stripes")])
+    (process,) = set(psutil.Process().children()) - others
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    with pytest.raises(CollectionUnreachable, match="The process that makes indexes ended; try again later"):
+        collection.add([StoredDocument("lion", "", "mane")])
+    assert collection.facts().documents == len(collection.index()) == 1
+    collection.add([StoredDocument("lion", "", "mane")])
+    assert [match.passage.id for match in collection.search("mane", 5)] == ["lion"]
+    indexer.close()
+    assert set(psutil.Process().children()) <= others
 
 
 LIMITED = """

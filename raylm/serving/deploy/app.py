@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import ipaddress
 import math
 from pathlib import Path
@@ -75,6 +76,9 @@ class ModelReplica:
         if serving.request_log:
             replica = serve.get_replica_context().replica_tag
             request_log.write_to(settings.run.directory / "logs" / f"requests-{replica}.jsonl")
+        # What is here now stays: to look through a million objects again and again would stop the event loop.
+        gc.collect()
+        gc.freeze()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the application of this replica."""

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import queue
 import subprocess
 import sys
@@ -21,10 +20,8 @@ import threading
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import raylm
 from raylm.cluster.environment import inherited_environment, worker_environment
 from raylm.config.serving import ServingSection
 from raylm.serving.engines.base import (
@@ -49,6 +46,7 @@ from raylm.serving.engines.liveness import Pulse, family_cpu_seconds, kill_famil
 from raylm.serving.engines.pace import Pace
 from raylm.serving.engines.stats import EngineStats
 from raylm.serving.engines.streams import Answer, TokenStream, receive_all
+from raylm.serving.helper_process import module_path
 
 # Seconds between two hand-overs to the same reader, for each request in work. One costs the HTTP side about a
 # millisecond of a CPU: this keeps that near a tenth of one CPU, whatever the number of readers.
@@ -299,7 +297,7 @@ def start_engine(source: str, serving: ServingSection, *, threads: int, task: st
         process = subprocess.Popen(
             [sys.executable, "-m", "raylm.serving.engines.process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env=inherited_environment() | worker_environment(threads) | {"PYTHONPATH": _module_path()},
+            env=inherited_environment() | worker_environment(threads) | {"PYTHONPATH": module_path()},
         )
     try:
         ours.send((source, serving, threads, task))
@@ -311,9 +309,3 @@ def start_engine(source: str, serving: ServingSection, *, threads: int, task: st
         raise message
     longest_step = max(serving.request_seconds, LEAST_LONGEST_STEP)
     return Engine(ours, message.name, serving.max_concurrent_requests, process, longest_step)
-
-
-def _module_path() -> str:
-    """Where a new interpreter finds raylm: Ray may have put a job's directory on this one's path alone."""
-    root = str(Path(raylm.__file__).resolve().parents[1])
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import subprocess
-import sys
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 
-from raylm.cluster.environment import inherited_environment, worker_environment
-from raylm.serving.engines.client import _module_path
+from raylm.serving.helper_process import HelperProcess
 
 # Schemas whose outcome is remembered, and schemas that may wait for theirs.
 REMEMBERED = 1024
 MOST_WAITING = 16
 # For one answer, the start of the process included: a stopped process is not waited for any longer.
 ANSWER_SECONDS = 120.0
-CLOSE_SECONDS = 5.0
 
 
 class SchemasUnavailable(Exception):
@@ -40,8 +34,7 @@ class SchemaChecker:
         self._answer_seconds = answer_seconds
         # One thread: the process has one pipe. Its own, so that schemas take no threads from anything else.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="schemas")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._process: HelperProcess | None = None
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._asked: dict[bytes, asyncio.Future[str | None]] = {}
 
@@ -83,7 +76,9 @@ class SchemaChecker:
 
     def _ask(self, schema: str, source: str | None) -> str | None:
         """The process's answer; runs on the thread."""
-        connection = self._connection or self._start()
+        if self._process is None:
+            self._process = HelperProcess("raylm.serving.engines.schema_process")
+        connection = self._process.connection
         try:
             connection.send((schema, source))
             if connection.poll(self._answer_seconds):
@@ -94,26 +89,7 @@ class SchemaChecker:
         self._end(kill=True)
         raise SchemasUnavailable(f"the schema of response_format was not compiled within {self._answer_seconds:g} s")
 
-    def _start(self) -> Connection:
-        ours, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "raylm.serving.engines.schema_process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=inherited_environment() | worker_environment(1) | {"PYTHONPATH": _module_path()},
-            )
-        self._connection = ours
-        return ours
-
     def _end(self, *, kill: bool = False) -> None:
-        if self._connection is None or self._process is None:
-            return
-        self._connection.close()
-        if kill:
-            self._process.kill()
-        try:
-            self._process.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._connection = self._process = None
+        if self._process is not None:
+            self._process.end(kill=kill)
+            self._process = None

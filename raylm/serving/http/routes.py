@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 import raylm
 from raylm.serving.deploy.service import Models, ModelService
+from raylm.serving.http.bodies import BodyRoute
 from raylm.serving.http.errors import ERROR_RESPONSES, install_error_handlers
 from raylm.serving.http.metrics import CONTENT_TYPE, ServerMetrics
 from raylm.serving.http.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
@@ -52,6 +53,7 @@ def create_app(
         least_relevance: a question without a passage of this relevance is not answered.
     """
     app = FastAPI(title="raylm", version=raylm.__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
+    app.router.route_class = BodyRoute
     install_error_handlers(app)
     _add_state_routes(app, models, metrics)
     _add_model_routes(app, models)

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from raylm.serving.retrieval.errors import NoSuchCollection
-from raylm.serving.retrieval.records import Usage
+from raylm.serving.retrieval.index import write_index
+from raylm.serving.retrieval.records import PassageRow, Usage
 from raylm.serving.retrieval.store import NAME, StoredCollection
 
 # Collections whose indexes a process keeps open.
@@ -24,23 +26,24 @@ class CollectionStore:
 
     Args:
         root: made when the first collection is.
-        opened: gives the one object of a process for a collection's directory.
+        write: makes an index of passages in a new directory.
     """
 
-    def __init__(self, root: Path, opened: Callable[[Path], StoredCollection] | None = None) -> None:
+    def __init__(self, root: Path, write: Callable[[Iterable[PassageRow], Path], None] = write_index) -> None:
         self.root = root
-        self._opened = opened or functools.lru_cache(MOST_OPEN)(StoredCollection)
+        # The one object of a process for a collection's directory.
+        self._opened = functools.lru_cache(MOST_OPEN)(functools.partial(StoredCollection, write=write))
 
     def of(self, owner: str) -> CollectionStore:
         """The collections of the API key whose SHA-256 is ``owner``, hexadecimal."""
-        return CollectionStore(self.root / f"@{owner[:OWNER_CHARACTERS]}", self._opened)
+        return self._at(self.root / f"@{owner[:OWNER_CHARACTERS]}")
 
     def owned(self) -> list[CollectionStore]:
         """The collections of each key that has made any."""
         if not self.root.is_dir():
             return []
         roots = sorted(path for path in self.root.iterdir() if path.name.startswith("@") and path.is_dir())
-        return [CollectionStore(path, self._opened) for path in roots]
+        return [self._at(path) for path in roots]
 
     def names(self) -> list[str]:
         """Names of all collections, sorted."""
@@ -71,3 +74,9 @@ class CollectionStore:
         """What all collections hold together; without the one called ``besides``."""
         each = [self._opened(self.root / name).usage() for name in self.names() if name != besides]
         return Usage(sum(usage.documents for usage in each), sum(usage.bytes for usage in each))
+
+    def _at(self, root: Path) -> CollectionStore:
+        """The collections of another directory, whose objects are this one's."""
+        store = copy.copy(self)
+        store.root = root
+        return store

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field, field_validator
 
-from raylm.serving.http.bodies import Items, RequestBody
+from raylm.serving.http.bodies import BodyRoute, Items, RequestBody
 from raylm.serving.http.errors import INVALID, RequestError, error_response
 from raylm.serving.http.gate import OWNER
 from raylm.serving.retrieval.errors import (
@@ -92,7 +92,7 @@ def shelf_of(library: Library, request: Request) -> Shelf:
 
 def collection_routes(library: Library) -> APIRouter:
     """The routes over ``library``."""
-    router = APIRouter(prefix="/v1/collections")
+    router = APIRouter(prefix="/v1/collections", route_class=BodyRoute)
 
     def mine(request: Request) -> Shelf:
         return shelf_of(library, request)

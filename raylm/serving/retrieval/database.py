@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from raylm.serving.retrieval.records import StoredDocument
+from raylm.serving.retrieval.records import PassageRow, StoredDocument
 
 LOCK_SECONDS = 60.0
 
@@ -122,10 +122,8 @@ def take_out(database: sqlite3.Connection, document_id: str) -> int | None:
     return row[1]
 
 
-def passages_in(
-    database: sqlite3.Connection, where: str = "TRUE", most: int = -1
-) -> Iterator[tuple[int, int, str, str, str, bytes | None]]:
-    """(number, document's number, title, aliases, text, vector) of passages in order, all or ``most``.
+def passages_in(database: sqlite3.Connection, where: str = "TRUE", most: int = -1) -> Iterator[PassageRow]:
+    """Passages in order, all or ``most``.
 
     A document's text is read once for all of its passages, which follow each other.
     """

@@ -15,6 +15,7 @@ from pathlib import Path
 import bm25s
 import numpy as np
 
+from raylm.serving.retrieval.records import PassageRow
 from raylm.serving.retrieval.text import content_words, keys_in, keys_of, tokenize
 
 # How much a match in the title counts against one in the text.
@@ -67,14 +68,15 @@ class Index:
         self.vectors = vectors
 
     @classmethod
-    def build(cls, rows: Iterable[tuple[int, int, str, str, str]]) -> Index:
-        """Index passages by their words.
+    def build(cls, rows: Iterable[PassageRow]) -> Index:
+        """Index passages by their words, and by their vectors where all have one.
 
         Args:
-            rows: (passage number, document number, title, aliases, text) of each, documents in order; at least one.
+            rows: at least one, documents in order.
         """
-        passages, documents, texts, titles, names = [], [], [], [], []
-        for passage, document, title, aliases, text in rows:
+        passages, documents, texts, titles, names, blobs = [], [], [], [], [], []
+        for passage, document, title, aliases, text, vector in rows:
+            blobs.append(vector)
             is_first = not documents or document != documents[-1]
             keys = {key for name in (title, *aliases.split()) for key in keys_of(name, is_first=is_first)}
             passages.append(passage)
@@ -82,7 +84,10 @@ class Index:
             texts.append(tokenize(text) or [_EVERYWHERE])
             titles.append([*tokenize(f"{title} {aliases}"), _EVERYWHERE])
             names.append([*sorted(keys), _EVERYWHERE])
-        return cls(_bm25(texts), _bm25(titles), _bm25(names), np.array(passages), np.array(documents), None)
+        vectors = None
+        if all(blob is not None for blob in blobs):
+            vectors = np.stack([np.frombuffer(blob, "<f4") for blob in blobs if blob is not None])
+        return cls(_bm25(texts), _bm25(titles), _bm25(names), np.array(passages), np.array(documents), vectors)
 
     def save(self, directory: Path) -> None:
         """Write everything into a new ``directory``."""
@@ -180,6 +185,11 @@ class Index:
             covered += information * np.isin(places, holders)
             total += information
         return covered / total if total else covered
+
+
+def write_index(rows: Iterable[PassageRow], directory: Path) -> None:
+    """Index passages in a new ``directory``, which :meth:`Index.load` opens."""
+    Index.build(rows).save(directory)
 
 
 def _bm25(texts: list[list[str]]) -> bm25s.BM25:

@@ -7,6 +7,7 @@ from pathlib import Path
 from raylm.config.stages import ServeConfig
 from raylm.serving.retrieval.collection_store import CollectionStore
 from raylm.serving.retrieval.encoder import open_encoder
+from raylm.serving.retrieval.indexer import Indexer
 from raylm.serving.retrieval.library import Library
 from raylm.serving.retrieval.prepared import open_prepared
 from raylm.serving.retrieval.shelf import DEFAULT
@@ -23,4 +24,5 @@ def open_library(config: ServeConfig, threads: int) -> Library:
     if serving.collection is not None:
         prepared = open_prepared(serving.collection, run / PREPARED / DEFAULT)
     encoder = open_encoder(serving.encoder, serving, threads) if serving.encoder is not None else None
-    return Library(CollectionStore(uploaded), prepared, encoder, serving.dense_weight, serving.collection_quota)
+    store = CollectionStore(uploaded, Indexer().write)
+    return Library(store, prepared, encoder, serving.dense_weight, serving.collection_quota)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from raylm.data.samples.passages import passage_spans
 
+PassageRow = tuple[int, int, str, str, str, bytes | None]
+"""Of a passage: its number, its document's, title, aliases, text, and its vector, fp32 of length 1, or None."""
+
 
 @dataclass(frozen=True)
 class StoredDocument:

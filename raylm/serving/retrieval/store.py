@@ -33,8 +33,8 @@ from raylm.serving.retrieval.database import (
     transaction,
 )  # fmt: skip
 from raylm.serving.retrieval.errors import CollectionError, CollectionExists, damaged, told
-from raylm.serving.retrieval.index import Hit, Index
-from raylm.serving.retrieval.records import Facts, Match, Passage, StoredDocument, Usage, embedded_text
+from raylm.serving.retrieval.index import Hit, Index, write_index
+from raylm.serving.retrieval.records import Facts, Match, Passage, PassageRow, StoredDocument, Usage, embedded_text
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # Every change reads all passages once: a collection beyond this wants a search engine of its own.
@@ -48,10 +48,12 @@ class StoredCollection:
 
     Args:
         path: its directory.
+        write: makes an index of passages in a new directory.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, write: Callable[[Iterable[PassageRow], Path], None] = write_index) -> None:
         self.path = path
+        self._write = write
         self._loaded: tuple[str, Index | None] | None = None
 
     @classmethod
@@ -302,7 +304,7 @@ class StoredCollection:
             if database.execute("SELECT 1 FROM passages LIMIT 1").fetchone() is None:
                 name = ""
             else:
-                _read_index(database).save(making)
+                self._write(passages_in(database), making)
                 making.rename(self.path / name)
             # Nothing is written after the commit, only named: a disk may be full by then.
             with naming.open("w", encoding="utf-8") as stream:
@@ -337,18 +339,3 @@ def _take_encoder(database: sqlite3.Connection, encoder: str) -> None:
         database.execute("UPDATE passages SET vector = NULL")
         keep_fact(database, "encoder", encoder)
         count_change(database)
-
-
-def _read_index(database: sqlite3.Connection) -> Index:
-    """The index of the passages in ``database``; with vectors where all have one."""
-    blobs: list[bytes | None] = []
-
-    def rows() -> Iterator[tuple[int, int, str, str, str]]:
-        for number, document, title, aliases, text, vector in passages_in(database):
-            blobs.append(vector)
-            yield number, document, title, aliases, text
-
-    index = Index.build(rows())
-    if all(blob is not None for blob in blobs):
-        index.vectors = np.stack([np.frombuffer(blob, "<f4") for blob in blobs if blob is not None])
-    return index
