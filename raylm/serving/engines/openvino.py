@@ -7,7 +7,9 @@ by the same graph compiled once more, when the first such request comes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +57,16 @@ class OpenVinoBackend(Backend):
         self._end_ids = end_ids
         self._directory, self._threads = directory, threads
         self._reader: TextReader | None = None
-        self._pipeline = open_pipeline(directory, cache_gigabytes, threads, sequences=sequences)
+        self._open = functools.partial(open_pipeline, directory, cache_gigabytes, threads, sequences=sequences)
+        self._pipeline = self._open()
         self._has_tokenizer = has_tokenizer(directory)
         # Requests with a schema that no step has seen yet.
         self._unproven: set[int] = set()
+        # What is in work, and what of it has been generated: a new pipeline goes on from there.
+        self._requests: dict[int, Generate] = {}
+        self._generated: dict[int, list[int]] = {}
+        # What texts that follow a schema and began again are to write once more.
+        self._repeated: dict[int, list[int]] = {}
         # A handle that goes out of scope ends its request in the pipeline: they must be held.
         self._handles: dict[int, openvino_genai.py_openvino_genai.GenerationHandle] = {}
 
@@ -86,6 +94,8 @@ class OpenVinoBackend(Backend):
             self._unproven.add(request.number)
         prompt = openvino.Tensor(np.array([request.prompt_ids], dtype=np.int64))
         self._handles[request.number] = self._pipeline.add_request(request.number, prompt, config)
+        self._requests[request.number] = request
+        self._generated[request.number] = []
 
     def advance(self) -> list[Event]:
         try:
@@ -105,8 +115,10 @@ class OpenVinoBackend(Backend):
             if handle.get_status() == openvino_genai.GenerationStatus.IGNORED:
                 event.error = "the request does not fit into the key-value cache (serving.cache_gigabytes)"
                 event.refused = True
+            self._leave_out_repeated(event)
+            self._generated[number] += event.tokens
             if event.last:
-                del self._handles[number]
+                self._forget(number)
             if event.tokens or event.last:
                 events.append(event)
         return events
@@ -115,21 +127,63 @@ class OpenVinoBackend(Backend):
         """End the requests whose schema may have made the step fail.
 
         Schemas were checked before (:mod:`raylm.serving.tasks.structured`), by the nearest release of the same library.
-        Where other requests are in work too, the pipeline does not recover: the next step fails, and the engine with
-        it.
         """
         reason = f"response_format: cannot be followed by this engine: {reason_of(error)}"
         events = [Event(number, error=reason, refused=True) for number in self._unproven]
         for number in self._unproven:
-            if (handle := self._handles.pop(number, None)) is not None:
+            if (handle := self._forget(number)) is not None:
                 handle.cancel()
         self._unproven.clear()
-        self._pipeline.step()
+        try:
+            self._pipeline.step()
+        except RuntimeError:
+            # A step that failed half-way with others in work is never finished.
+            self._begin_again()
         return events
+
+    def _begin_again(self) -> None:
+        """Go on in a new pipeline with what is in work.
+
+        A text that follows a schema is written once more from its beginning, as there is no way back into a schema.
+        """
+        waiting = [(request, self._generated[number]) for number, request in self._requests.items()]
+        for held in (self._handles, self._requests, self._generated, self._repeated):
+            held.clear()
+        # The weights and the cache are in memory once only.
+        del self._pipeline
+        self._pipeline = self._open()
+        for request, given in waiting:
+            number, parameters = request.number, request.parameters
+            if parameters.schema is not None:
+                self.admit(request)
+                self._unproven.discard(number)
+                self._repeated[number] = list(given)
+            else:
+                left, seed = parameters.max_new_tokens - len(given), parameters.seed + len(given)
+                rest = replace(parameters, max_new_tokens=left, seed=seed)
+                self.admit(Generate(number, [*request.prompt_ids, *given], rest))
+            self._generated[number] = list(given)
+
+    def _leave_out_repeated(self, event: Event) -> None:
+        """Take out of ``event`` what its text has given before; end a text that goes another way than it did."""
+        if not (given := self._repeated.get(event.number)):
+            return
+        count = min(len(given), len(event.tokens))
+        if event.tokens[:count] != given[:count]:
+            self._handles[event.number].cancel()
+            event.tokens, event.finish_reason = [], None
+            event.error = "the engine began again, since another request's response_format had stopped it; try again"
+        del event.tokens[:count], given[:count]
+
+    def _forget(self, number: int) -> openvino_genai.py_openvino_genai.GenerationHandle | None:
+        self._requests.pop(number, None)
+        self._generated.pop(number, None)
+        self._repeated.pop(number, None)
+        return self._handles.pop(number, None)
 
     def drop(self, number: int) -> None:
         self._unproven.discard(number)
-        handle = self._handles.pop(number, None)
+        handle = self._forget(number)
         if handle is not None:
             handle.cancel()
             # The pipeline frees the blocks of cancelled requests in its next step, which may be far off.

@@ -14,7 +14,7 @@ from raylm.serving.engines.base import EngineFailure, EngineRefusal, EngineTimeo
 
 INVALID = "invalid_request_error"
 # Of a name or message that may quote what the client sent.
-LONGEST_QUOTE = 300
+LONGEST_QUOTE, LONGEST_MESSAGE = 300, 1500
 
 
 class ErrorObject(BaseModel):
@@ -83,7 +83,8 @@ class RequestError(Exception):
 
 
 def error_body(message: str, kind: str, parameter: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """OpenAI's error object; its message, which may quote what the client sent, is one line."""
+    message = _short(" ".join(message.splitlines()), LONGEST_MESSAGE)
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 
