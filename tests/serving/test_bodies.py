@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from raylm.serving.http.bodies import MOST_CONTAINERS, MOST_KEYS, BodyRoute, RequestBody
-from raylm.serving.http.errors import _describe, install_error_handlers
+from raylm.serving.http.errors import RequestError, _describe, install_error_handlers
 from raylm.serving.http.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
 from raylm.serving.tasks.classification import ClassifyRequest
 
@@ -75,6 +75,14 @@ def test_objects_are_counted_before_they_are_made(body: bytes, status: str) -> N
     else:
         assert (reply.status_code, seen) == (400, [])
         assert reply.json()["error"]["message"] == f"The body holds more than {MOST_CONTAINERS} objects and lists"
+
+
+def test_what_a_message_quotes_leaves_it_one_line() -> None:
+    for name in ("data: [DONE]\n\n", "\r\n\r\n", "a" * 100_000, "a\u2028b\x85"):
+        message = RequestError(f"The model '{name}' does not exist", status=404).body["error"]["message"]
+        assert len(message.splitlines()) == 1
+        assert message.startswith("The model '")
+        assert len(message) < 2000
 
 
 def test_what_may_be_large_is_taken() -> None:

@@ -84,7 +84,7 @@ class RequestError(Exception):
 
 def error_body(message: str, kind: str, parameter: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's error object; its message, which may quote what the client sent, is one line."""
-    message = _short(" ".join(message.splitlines()), LONGEST_MESSAGE)
+    message = _short(message, LONGEST_MESSAGE)
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 
@@ -142,7 +142,7 @@ def _describe(mistake: dict[str, Any]) -> dict[str, Any]:
     return error_body(f"{parameter}: {message}", INVALID, parameter, "invalid_value")
 
 
-def _short(text: str) -> str:
+def _short(text: str, most: int = LONGEST_QUOTE) -> str:
     """``text``, cut where it is long, on one line."""
     line = " ".join(text.split())
-    return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}…"
+    return line if len(line) <= most else f"{line[:most]}…"
