@@ -26,6 +26,7 @@ from raylm.compression.measure import BATCH_SIZES
 from raylm.compression.methods import Steps
 from raylm.compression.methods.base import Candidate
 from raylm.compression.table import table
+from raylm.config.families import is_counted
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
@@ -64,7 +65,13 @@ def compress(config: CompressConfig) -> None:
     source = resolve_model(config.model.path)
     if not Path(source).is_dir():
         raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
-    task, steps = task_of(load_config(source)), Steps(config.compression.steps)
+    model_config = load_config(source)
+    if is_counted(model_config.model_type):
+        raise UserError(
+            f"model.path: found {config.model.path}, whose family {model_config.model_type} is counted and has no "
+            "weights to compress; allowed: a model that was trained by gradient"
+        )
+    task, steps = task_of(model_config), Steps(config.compression.steps)
     steps.check(task.head)
     load_parts(source)
     with run.held(resumes=False):

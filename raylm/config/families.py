@@ -7,13 +7,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Family (transformers' model type) -> the tasks that it can be trained on from nothing; the first is its default.
-FAMILY_TASKS: dict[str, tuple[str, ...]] = {
-    "gpt2": ("causal",),
-    "llama": ("causal",),
-    "bert": ("masked",),
-    "t5": ("span",),
+
+@dataclass(frozen=True)
+class FamilyTraits:
+    """What is particular to a family of models.
+
+    Attributes:
+        tasks: that it can be trained on from nothing; the first is its default.
+        counted: its models are counted from the data in one pass, not trained by gradient.
+        own: transformers does not have it, raylm does.
+    """
+
+    tasks: tuple[str, ...]
+    counted: bool = False
+    own: bool = False
+
+
+# By transformers' model type.
+FAMILIES: dict[str, FamilyTraits] = {
+    "gpt2": FamilyTraits(("causal",)),
+    "llama": FamilyTraits(("causal",)),
+    "bert": FamilyTraits(("masked",)),
+    "t5": FamilyTraits(("span",)),
+    "ngram": FamilyTraits(("causal",), counted=True, own=True),
 }
+
+
+def is_counted(model_type: str | None) -> bool:
+    """Whether models of transformers' ``model_type`` are counted."""
+    return model_type in FAMILIES and FAMILIES[model_type].counted
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from raylm.config.base import CountFromZero, PathText, Section
-from raylm.config.families import FAMILY_TASKS
+from raylm.config.families import FAMILIES
 from raylm.config.tasks import TRAINED_TASKS
 
 
 class ModelSection(Section):
     """``model``: a new model of a ``family``, or the one at ``path``."""
 
-    family: str | None = Field(default=None, description=f"Architecture of a new model: {', '.join(FAMILY_TASKS)}.")
+    family: str | None = Field(default=None, description=f"Architecture of a new model: {', '.join(FAMILIES)}.")
     config: dict[str, Any] = Field(default_factory=dict)
     """Keys of the architecture's Hugging Face configuration; the vocabulary size comes from the tokenizer."""
     path: PathText | None = None
@@ -24,8 +24,8 @@ class ModelSection(Section):
     def _consistent(self) -> ModelSection:
         if (self.family is None) == (self.path is None):
             raise ValueError("give either family (a new model) or path (an existing one)")
-        if self.family is not None and self.family not in FAMILY_TASKS:
-            raise ValueError(f"family: found '{self.family}', allowed: {', '.join(FAMILY_TASKS)}")
+        if self.family is not None and self.family not in FAMILIES:
+            raise ValueError(f"family: found '{self.family}', allowed: {', '.join(FAMILIES)}")
         if self.path is not None and self.config:
             raise ValueError("config: leave it out with path; it is for a new model, and the one at path has its own")
         if "vocab_size" in self.config:

@@ -10,7 +10,7 @@ from raylm.config.base import MayChange, Section
 from raylm.config.compression import CompressionSection
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.evaluation import EvaluationSection
-from raylm.config.families import FAMILY_TASKS
+from raylm.config.families import FAMILIES, is_counted
 from raylm.config.layout import layout_refusal
 from raylm.config.model import ModelSection, ObjectiveSection
 from raylm.config.run import LocalRunSection, ResourcesSection, RunSection
@@ -42,11 +42,38 @@ class TrainConfig(Section):
     checkpoint: Annotated[CheckpointSection, MayChange()] = CheckpointSection()
     resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_pass(cls, values: Any) -> Any:
+        """A counted model takes one pass over the data, so the file need not say how long to train."""
+        if not isinstance(values, dict):
+            return values
+        model, training = values.get("model"), values.get("training", {})
+        counted = isinstance(model, dict) and isinstance(model.get("family"), str) and is_counted(model["family"])
+        if counted and isinstance(training, dict) and not {"steps", "tokens", "epochs"} & set(training):
+            return {**values, "training": {**training, "epochs": 1}}
+        return values
+
+    @model_validator(mode="after")
+    def _counted(self) -> TrainConfig:
+        family = self.model.family
+        if family is None or not is_counted(family):
+            return self
+        plain = TrainingSection(epochs=1)
+        for key in TrainingSection.model_fields:
+            if key != "sequence_length" and getattr(self.training, key) != getattr(plain, key):
+                found = getattr(self.training, key)
+                raise ValueError(
+                    f"training.{key}: found {found}, allowed for the family {family}: leave it out, as "
+                    "its models are counted in one pass over the data"
+                )
+        return self
+
     @model_validator(mode="after")
     def _objective(self) -> TrainConfig:
         family, objective = self.model.family, self.objective
         if family is not None:
-            allowed = FAMILY_TASKS[family]
+            allowed = FAMILIES[family].tasks
             if objective.type == "auto":
                 objective.type = allowed[0]
             if objective.type not in allowed:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raylm.config.families import FAMILIES
 from raylm.data.loading import load_tokenizer, resolve_model
 from raylm.errors import UserError, first_line
-from raylm.models.checks import check_vocabulary, check_weights
+from raylm.models.checks import check_vocabulary, check_weights, read_object
+from raylm.models.families import find_family
 from raylm.models.heads import CAUSAL, Head
 
 if TYPE_CHECKING:
@@ -61,8 +63,13 @@ def load_config(path: str | Path, key: str = "model.path") -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
+    source = resolve_model(path, key)
+    model_type = read_object(Path(source) / "config.json", key).get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES and FAMILIES[model_type].own:
+        # Makes it known to transformers.
+        find_family(model_type)
     try:
-        return AutoConfig.from_pretrained(resolve_model(path, key), trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - what a damaged file leads to has any class
         raise UserError(f"{key}: {path} cannot be loaded: {first_line(error)}") from None
 

@@ -37,6 +37,8 @@ def headline(run: Run) -> dict[str, str]:
 
 def _training_headline(run: Run) -> dict[str, str]:
     lines, report = run.metrics, run.report or {}
+    if "entries" in report:
+        return _counted_headline(report)
     if not lines:
         return {}
     found, last = {}, lines[-1]
@@ -66,6 +68,14 @@ def _training_headline(run: Run) -> dict[str, str]:
         found["workers"] = str(len(memory))
     restarts = sum(event["kind"] == "restart" for event in run.events)
     return found | ({"restarts": str(restarts)} if restarts else {})
+
+
+def _counted_headline(report: dict[str, Any]) -> dict[str, str]:
+    found = {"validation loss, nats a token": f"{report['validation_loss']:.4f}"}
+    if "bits_per_byte" in report:
+        found["validation loss, bits per byte"] = f"{report['bits_per_byte']:.4f}"
+    found["tokens, counted once"] = f"{report['tokens']:,}"
+    return found | {"numbers in the tables": f"{report['entries']:,}", "seconds": f"{report['seconds']:,.1f}"}
 
 
 def _tune_headline(report: dict[str, Any]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from raylm.config.families import ENCODERS, FAMILY_TASKS
+from raylm.config.families import ENCODERS, FAMILIES
 from raylm.config.model import ObjectiveSection
 from raylm.config.tasks import TASKS, tasks_of
 from raylm.errors import UserError
@@ -42,7 +42,9 @@ def make_objective(section: ObjectiveSection, model_type: str) -> Objective:
         UserError: a model of that type cannot be trained so.
     """
     encoder = model_type in ENCODERS
-    allowed = tasks_of(FAMILY_TASKS.get(model_type, ("masked",) if encoder else ("causal",)), encoder=encoder)
+    family = FAMILIES.get(model_type)
+    tasks = family.tasks if family else ("masked",) if encoder else ("causal",)
+    allowed = tasks_of(tasks, encoder=encoder)
     name = allowed[0] if section.type == "auto" else section.type
     if name not in allowed:
         raise UserError(f"objective.type: found '{name}', allowed for a {model_type} model: {', '.join(allowed)}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.cluster.capacity import cluster_capacity
 from raylm.cluster.session import ray_session
 from raylm.config.data import TokenizerSection
+from raylm.config.families import is_counted
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.data.sources.segments import MANIFEST
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 
     from raylm.data.prepare.stage import Input
     from raylm.parallel.plan.planning import TrainedModel
-    from raylm.parallel.plan.precision import Precision
     from raylm.tasks.objective import Objective
     from raylm.tasks.rows import Rows
     from raylm.training.checkpoints.mirror import Mirror
@@ -64,10 +66,13 @@ def validate(config: TrainConfig) -> Checked:
     from raylm.parallel.engines.compilation import check_compilation
     from raylm.parallel.plan.planning import check_model
     from raylm.tasks import make_objective
+    from raylm.training.counting import refuse_counted
 
     if config.training.compile:
         check_compilation(config.parallel.zero_stage)
     loaded = load_config(config.model.path) if config.model.path is not None else None
+    if loaded is not None:
+        refuse_counted(loaded.model_type, "model.path", str(config.model.path), "cannot be trained further")
     objective = make_objective(config.objective, loaded.model_type if loaded else config.model.family)
     data = check_data(config, objective, loaded)
     if config.model.path is not None:
@@ -235,11 +240,9 @@ def run_training(stage: str, config: TrainConfig) -> None:
         UserError: configuration or input is wrong; nothing was started.
         RunFailure: the run failed; the same command goes on from its last checkpoint.
     """
-    from raylm.training.checkpoints.mirror import METRICS, SUMMARY, Mirror
+    from raylm.training.checkpoints.mirror import SUMMARY, Mirror
     from raylm.training.checkpoints.storage import Storage
     from raylm.training.reports.events import EVENTS
-    from raylm.training.reports.metrics import read_metrics
-    from raylm.training.reports.summary import summarize
 
     run = RunDirectory(stage, config)
     mirror = Mirror(Storage(config.run.uri), run.path)
@@ -255,30 +258,67 @@ def run_training(stage: str, config: TrainConfig) -> None:
             checked = validate(config)
 
         with run.held():
+            trainer = _count if is_counted(config.model.family) else _train
             with ray_session():
-                final, data_directory, precision = _train(stage, config, checked, run, mirror)
-            final |= bits_per_byte(config, checked.model.objective, data_directory, final)
-            text = summarize(stage, config.run.name, read_metrics(run.path / METRICS), final)
-            (run.path / SUMMARY).write_text(text, encoding="utf-8")
-            run.write_report(
-                {**final, "precision": precision.record(), "training": config.training.model_dump(mode="json")}
-            )
+                trained = trainer(stage, config, checked, run, mirror)
+            final = trained.final | bits_per_byte(config, checked.model.objective, trained.data, trained.final)
+            (run.path / SUMMARY).write_text(trained.summary(final), encoding="utf-8")
+            run.write_report({**final, **trained.facts, "training": config.training.model_dump(mode="json")})
             # The report goes last, here and to the storage: it says that the run is done.
             mirror.send(SUMMARY, EVENTS, "report.json")
     print(describe(stage, run, final))
 
 
-def _train(
-    stage: str, config: TrainConfig, checked: Checked, run: RunDirectory, mirror: Mirror
-) -> tuple[dict[str, Any], Path, Precision]:
-    """Plan on the joined cluster and train there; returns the last figures, the data's directory and the precision."""
+@dataclass(frozen=True)
+class Trained:
+    """What a trainer gives back.
+
+    Attributes:
+        final: the run's last figures.
+        data: directory of the shards.
+        summary: from the last figures to the run in words.
+        facts: what else the report holds.
+    """
+
+    final: dict[str, Any]
+    data: Path
+    summary: Callable[[dict[str, Any]], str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+Trainer = Callable[[str, TrainConfig, Checked, RunDirectory, "Mirror"], Trained]
+"""Makes a model of checked input on the joined cluster, in a run directory that it creates. One trains by gradient, the
+other counts."""
+
+
+def _count(stage: str, config: TrainConfig, checked: Checked, run: RunDirectory, mirror: Mirror) -> Trained:
+    """Prepare the data on the joined cluster, and count it here."""
+    from raylm.training.counting import count_model, summarize_counting
+    from raylm.training.ray_train.launch import new_attempt
+
+    run.create(config)
+    mirror.own(new_attempt())
+    data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+    run.keep()
+    mirror.send("config.yaml")
+    mirror.send_data()
+    final = count_model(config, run, data_directory, tokenizer_directory)
+    mirror.send("model")
+    return Trained(final, data_directory, functools.partial(summarize_counting, config.run.name))
+
+
+def _train(stage: str, config: TrainConfig, checked: Checked, run: RunDirectory, mirror: Mirror) -> Trained:
+    """Plan on the joined cluster and train there."""
     from raylm.data.loading import resolve_model
     from raylm.parallel.plan.planning import apply_layout, plan_training, recorded
     from raylm.parallel.plan.precision import with_precision
+    from raylm.training.checkpoints.mirror import METRICS
     from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
     from raylm.training.ray_train.launch import launch, new_attempt
     from raylm.training.ray_train.sharing import check_shared
+    from raylm.training.reports.metrics import read_metrics
+    from raylm.training.reports.summary import summarize
 
     capacity, model_config = cluster_capacity(), checked.model.config
     resumed = run.saved() is not None
@@ -312,16 +352,23 @@ def _train(
         use_gpu=layout.use_gpu,
         attempt=attempt,
     )
-    return launch(job, config.resources.cpus_per_worker, config.resources.max_failures), data_directory, precision
+    final = launch(job, config.resources.cpus_per_worker, config.resources.max_failures)
+
+    def summary(final: dict[str, Any]) -> str:
+        return summarize(stage, config.run.name, read_metrics(run.path / METRICS), final)
+
+    return Trained(final, data_directory, summary, {"precision": precision.record()})
 
 
 def describe(stage: str, run: RunDirectory, final: dict[str, Any]) -> str:
     """What came of the run, where it lies and what to type next, for people."""
+    counted = "entries" in final
+    done = f"{final['tokens']:,} tokens counted" if counted else f"{final['step']:,} steps, {final['tokens']:,} tokens"
     per_byte = f", {final['bits_per_byte']:.4f} bits per byte of text" if "bits_per_byte" in final else ""
     return (
-        f"{stage}: {final['step']:,} steps, {final['tokens']:,} tokens\n"
+        f"{stage}: {done}\n"
         f"  result     validation loss {final['validation_loss']:.4f} nats a target{per_byte} (lower is better)\n"
         f"  check      the saved model was loaded again; its logits differ by {final['logits_difference']:.1e}\n"
         f"  model      {run.path / 'model'}\n"
-        f"  next       curves on one page: raylm report {run.path}"
+        f"  next       {'figures' if counted else 'curves'} on one page: raylm report {run.path}"
     )

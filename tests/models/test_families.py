@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from raylm.config.families import FAMILY_TASKS
+from raylm.config.families import FAMILIES, FamilyTraits
 from raylm.config.model import ModelSection, ObjectiveSection
 from raylm.config.training import ParallelSection
 from raylm.errors import UserError
@@ -47,11 +47,13 @@ def config_of(family: str, **values: object) -> PretrainedConfig:
 
 
 def empty(family: str, **values: object) -> PreTrainedModel:
-    return build_empty(config_of(family, **values), find_task(FAMILY_TASKS[family][0]).objective.head)
+    return build_empty(config_of(family, **values), find_task(FAMILIES[family].tasks[0]).objective.head)
 
 
 def test_each_family_has_a_record_of_its_name() -> None:
-    assert [family.model_type for family in all_families()] == list(FAMILY_TASKS) == ["gpt2", "llama", "bert", "t5"]
+    assert (
+        [family.model_type for family in all_families()] == list(FAMILIES) == ["gpt2", "llama", "bert", "t5", "ngram"]
+    )
     assert find_family("mistral") is None
     assert find_outline("mistral") is None
 
@@ -81,7 +83,7 @@ def test_a_new_family_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) ->
         ),
     )
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(FAMILY_TASKS, name, ("causal",))
+    monkeypatch.setitem(FAMILIES, name, FamilyTraits(("causal",)))
     assert ModelSection(family=name).family == name
     objective = make_objective(ObjectiveSection(), name)
     config = config_of(name, num_hidden_layers=2, num_key_value_heads=2)

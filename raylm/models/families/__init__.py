@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from raylm.config.families import FAMILY_TASKS
+from raylm.config.families import FAMILIES
 
 if TYPE_CHECKING:
     from raylm.models.families.base import Family, Outline
@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 
 def find_family(model_type: str) -> Family | None:
     """The record of the family of transformers' ``model_type``; None where raylm knows none."""
-    if model_type not in FAMILY_TASKS:
+    if model_type not in FAMILIES:
         return None
-    return importlib.import_module(f"raylm.models.families.{model_type.replace('-', '_')}").FAMILY
+    family: Family = importlib.import_module(f"raylm.models.families.{model_type.replace('-', '_')}").FAMILY
+    if family.own is not None:
+        family.own.register()
+    return family
 
 
 def all_families() -> list[Family]:
     """The records of all families."""
-    return [family for name in FAMILY_TASKS if (family := find_family(name)) is not None]
+    return [family for name in FAMILIES if (family := find_family(name)) is not None]
 
 
 def find_outline(model_type: str) -> Outline | None:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -100,13 +101,31 @@ class Outline:
 
 
 @dataclass(frozen=True)
+class OwnFamily:
+    """What raylm has of a family that transformers has not.
+
+    Attributes:
+        register: lets transformers open its models; may be called again and again.
+        keys: what ``model.config`` may hold; the rest of its configuration follows from the data.
+        check: refuses values of these keys with a UserError.
+        count: from a configuration and a stream of tokens, int [n], in which an end of text stands before each document
+            and after the last, to a model; None for a family that is trained by gradient.
+    """
+
+    register: Callable[[], None]
+    keys: tuple[str, ...]
+    check: Callable[[Any], None]
+    count: Callable[[Any, np.ndarray], PreTrainedModel] | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """What raylm knows about one architecture.
 
     Attributes:
         model_type: the name that transformers has for it, and the module's (with _ for -).
-        heads_key: configuration key of the number of attention heads.
-        width_key: configuration key of the width of the residual stream.
+        heads_key: configuration key of the number of attention heads, where there are any.
+        width_key: configuration key of the width of the residual stream, where there is one.
         positions_key: configuration key of the longest context; None where positions are relative.
         head_width_key: configuration key of the width of an attention head, where width / heads is not assumed.
         defaults: configuration values that differ from the Hugging Face ones.
@@ -115,11 +134,12 @@ class Family:
         fused_matrices: suffix of a weight's name -> number of matrices side by side in its last dimension.
         reads_encoder: parts of the names of a decoder's weights that are multiplied with the encoder's tokens.
         outline: how its models are split over ranks; None for a family that trains with data parallelism only.
+        own: what raylm has of a family that transformers has not.
     """
 
     model_type: str
-    heads_key: str
-    width_key: str
+    heads_key: str | None = None
+    width_key: str | None = None
     positions_key: str | None = None
     head_width_key: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -128,3 +148,4 @@ class Family:
     fused_matrices: dict[str, int] = field(default_factory=dict)
     reads_encoder: tuple[str, ...] = ()
     outline: Outline | None = None
+    own: OwnFamily | None = None

@@ -19,6 +19,8 @@ from raylm.models.heads import CAUSAL, Head
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from raylm.models.families.base import Family
+
 # Far above the largest models that there are.
 MOST_LAYERS = 2_000
 MOST_WIDTH = 10**6
@@ -30,7 +32,7 @@ def build_config(
     """The Hugging Face configuration of a new model.
 
     Args:
-        family: a key of :data:`raylm.config.families.FAMILY_TASKS`.
+        family: a key of :data:`raylm.config.families.FAMILIES`.
         values: the user's ``model.config``.
         tokenizer: source of the vocabulary size and the special tokens.
         sequence_length: tokens a training sequence; the default for the number of positions.
@@ -45,7 +47,7 @@ def build_config(
     assert known is not None, family
     reference = AutoConfig.for_model(known.model_type)
     # attribute_map holds the generic names (hidden_size for n_embd), which the configuration takes as well.
-    names = set(reference.to_dict()) | set(reference.attribute_map)
+    names = set(known.own.keys) if known.own else set(reference.to_dict()) | set(reference.attribute_map)
     for key in values:
         if key not in names:
             close = difflib.get_close_matches(key, sorted(names), n=1)
@@ -67,10 +69,20 @@ def build_config(
     except (TypeError, ValueError, StrictDataclassError) as error:
         # The last line is the reason; the ones before say which validator found it.
         raise UserError(f"model.config: {str(error).strip().splitlines()[-1].strip()}") from None
-    for name in (known.width_key, known.heads_key):
+    if known.own is not None:
+        known.own.check(config)
+    _check_shape(known, config)
+    return config
+
+
+def _check_shape(known: Family, config: PretrainedConfig) -> None:
+    """Refuse a width that attention heads do not divide."""
+    for name in filter(None, (known.width_key, known.heads_key)):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"model.config.{name}: found {value!r}, allowed: an integer above 0")
+    if known.width_key is None or known.heads_key is None:
+        return
     width, heads = getattr(config, known.width_key), getattr(config, known.heads_key)
     if width % heads and not (known.head_width_key and getattr(config, known.head_width_key, None)):
         raise UserError(
@@ -82,7 +94,6 @@ def build_config(
             f"model.config.num_key_value_heads: found {key_value_heads}, "
             f"allowed: a divisor of {known.heads_key} ({heads})"
         )
-    return config
 
 
 def _check_value(key: str, value: Any, default: Any, positions_key: str | None) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel as Model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from raylm.errors import UserError
-from raylm.models.families.base import Family
+from raylm.models.families.base import Family, OwnFamily
 from raylm.models.families.ngram_counts import SMOOTHINGS, Order, count_orders
 
 MOST_ORDER = 8
@@ -240,4 +240,6 @@ def register() -> None:
     AutoModelForCausalLM.register(NgramConfig, NgramForCausalLM, exist_ok=True)
 
 
-FAMILY = Family(model_type="ngram", count=count, check=check, register=register)
+FAMILY = Family(
+    model_type="ngram", own=OwnFamily(register=register, keys=("order", "smoothing"), check=check, count=count)
+)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from raylm.cluster.capacity import Capacity, planned_cluster, this_machine
 from raylm.config.data import BYTE_ALPHABET
+from raylm.config.families import is_counted
 from raylm.config.layout import bf16_refusal, compiled_refusal, micro_batch_refusal
 from raylm.config.stages import TrainConfig
 from raylm.data.loading import load_tokenizer
@@ -248,6 +249,11 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     import torch
 
+    if is_counted(config.model.family):
+        raise UserError(
+            f"model.family: found {config.model.family}, which is counted on one machine in one pass; allowed with "
+            "raylm plan: a family that is trained by gradient"
+        )
     gpus = torch.cuda.device_count()
     memory = float(torch.cuda.get_device_properties(0).total_memory) if gpus else None
     capacity = planned_cluster(config.resources, this_machine(gpus, memory))
