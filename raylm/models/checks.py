@@ -52,7 +52,7 @@ def _shards(directory: Path, key: str) -> dict[str, set[str]]:
     index = directory / INDEX
     if not index.exists() or (directory / WEIGHTS).is_file():
         return {WEIGHTS: set()}
-    places = read_object(index, key).get("weight_map")
+    places = read_part(index, key).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) and name for name in places.values()):
         raise UserError(f"{key}: {index} is damaged: found no weight_map of tensors and files")
     shards: dict[str, set[str]] = {}
@@ -74,7 +74,7 @@ def _instead(directory: Path) -> str:
     )
 
 
-def read_object(path: Path, key: str) -> dict[str, Any]:
+def read_part(path: Path, key: str) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is no file.
 
     Raises:
@@ -116,7 +116,7 @@ def check_vocabulary(
             f"{key}: {source}: found a tokenizer with token ids up to {largest}, allowed: at most {rows - 1}, as the "
             f"model's embedding has {rows} rows (vocab_size); give it the tokenizer that it was trained with"
         )
-    generation = read_object(Path(source) / "generation_config.json", key)
+    generation = read_part(Path(source) / "generation_config.json", key)
     for name, values in (("config.json", config.to_dict()), ("generation_config.json", generation)):
         for field, value in values.items():
             # -1 is how older configurations say none.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from raylm.config.families import FAMILIES
 from raylm.data.loading import load_tokenizer, resolve_model
 from raylm.errors import UserError, first_line
-from raylm.models.checks import check_vocabulary, check_weights, read_object
+from raylm.models.checks import check_vocabulary, check_weights, read_part
 from raylm.models.families import find_family
 from raylm.models.heads import CAUSAL, Head
 
@@ -64,7 +64,7 @@ def load_config(path: str | Path, key: str = "model.path") -> PretrainedConfig:
     from transformers import AutoConfig
 
     source = resolve_model(path, key)
-    model_type = read_object(Path(source) / "config.json", key).get("model_type")
+    model_type = read_part(Path(source) / "config.json", key).get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES and FAMILIES[model_type].own:
         # Makes it known to transformers.
         find_family(model_type)

@@ -11,7 +11,9 @@ import pytest
 from raylm.config.augmentation import AugmentationSection, MethodSection
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.config.loading import validate
-from raylm.data.augmentation.word_edits import draw_key, make_variant, read_synonyms
+from raylm.data.augmentation.prompts import pair_in
+from raylm.data.augmentation.served_model import Unanswered
+from raylm.data.augmentation.word_edits import Draw, draw_key, make_variant, read_synonyms
 from raylm.data.prepare.stage import prepare_directory, prepared_directory
 from raylm.data.samples.token_samples import open_samples
 from raylm.data.sources.documents import Document, make_pair, read_documents, split_of
@@ -189,3 +191,33 @@ def test_a_label_that_is_not_there_is_refused(ray_instance, labelled: Path, tmp_
     with pytest.raises(UserError, match=r"pairs\.jsonl:1: no column 'klass'; columns found: prompt, answer, class"):
         prepare_directory(tmp_path / "set", data, TokenizerSection(type="byte"))
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("size", [2, 3, 64, 1000])
+def test_words_are_drawn_from_those_that_are_left(size: int) -> None:
+    items = [7 * place for place in range(size)]
+    for count in (1, 2, size // 2, size, size + 5):
+        left, draw = list(items), Draw(f"{size} {count}")
+        expected = [left.pop(draw.below(len(left))) for _ in range(min(count, size))]
+        assert Draw(f"{size} {count}").some(items, count) == expected
+    assert list(Draw("two").two(items)) == Draw("two").some(items, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("Question: What is it?\nAnswer: A list.\nOf words.", ("What is it?", "A list.\nOf words.")),
+        ("Sure!\n\nQUESTION : a\n b \n\n  answer：c ", ("a\n b", "c")),
+        ("问题：这是什么？\n答案：一本书。", ("这是什么？", "一本书。")),
+        ("Question: a Answer: b", None),
+        ("Question:\nAnswer: b", None),
+        ("Question: a\nAnswer: ", None),
+        ("Answer: b\nQuestion: a", None),
+    ],
+)
+def test_a_pair_is_read_from_an_answer(text: str, pair: tuple[str, str] | None) -> None:
+    if pair is None:
+        with pytest.raises(Unanswered, match="no lines 'Question"):
+            pair_in(text)
+    else:
+        assert pair_in(text) == pair

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 
 import pytest
 
+from raylm.config.augmentation import MethodSection
+from raylm.data.augmentation.prompts import pair_in
+from raylm.data.augmentation.served_model import Unanswered
+from raylm.data.augmentation.word_edits import make_variant
 from raylm.data.cleaning.changes import html_to_text, mask_addresses, mask_emails, mask_phones
 from raylm.data.cleaning.changes import without_control_characters as without_controls
 from raylm.data.cleaning.quality import c4_lines, gopher_quality
 from raylm.data.words import normalized, words_of
 
 CHARACTERS = 200_000
+
+
+def pair_or_none(text: str) -> object:
+    with contextlib.suppress(Unanswered):
+        return pair_in(text)
+    return None
+
+
+def edited(method: str) -> Callable[[str], object]:
+    return lambda text: make_variant(text, MethodSection(method=method), None, "key")
+
+
 FUNCTIONS: dict[str, Callable[[str], object]] = {
     "html": html_to_text,
     "controls": without_controls,
@@ -22,12 +39,14 @@ FUNCTIONS: dict[str, Callable[[str], object]] = {
     "c4": c4_lines,
     "gopher": lambda text: gopher_quality(text, words_of(text)),
     "normalized": normalized,
+    "pair": pair_or_none,
+    **{method: edited(method) for method in ("swap", "delete", "span_mask")},
 }
 PIECES = (
     "a", "@", "a@", "a.", "a@b.", "a@b.1", "@a.b1", "a-", "1", "1.", "1:", ":", "+1", "(12) ", "12-", " ", "\n", " x",
     "\t \n", ".", ".'", "!)", ")", "{", "中", "中。", "e\u0301", "\u0301", "ﷺ", "x\n\n", "\r", "…", "uses ", "<", "&",
     "&amp", "<!--", "<b>", "<p>", "<div>", "<b><p>", "</p>", "<span>", "<a href=x>", "<table>", "<td>", "<script>",
-    "<svg>",
+    "<svg>", "question:", "question: x\n", "\nanswer", "answer :",
 )  # fmt: skip
 TAILS = {"emails": "@ x", "html": "<p>"}
 

@@ -34,10 +34,8 @@ TEMPLATES = {
 }
 _LETTERS = re.compile(r"[^\W\d_]")
 _CJK = re.compile(f"[{CJK}]")
-_PAIR = re.compile(
-    r"(?:question|问题)\s*[:：]\s*(?P<prompt>.+?)\s*\n\s*(?:answer|答案|回答)\s*[:：]\s*(?P<answer>.+)",
-    re.DOTALL | re.IGNORECASE,
-)
+_QUESTION = re.compile(r"(?:question|问题)\s*[:：]", re.IGNORECASE)
+_ANSWER = re.compile(r"\n[^\S\n]*(?:answer|答案|回答)\s*[:：]", re.IGNORECASE)
 
 
 def is_chinese(text: str) -> bool:
@@ -76,7 +74,19 @@ async def ask_for_pair(model: ServedModel, method: MethodSection, document: Docu
     template = method.template or TEMPLATES["generate pair"][is_chinese(document.text)]
     context = f"{document.context}\n\n" if document.context else ""
     asked = fill(template, text=document.text, prompt=document.prompt, answer=document.answer, context=context)
-    found = _PAIR.search(await model.ask(asked, seed))
-    if found is None:
-        raise Unanswered("no lines 'Question: ...' and 'Answer: ...' in the answer")
-    return found["prompt"].strip(), found["answer"].strip()
+    return pair_in(await model.ask(asked, seed))
+
+
+def pair_in(text: str) -> tuple[str, str]:
+    """The question and the answer that ``text`` has after these words.
+
+    Raises:
+        Unanswered: it has none.
+    """
+    question = _QUESTION.search(text)
+    answer = _ANSWER.search(text, question.end()) if question else None
+    if question is not None and answer is not None:
+        found = text[question.end() : answer.start()].strip(), text[answer.end() :].strip()
+        if all(found):
+            return found
+    raise Unanswered("no lines 'Question: ...' and 'Answer: ...' in the answer")

@@ -63,9 +63,38 @@ class Draw:
         return min(count - 1, int(self._random.random() * count))
 
     def some(self, items: Sequence[int], count: int) -> list[int]:
-        """``count`` different ones of ``items``, in the order of drawing."""
-        left = list(items)
-        return [left.pop(self.below(len(left))) for _ in range(min(count, len(left)))]
+        """``count`` different ones of ``items``, in the order of drawing, each one of those that are left."""
+        left = Places(len(items))
+        return [items[left.take(self.below(len(items) - taken))] for taken in range(min(count, len(items)))]
+
+    def two(self, items: Sequence[int]) -> tuple[int, int]:
+        """:meth:`some` of two, without looking at all of at least two ``items``."""
+        first, second = self.below(len(items)), self.below(len(items) - 1)
+        return items[first], items[second + (second >= first)]
+
+
+class Places:
+    """The numbers from 0 to ``count`` - 1, of which any is taken out in the time of a logarithm (Fenwick 1994)."""
+
+    def __init__(self, count: int) -> None:
+        # Entry i counts what is left of the (i & -i) numbers before i.
+        self._left = [place & -place for place in range(count + 1)]
+        self._top = 1 << count.bit_length() >> 1
+
+    def take(self, number: int) -> int:
+        """Take out the one with ``number`` smaller ones that are left."""
+        place, step = 0, self._top
+        while step:
+            further = place + step
+            if further < len(self._left) and self._left[further] <= number:
+                number -= self._left[further]
+                place = further
+            step >>= 1
+        changed = place + 1
+        while changed < len(self._left):
+            self._left[changed] -= 1
+            changed += changed & -changed
+        return place
 
 
 def make_variant(text: str, method: MethodSection, synonyms: Synonyms | None, key: str) -> str:
@@ -95,7 +124,7 @@ def _swap(text: Text, draw: Draw, count: int) -> None:
     if len(text.words) < 2:
         return
     for _ in range(count):
-        left, right = draw.some(text.words, 2)
+        left, right = draw.two(text.words)
         text.pieces[left], text.pieces[right] = text.pieces[right], text.pieces[left]
 
 
