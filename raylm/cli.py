@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and turn its errors into the exit status."""
     with interruptible() as interrupts:
         try:
-            status = app(args=arguments, standalone_mode=False) or 0
+            status = app(args=arguments, prog_name="raylm", standalone_mode=False) or 0
             # So Typer returns it.
             return _interrupted(interrupts) if status == SIGNALLED + signal.SIGINT else status
         except (KeyboardInterrupt, typer.Abort):
@@ -309,8 +309,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     """Say what went wrong, in one line where it is an error that we know; anything else is raised."""
-    if isinstance(error, click.ClickException):
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
+        return 2
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "raylm"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        print(f"raylm: error: {message}; see {command} --help", file=sys.stderr)
         return 2
     if isinstance(error, UserError):
         print(f"raylm: error: {error}", file=sys.stderr)

@@ -69,6 +69,27 @@ def test_a_recipe_is_found_by_what_people_type(name: str) -> None:
     assert find_recipe(name).name == "shakespeare/plain"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain"], "raylm: error: Missing argument 'CONFIG'; see raylm pretrain --help\n"),
+        (
+            ["generate", "m", "p", "--max-new-token", "3"],
+            "raylm: error: No such option '--max-new-token'. Did you mean '--max-new-tokens'?",
+        ),
+        (["pretrian", "x.yaml"], "raylm: error: No such command 'pretrian'"),
+        (["doctor", "more"], "raylm: error: Got unexpected extra argument (more); see raylm doctor --help\n"),
+        (["quickstart", "--directory"], "raylm: error: Option '--directory' requires an argument; see raylm --help\n"),
+    ],
+)
+def test_a_mistyped_command_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(message)
+    assert shown.err.count("\n") == 1
+
+
 def test_unknown_recipe_is_one_line_with_near_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "quickstart/pretrian"]) == 2
     error = capsys.readouterr().err

@@ -29,6 +29,7 @@ from raylm.compression.table import table
 from raylm.config.families import is_counted
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
+from raylm.data.prepare.inputs import check_run_unchanged, note_inputs, run_stamps
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
 from raylm.interrupts import ended_at_once, insistent
@@ -58,6 +59,7 @@ def compress(config: CompressConfig) -> None:
     run = RunDirectory("compress", config)
     run.check()
     if (report := run.report()) is not None:
+        check_run_unchanged(run.path, config.data, config.model.path)
         print(f"compress: {run.path} is done already\n{table(report)}\n{_next(run)}")
         return
     if config.model.path is None:
@@ -74,11 +76,13 @@ def compress(config: CompressConfig) -> None:
     task, steps = task_of(model_config), Steps(config.compression.steps)
     steps.check(task.head)
     load_parts(source)
+    stamps = run_stamps(config.data, source)
     with run.held(resumes=False):
         if task.evaluation is not None:
             report = _compress_encoder(task, task.evaluation, source, config, run)
         else:
             report = _compress_generator(source, config, run)
+        note_inputs(run.path, stamps)
         run.write_report(report)
     print(
         f"compress: {config.model.path} to {steps.describe()}, {report['threads']} CPU threads\n"

@@ -20,6 +20,7 @@ from raylm.config.data import DataSection
 from raylm.config.evaluation import EvaluationSection
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import EvaluateConfig
+from raylm.data.prepare.inputs import check_run_unchanged, note_inputs, run_stamps
 from raylm.errors import RunFailure, UserError, first_line
 from raylm.evaluation.perplexity import (
     TextStream,
@@ -112,6 +113,9 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.model.path is None:
             raise UserError("model.path: missing; evaluate needs an existing model")
         report = _measure(config, run)
+    else:
+        check_run_unchanged(run.path, config.data, config.model.path)
+        print(f"evaluate: {run.path} is done already")
     print(f"{describe(report)}\n  report     {run.path / 'report.json'}; as a page: raylm report {run.path}")
 
 
@@ -126,6 +130,7 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
 
     with Activity("evaluate: reading the model's configuration and the data"), ended_at_once():
         source = resolve_model(config.model.path)
+        stamps = run_stamps(config.data, config.model.path)
         model_config = load_config(source)
         task = task_of(model_config)
         if scored := task.evaluation is not None and task.evaluation.results:
@@ -149,6 +154,7 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
         else:
             figures = evaluate_stream(source, stream, window, config)
         report = {"model": config.model.path, **figures}
+        note_inputs(run.path, stamps)
         run.write_report(report)
     return report
 

@@ -136,6 +136,20 @@ def check_raw_unchanged(config: TrainConfig) -> None:
         check_unchanged(config.run.directory / "data", config.data, config.run.directory)
 
 
+def check_done(config: TrainConfig) -> None:
+    """Refuse to take a finished run for one of the data and the model as they are now where one has changed since.
+
+    Raises:
+        UserError: names the file.
+    """
+    from raylm.data.prepare.inputs import check_run_unchanged
+
+    check_raw_unchanged(config)
+    # As in check_raw_unchanged.
+    if not config.run.remote:
+        check_run_unchanged(config.run.directory, config.data, config.model.path)
+
+
 def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
     """Refuse prepared data whose ids are not those of the model that training goes on from.
 
@@ -240,6 +254,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
         UserError: configuration or input is wrong; nothing was started.
         RunFailure: the run failed; the same command goes on from its last checkpoint.
     """
+    from raylm.data.prepare.inputs import note_inputs, run_stamps
     from raylm.training.checkpoints.mirror import SUMMARY, Mirror
     from raylm.training.checkpoints.storage import Storage
     from raylm.training.reports.events import EVENTS
@@ -251,11 +266,12 @@ def run_training(stage: str, config: TrainConfig) -> None:
         mirror.open_run()
         run.check()
         if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
-            check_raw_unchanged(config)
+            check_done(config)
             print(f"{stage}: {run.path} is done already\n{describe(stage, run, done)}")
             return
         with Activity(f"{stage}: checking the data and the model"), ended_at_once():
             checked = validate(config)
+            stamps = run_stamps(config.data, config.model.path)
 
         with run.held():
             trainer = _count if is_counted(config.model.family) else _train
@@ -263,6 +279,8 @@ def run_training(stage: str, config: TrainConfig) -> None:
                 trained = trainer(stage, config, checked, run, mirror)
             final = trained.final | bits_per_byte(config, checked.model.objective, trained.data, trained.final)
             (run.path / SUMMARY).write_text(trained.summary(final), encoding="utf-8")
+            if not config.run.remote:
+                note_inputs(run.path, stamps)
             run.write_report({**final, **trained.facts, "training": config.training.model_dump(mode="json")})
             # The report goes last, here and to the storage: it says that the run is done.
             mirror.send(SUMMARY, EVENTS, "report.json")

@@ -19,6 +19,7 @@ from raylm.cluster.groups import groups_given_back
 from raylm.cluster.session import ray_session
 from raylm.config.run_directory import RunDirectory, read_object
 from raylm.config.stages import TuneConfig
+from raylm.data.prepare.inputs import note_inputs, run_stamps
 from raylm.errors import RunFailure, UserError
 from raylm.interrupts import Deferred, deferred, ended_at_once
 from raylm.progress import Activity
@@ -50,17 +51,18 @@ def tune(config: TuneConfig) -> None:
         UserError: configuration or input is wrong, or the run is an older raylm's; nothing was started.
         RunFailure: no trial finished.
     """
-    from raylm.training.stage import check_raw_unchanged, ensure_data, validate
+    from raylm.training.stage import check_done, ensure_data, validate
 
     run = RunDirectory("tune", config)
     run.check()
     if (done := run.report()) is not None:
-        check_raw_unchanged(config)
+        check_done(config)
         print(f"tune: {run.path} is done already\n{describe(run, done, list(config.tuning.space))}")
         return
     _refuse_older(run)
     with Activity("tune: checking the data and the model"), ended_at_once():
         checked = validate(config)
+        stamps = run_stamps(config.data, config.model.path)
         candidates = draw_candidates(config.tuning, config.run.seed)
         for candidate in candidates:
             trial_config(config, candidate)
@@ -98,11 +100,14 @@ def tune(config: TuneConfig) -> None:
             run.keep()
             with groups_given_back():
                 rows = _search(planner, base, len(candidates), at_a_time)
-            best = _export_best(run, rows)
-            report = {"best": best, "trials": rows, "concurrent_trials": at_a_time, "precision": precision.record()}
-            run.write_report(report)
-    finished = sum(row["status"] == "finished" for row in rows)
-    print(f"tune: {len(rows)} trials, {finished} finished\n{describe(run, report, list(config.tuning.space))}")
+            report = {"best": _export_best(run, rows), "trials": rows, "concurrent_trials": at_a_time}
+            note_inputs(run.path, stamps)
+            run.write_report(report | {"precision": precision.record()})
+    print(f"tune: {_counted(rows)}\n{describe(run, report, list(config.tuning.space))}")
+
+
+def _counted(rows: list[dict[str, Any]]) -> str:
+    return f"{len(rows)} trials, {sum(row['status'] == 'finished' for row in rows)} finished"
 
 
 def _export_best(run: RunDirectory, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from raylm.config.data import DataSection
-from raylm.data.prepare.inputs import check_unchanged, note_inputs, open_inputs, stamps_of
+from raylm.data.prepare.inputs import (
+    check_run_unchanged,
+    check_unchanged,
+    note_inputs,
+    open_inputs,
+    run_stamps,
+    stamps_of,
+)  # fmt: skip
 from raylm.errors import UserError
 
 
@@ -46,9 +54,44 @@ def test_a_changed_input_is_named(change: str, tmp_path: Path) -> None:
     check_unchanged(prepared, data, prepared)
     act, expected = CHANGES[change]
     act(folder)
-    with pytest.raises(UserError, match=rf"^data: .*{expected}.* since .*/set was prepared; choose another run\.name"):
+    with pytest.raises(UserError, match=rf"^data: .*{expected}.* since .*/set was made; choose another run\.name"):
         check_unchanged(prepared, data, prepared)
 
 
 def test_a_set_of_an_older_raylm_is_taken_as_it_is(tmp_path: Path) -> None:
     check_unchanged(tmp_path, DataSection(train=str(tmp_path / "gone.txt")), tmp_path)
+
+
+RUN_CHANGES: dict[str, tuple[Callable[[Path], object], str | None]] = {
+    "weights": (lambda root: touch(root / "model" / "model.safetensors"), r"model\.safetensors has changed"),
+    "tokenizer": (
+        lambda root: (root / "model" / "tokenizer.json").write_text("{ }"),
+        r"tokenizer\.json has changed",
+    ),
+    "another set": (lambda root: (root / "set" / "manifest.json").write_text("[2]"), r"manifest\.json has changed"),
+    "text": (lambda root: (root / "v.txt").write_text("more"), r"v\.txt has changed"),
+    "nothing": (lambda root: None, None),
+    # A copy of the same set, a model that was moved away, and what is no part of a model.
+    "the same set": (lambda root: touch(root / "set" / "manifest.json"), None),
+    "gone": (lambda root: shutil.rmtree(root / "model"), None),
+    "notes": (lambda root: (root / "model" / "README.md").write_text("x"), None),
+}
+
+
+@pytest.mark.parametrize("change", RUN_CHANGES)
+def test_a_finished_run_is_not_that_of_another_model_or_set(change: str, tmp_path: Path) -> None:
+    for name, text in (("model/config.json", "{}"), ("model/model.safetensors", "w"), ("model/tokenizer.json", "{}"),
+                       ("set/manifest.json", "[1]"), ("v.txt", "text"), ("run/report.json", "{}")):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    data = DataSection(train=str(tmp_path / "set"), validation=str(tmp_path / "v.txt"))
+    run, model = tmp_path / "run", str(tmp_path / "model")
+    check_run_unchanged(run, data, model)
+    note_inputs(run, run_stamps(data, model))
+    act, expected = RUN_CHANGES[change]
+    act(tmp_path)
+    if expected is None:
+        check_run_unchanged(run, data, model)
+    else:
+        with pytest.raises(UserError, match=rf"^{tmp_path}/.*{expected}.* since {run} was made; choose another run"):
+            check_run_unchanged(run, data, model)

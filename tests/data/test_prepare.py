@@ -225,8 +225,8 @@ def test_a_failed_prepare_leaves_what_others_have_finished(ray_instance, tmp_pat
     output, errors = process.communicate(timeout=150)
     assert process.returncode == 2 and output == ""
     assert errors.splitlines()[-1] == (
-        f"raylm: error: data: {tmp_path}/good.txt has changed (15 bytes, now 21) since {storage}/set was prepared; "
-        f"choose another run.name to prepare the data as it is now, or remove {storage}/set first"
+        f"raylm: error: data: {tmp_path}/good.txt has changed (15 bytes, now 21) since {storage}/set was made; "
+        f"choose another run.name to take it as it is now, or remove {storage}/set first"
     )
     # A set whose sources are gone stands for them.
     (tmp_path / "good.txt").unlink()

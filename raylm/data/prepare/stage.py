@@ -25,7 +25,7 @@ from raylm.data.cleaning.changes import changes_of
 from raylm.data.prepare.baselines import compressed_sizes
 from raylm.data.prepare.card import describe_set
 from raylm.data.prepare.card_page import write_card
-from raylm.data.prepare.inputs import FILE, check_unchanged, note_inputs, open_inputs, stamps_of
+from raylm.data.prepare.inputs import FILE, check_unchanged, model_stamps, note_inputs, open_inputs, stamps_of
 from raylm.data.prepare.summary import describe, warning
 from raylm.data.sources.corpus import Corpus, Survey
 from raylm.data.sources.documents import Split, make_pair, read_documents
@@ -118,7 +118,7 @@ def prepare(config: PrepareConfig) -> None:
     run = RunDirectory("prepare", config)
     run.check()
     if (report := run.report()) is not None:
-        check_unchanged(run.path, config.data, run.path)
+        check_unchanged(run.path, config.data, run.path, config.tokenizer.path)
         print(f"prepare: {run.path} is done already\n{describe(run.path, report)}")
         return
     with Activity("prepare: looking at the sources"):
@@ -192,6 +192,8 @@ def _build(directory: Path, checked: Input, laps: _Laps, *, cpus: int | None) ->
     from raylm.data.tokens.tokenizers import tokenizer_hash
 
     stamps = stamps_of(open_inputs(checked.data))
+    if checked.tokenizer.path is not None:
+        stamps |= model_stamps(checked.tokenizer.path)
     pipeline = Pipeline(directory, checked.data, checked.tokenizer, checked.corpus, cpus)
     made = _tokenize(pipeline, checked, laps)
     entries = [entry for result in made.results for entry in result["entries"]]
