@@ -21,6 +21,7 @@ from pathlib import Path
 
 from raylm.cluster.environment import default_environment, without_api_keys
 from raylm.cluster.local_access import local_access, reread_environment
+from raylm.cluster.local_processes import only_what_is_used
 from raylm.errors import RunFailure, UserError, first_line
 from raylm.progress import Activity
 
@@ -131,7 +132,8 @@ def _start_ray(dashboard: bool) -> None:
     patience = {"RAY_gcs_server_port_wait_time_s": "1"} if address else {}
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with without_api_keys(), default_environment(patience):
+            spared = contextlib.nullcontext() if address else only_what_is_used(dashboard=dashboard)
+            with without_api_keys(), default_environment(patience), spared:
                 ray.init(**options)
             return
         except Exception as error:  # Ray raises its bare class where a process of it does not come up in time

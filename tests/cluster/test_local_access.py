@@ -45,13 +45,15 @@ for turn in range(2):
     with ray_session(dashboard=turn == 0):
         address = ray.get_runtime_context().gcs_address
         secret = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-        addresses, keys = set(), 0
+        addresses, keys, commands = set(), 0, ""
         ray.get(ray.remote(lambda: 1).remote())
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
             ports = [c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"]
             addresses.update(ports)
+            commands += " ".join(process.cmdline()) if process.pid != os.getpid() else ""
             keys += "RAYLM_API_KEYS" in process.environ() and process.pid != os.getpid()
         found = {"address": address, "listen": sorted(addresses), "keys": keys, "with": ask(address, **secret)}
+        found["helpers"] = [name for name in ("log_monitor.py", "dashboard/dashboard.py") if name in commands]
         if turn == 0:
             found["without"] = ask(address)
             found["disabled"] = ask(address, RAY_AUTH_MODE="disabled")
@@ -108,3 +110,5 @@ def test_only_the_token_lets_in() -> None:
         assert said["keys"] == 0
     for refused in ("without", "disabled", "wrong"):
         assert first[refused].startswith("ConnectionError: Failed to connect to Ray cluster at 127.0.0.1:")
+    # Of Ray's processes only those are started that something asks.
+    assert (first["helpers"], second["helpers"]) == (["dashboard/dashboard.py"], [])
