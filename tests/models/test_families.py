@@ -173,3 +173,17 @@ def test_the_operations_of_a_token_are_counted_by_family(family: str) -> None:
 def test_values_that_no_layer_is_built_from_are_refused(family: str, key: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"model\.config\.{key}: found '?{value}'?, allowed: "):
         config_of(family, **{key: value})
+
+
+@pytest.mark.parametrize("family", [family.model_type for family in all_families() if family.outline])
+def test_what_a_step_gives_can_be_sent(family: str) -> None:
+    """A stage may end behind any step; T5's position bias is a view in another order."""
+    outline = find_outline(family)
+    head = find_task(FAMILIES[family].tasks[0]).objective.head
+    model = build_model(config_of(family), 0, head).eval()
+    entries = tuple(torch.full((2, 9), 5) for _ in outline.inputs)
+    values = entries if len(entries) > 1 else entries[0]
+    steps, group = outline.steps(model), TensorGroup(0, 1)
+    for step in [*steps.before, *steps.blocks, *steps.after]:
+        values = StageLayer(step, model, outline, group)(values)
+        assert all(value.is_contiguous() for value in (values if isinstance(values, tuple) else (values,)))

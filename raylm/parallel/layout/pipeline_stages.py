@@ -34,8 +34,9 @@ class StageLayer(nn.Module):
             setattr(self, name, value)
 
     def forward(self, values: Values) -> Values:
-        """What the step makes of ``values``."""
-        return self.step.forward(self, values)
+        """What the step makes of ``values``; as the next stage may be sent it, each tensor in one piece of memory."""
+        made = self.step.forward(self, values)
+        return tuple(value.contiguous() for value in made) if isinstance(made, tuple) else made.contiguous()
 
     def copy_to_parts(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden`` as the input of a weight that each rank holds a part of; see the steps' ``Layer``."""
