@@ -23,6 +23,7 @@ import typer
 import raylm
 from raylm.errors import RunFailure, UserError
 from raylm.interrupts import SIGNALLED, SIGNALS, Interrupts, ended_at_once, ending, interruptible
+from raylm.launcher.commands import add_commands
 from raylm.progress import Activity
 
 app = typer.Typer(
@@ -290,6 +291,9 @@ def quickstart(
     from raylm.quickstart.pipeline import run_quickstart
 
     run_quickstart(directory, keep_serving=serve)
+
+
+add_commands(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Ray notes within a second or two that a process has ended.
 GIVING_BACK_SECONDS = 30
 # Begun first, so that no process is left alone with them at the end.
-LONGEST = ("test_faults", "test_storage", "test_recipes", "test_search", "test_pipeline")
+LONGEST = ("test_faults", "test_storage", "test_cluster_jobs", "test_search", "test_pipeline")
 
 
 TESTS = Path(__file__).parent

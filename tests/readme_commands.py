@@ -112,7 +112,10 @@ def _check_raylm(arguments: list[str], mention: bool) -> None:
     if name == "recipes" and values["name"] and not PLACEHOLDER.search(values["name"]):
         _need_file(f"jobs/recipes/{values['name']}.yaml")
     if "config" in values:
-        _check_stage("pretrain" if name == "plan" else name, str(values["config"]), values["overrides"] or [])
+        stage = {"plan": "pretrain", "submit": values.get("stage")}.get(name, name)
+        if stage not in STAGES:
+            raise Mistake(f"no such stage: {stage}")
+        _check_stage(stage, str(values["config"]), values["overrides"] or [])
 
 
 def _check_stage(stage: str, path: str, overrides: list[str]) -> None:

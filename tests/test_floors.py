@@ -20,7 +20,7 @@ FLOORS = (
     ("tasks",),
     ("parallel",),
     ("evaluation",),
-    ("training", "compression", "serving"),
+    ("training", "compression", "serving", "launcher"),
     ("tuning",),
     ("reports", "quickstart"),
     ("cli",),

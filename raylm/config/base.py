@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 # What fits the 32-bit integers of the libraries below.
 LARGEST_COUNT = 2**31 - 1
@@ -72,6 +73,18 @@ Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Workers = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
 PathText = Annotated[str, AfterValidator(_usable_path)]
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Whether a key, or what it lists, is the path of a file or directory."""
+    mark = PathText.__metadata__[0]  # type: ignore[attr-defined]
+    return mark in field.metadata or _has_mark(field.annotation, mark)
+
+
+def _has_mark(annotation: Any, mark: object) -> bool:
+    if mark in getattr(annotation, "__metadata__", ()):
+        return True
+    return any(_has_mark(part, mark) for part in getattr(annotation, "__args__", ()))
 
 
 @dataclass(frozen=True)
