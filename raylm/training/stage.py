@@ -133,7 +133,8 @@ def check_raw_unchanged(config: TrainConfig) -> None:
 
     # Files of another host, on which a run in a remote storage may go on, have times of their own.
     if not config.run.remote:
-        check_unchanged(config.run.directory / "data", config.data, config.run.directory)
+        tokenizer = config.model.path or config.new_tokenizer.path
+        check_unchanged(config.run.directory / "data", config.data, config.run.directory, tokenizer)
 
 
 def check_done(config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from raylm.data.prepare.inputs import (
     open_inputs,
     run_stamps,
     stamps_of,
+    tokenizer_stamps,
 )  # fmt: skip
 from raylm.errors import UserError
 
@@ -60,6 +61,35 @@ def test_a_changed_input_is_named(change: str, tmp_path: Path) -> None:
 
 def test_a_set_of_an_older_raylm_is_taken_as_it_is(tmp_path: Path) -> None:
     check_unchanged(tmp_path, DataSection(train=str(tmp_path / "gone.txt")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("noted", "act", "expected"),
+    [
+        (True, lambda model: touch(model / "tokenizer.json"), r"^tokenizer: .*tokenizer\.json has changed \(same size"),
+        (True, lambda model: None, None),
+        (True, shutil.rmtree, None),
+        # A set of an older raylm.
+        (False, lambda model: touch(model / "tokenizer.json"), None),
+    ],
+    ids=["changed", "the same", "gone", "not noted"],
+)
+def test_an_existing_tokenizer_is_part_of_a_set(
+    tmp_path: Path, noted: bool, act: Callable[[Path], object], expected: str | None
+) -> None:
+    model, prepared = tmp_path / "model", tmp_path / "set"
+    for folder in (model, prepared):
+        folder.mkdir()
+    (model / "tokenizer.json").write_text("{}")
+    (tmp_path / "a.txt").write_text("one")
+    data = DataSection(train=str(tmp_path / "a.txt"))
+    note_inputs(prepared, stamps_of(open_inputs(data)) | tokenizer_stamps(model if noted else None))
+    act(model)
+    if expected is None:
+        check_unchanged(prepared, data, prepared, model)
+    else:
+        with pytest.raises(UserError, match=expected):
+            check_unchanged(prepared, data, prepared, model)
 
 
 RUN_CHANGES: dict[str, tuple[Callable[[Path], object], str | None]] = {

@@ -21,6 +21,8 @@ from raylm.data.sources.segments import MANIFEST, Source, open_sources
 from raylm.errors import UserError
 
 FILE = "inputs.json"
+# Before the files of an existing tokenizer.
+TOKENIZER = "tokenizer: "
 # Of a model's directory.
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
@@ -68,6 +70,12 @@ def model_stamps(model: str | Path) -> Stamps:
     return {str(path): [path.stat().st_size, str(path.stat().st_mtime_ns)] for path in files}
 
 
+def tokenizer_stamps(tokenizer: str | Path | None) -> Stamps:
+    """:func:`model_stamps` of an existing tokenizer that a set is made with, told apart from the sources."""
+    found = {} if tokenizer is None else model_stamps(tokenizer)
+    return {f"{TOKENIZER}{name}": stamp for name, stamp in found.items()}
+
+
 def open_inputs(data: DataSection) -> list[Source]:
     """All sources that the section names, evaluation sets of ``data.decontamination`` included.
 
@@ -110,7 +118,7 @@ def check_unchanged(directory: Path, data: DataSection, run: Path, tokenizer: st
         found = stamps_of(open_inputs(data))
     except UserError:
         return
-    _compare(directory, found | (model_stamps(tokenizer) if tokenizer is not None else {}), run)
+    _compare(directory, found | tokenizer_stamps(tokenizer), run)
 
 
 def check_run_unchanged(run: Path, data: DataSection, model: str | Path | None) -> None:
@@ -125,19 +133,27 @@ def check_run_unchanged(run: Path, data: DataSection, model: str | Path | None) 
 
 
 def _compare(directory: Path, found: Stamps, run: Path, *, gone: bool = True) -> None:
-    """Refuse what differs from what ``directory`` has noted; with ``gone`` also what is no longer there."""
+    """Refuse what differs from what ``directory`` has noted; with ``gone`` also sources that are no longer there.
+
+    A tokenizer that is gone stands for itself, and so does one of a set that has noted none.
+    """
     path = directory / FILE
     if not path.is_file():
         return
     noted: Stamps = json.loads(path.read_text(encoding="utf-8"))
-    changed = [(name, noted.get(name), found.get(name)) for name in ({**noted, **found} if gone else found)]
+    notes_tokenizer = any(name.startswith(TOKENIZER) for name in noted)
+    names = [name for name in ({**noted, **found} if gone else found) if not name.startswith(TOKENIZER)]
+    if notes_tokenizer:
+        names += [name for name in found if name.startswith(TOKENIZER)]
+    changed = [(name, noted.get(name), found.get(name)) for name in names]
     changed = [(name, before, now) for name, before, now in changed if before != now]
     if changed:
         name, before, now = changed[0]
         more = f" (and {len(changed) - 1:,} more files)" if len(changed) > 1 else ""
+        key = "data: " if gone and not name.startswith(TOKENIZER) else ""
         raise UserError(
-            f"{'data: ' if gone else ''}{name} {_what_happened(before, now)} since {run} was made{more}; choose "
-            f"another run.name to take it as it is now, or remove {run} first"
+            f"{key}{name} {_what_happened(before, now)} since {run} was made{more}; choose another run.name to take it as "
+            f"it is now, or remove {run} first"
         )
 
 

@@ -25,7 +25,7 @@ from raylm.data.cleaning.changes import changes_of
 from raylm.data.prepare.baselines import compressed_sizes
 from raylm.data.prepare.card import describe_set
 from raylm.data.prepare.card_page import write_card
-from raylm.data.prepare.inputs import FILE, check_unchanged, model_stamps, note_inputs, open_inputs, stamps_of
+from raylm.data.prepare.inputs import FILE, check_unchanged, note_inputs, open_inputs, stamps_of, tokenizer_stamps
 from raylm.data.prepare.summary import describe, warning
 from raylm.data.sources.corpus import Corpus, Survey
 from raylm.data.sources.documents import Split, make_pair, read_documents
@@ -191,9 +191,7 @@ def _build(directory: Path, checked: Input, laps: _Laps, *, cpus: int | None) ->
     from raylm.data.prepare.passes import Pipeline
     from raylm.data.tokens.tokenizers import tokenizer_hash
 
-    stamps = stamps_of(open_inputs(checked.data))
-    if checked.tokenizer.path is not None:
-        stamps |= model_stamps(checked.tokenizer.path)
+    stamps = stamps_of(open_inputs(checked.data)) | tokenizer_stamps(checked.tokenizer.path)
     pipeline = Pipeline(directory, checked.data, checked.tokenizer, checked.corpus, cpus)
     made = _tokenize(pipeline, checked, laps)
     entries = [entry for result in made.results for entry in result["entries"]]
