@@ -152,8 +152,8 @@ def _compare(directory: Path, found: Stamps, run: Path, *, gone: bool = True) ->
         more = f" (and {len(changed) - 1:,} more files)" if len(changed) > 1 else ""
         key = "data: " if gone and not name.startswith(TOKENIZER) else ""
         raise UserError(
-            f"{key}{name} {_what_happened(before, now)} since {run} was made{more}; choose another run.name to take it as "
-            f"it is now, or remove {run} first"
+            f"{key}{name} {_what_happened(before, now)} since {run} was made{more}; choose another run.name to take it "
+            f"as it is now, or remove {run} first"
         )
 
 
