@@ -16,7 +16,8 @@ from raylm.data.loading import load_tokenizer
 from raylm.models.heads import CAUSAL, Head
 from raylm.models.openvino import EXPORT_DETOKENIZER, EXPORT_MODEL, EXPORT_TOKENIZER, find_export
 
-EXPORT_LIBRARIES = ("nncf", "optimum", "transformers")
+# The last one, which nncf imports, warns where there is a CUDA compiler and no GPU.
+EXPORT_LIBRARIES = ("nncf", "optimum", "transformers", "torch.utils.cpp_extension")
 
 
 def describe(weight_bits: int | None) -> str:
