@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from raylm.errors import RunFailure, first_line
+from raylm.interrupts import ending
 from raylm.launcher.connection import connect
 from raylm.launcher.jobs import Job, all_jobs, find_job, read_job
 from raylm.launcher.submit import POLL_SECONDS, STOP_SECONDS, follow
@@ -16,8 +18,6 @@ from raylm.progress import Activity
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-# The last line of a command that a signal ended (raylm.interrupts).
-ENDED_BY = "raylm: ended by"
 # Beyond what a job has to end, for Ray to write down that it did.
 SPARE_SECONDS = 30.0
 
@@ -105,7 +105,7 @@ def last_line(client: JobSubmissionClient, job: Job) -> str:
         # It has not begun.
         return ""
     said = (line.strip() for line in reversed(lines))
-    return next((line for line in said if line and not line.startswith(ENDED_BY)), "")
+    return next((line for line in said if line and line != ending(signal.SIGTERM)), "")
 
 
 def shown_status(job: Job) -> str:

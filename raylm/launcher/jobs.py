@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylm.errors import UserError
+from raylm.interrupts import SIGNALLED
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
 # Keys of a job's metadata, which are Ray's for anybody to set.
 RUN, STAGE, STORAGE, ATTEMPT = "raylm_run", "raylm_stage", "raylm_storage", "raylm_attempt"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-# Of a stage that a job's end interrupted.
-STOPPED_STATUS = 143
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Job:
         if self.status == "SUCCEEDED":
             return 0
         if self.status == "STOPPED":
-            return STOPPED_STATUS
+            return SIGNALLED + signal.SIGTERM
         return self.exit_code or 1
 
 

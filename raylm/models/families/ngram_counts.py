@@ -14,15 +14,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Order:
-    """The n-grams of one order, as :class:`raylm.models.families.ngram.Table` has them, and what they were made of.
-
-    Attributes:
-        counts: int64 [entries]; how often, or (lower orders under Kneser-Ney) after how many different tokens.
-    """
+    """The n-grams of one order, as :class:`raylm.models.families.ngram.Table` has them."""
 
     keys: np.ndarray
     first: np.ndarray
-    counts: np.ndarray
     weights: np.ndarray
     rest: np.ndarray
 
@@ -73,11 +68,8 @@ def _after_how_many(
     """
     adjusted = []
     for length, (keys, counts) in enumerate(tables[:-1], start=2):
-        longer = places[length]
-        starts = np.full(len(tables[length - 1][0]), 0)
-        seen = longer >= 0
-        starts[longer[seen]] = np.flatnonzero(seen)
         # Each n-gram that is one token longer, once; its last tokens are this n-gram.
+        starts = _one_start_of_each(places[length], len(tables[length - 1][0]))
         number = np.bincount(places[length - 1][starts + 1], minlength=len(keys))
         begins = np.zeros(len(keys), dtype=bool)
         inside = places[length - 1] >= 0
@@ -85,10 +77,16 @@ def _after_how_many(
         adjusted.append((keys, np.where(begins, counts, number)))
     if not tables:
         return tables, singles
-    pairs = places[1]
-    starts = np.full(len(tables[0][0]), 0)
-    starts[pairs[pairs >= 0]] = np.flatnonzero(pairs >= 0)
+    starts = _one_start_of_each(places[1], len(tables[0][0]))
     return [*adjusted, tables[-1]], np.bincount(ids[starts + 1], minlength=len(singles))
+
+
+def _one_start_of_each(places: np.ndarray, entries: int) -> np.ndarray:
+    """Where in the stream one occurrence of each n-gram of a table begins, int64 [entries]."""
+    (seen,) = np.nonzero(places >= 0)
+    starts = np.zeros(entries, dtype=np.int64)
+    starts[places[seen]] = seen
+    return starts
 
 
 def _unigrams(counts: np.ndarray, smooth: Smoothing) -> np.ndarray:
@@ -103,7 +101,7 @@ def _table(keys: np.ndarray, counts: np.ndarray, contexts: int, vocabulary: int,
     context = keys // vocabulary
     first = np.searchsorted(context, np.arange(contexts + 1))
     weights, rest = smooth(counts, context, contexts)
-    return Order(keys, first, counts, weights.astype(np.float32), rest.astype(np.float32))
+    return Order(keys, first, weights.astype(np.float32), rest.astype(np.float32))
 
 
 Smoothing = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
