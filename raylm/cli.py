@@ -21,6 +21,7 @@ import click
 import typer
 
 import raylm
+from raylm import telemetry
 from raylm.errors import RunFailure, UserError
 from raylm.interrupts import SIGNALLED, SIGNALS, Interrupts, ended_at_once, ending, interruptible
 from raylm.launcher.commands import add_commands
@@ -298,6 +299,7 @@ add_commands(app)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and turn its errors into the exit status."""
+    telemetry.silence()
     with interruptible() as interrupts:
         try:
             status = app(args=arguments, prog_name="raylm", standalone_mode=False) or 0

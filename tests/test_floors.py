@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up; rooms of one line do not know each other.
 FLOORS = (
-    ("errors", "progress", "pages", "interrupts"),
+    ("errors", "progress", "pages", "interrupts", "telemetry"),
     ("config", "recipes"),
     ("cluster",),
     ("data", "doctor"),

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from raylm import telemetry
+
 # Large activations are freed and taken again each step. By default glibc returns them to the kernel in between and pays
 # for the page faults (https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html); told to keep
 # them, its heap breaks up into holes and grows to twice of what is in use. jemalloc does neither.
@@ -47,7 +49,8 @@ def default_environment(values: dict[str, str]) -> Iterator[None]:
 
 def worker_environment(cpus: float) -> dict[str, str]:
     """Environment variables of a process that computes with ``cpus`` CPUs."""
-    return {"OMP_NUM_THREADS": str(max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false", **MALLOC_ENVIRONMENT}
+    threads = {"OMP_NUM_THREADS": str(max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false"}
+    return {**threads, **MALLOC_ENVIRONMENT, **telemetry.VARIABLES}
 
 
 def training_environment(cpus: float) -> dict[str, str]:

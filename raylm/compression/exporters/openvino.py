@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from raylm import telemetry
 from raylm.data.loading import load_tokenizer
 from raylm.models.heads import CAUSAL, Head
 from raylm.models.openvino import EXPORT_DETOKENIZER, EXPORT_MODEL, EXPORT_TOKENIZER, find_export
@@ -34,6 +35,7 @@ def export_model(model_directory: str | Path, output: Path, head: Head = CAUSAL,
     """
     assert head.exporter is not None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    telemetry.silence()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         with _only_errors():

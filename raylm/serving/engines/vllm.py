@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from raylm import telemetry
 from raylm.config.serving import ServingSection
 from raylm.serving.engines.base import (
     Alive,
@@ -45,6 +46,7 @@ def run(connection: Connection, source: str, serving: ServingSection, end_ids: f
         serving: limits.
         end_ids: token ids that end a text.
     """
+    telemetry.silence()
     asyncio.run(_Work(connection, end_ids).run(source, serving))
 
 
