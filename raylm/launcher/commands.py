@@ -1,4 +1,4 @@
-"""The commands about jobs on a cluster. What they do is imported when they are called."""
+"""The commands about clusters and the jobs on them. What they do is imported when they are called."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-AddressOption = Annotated[
-    str | None,
-    typer.Option(
-        "--address",
-        help="http://HOST:8265 of the cluster's dashboard; by default RAY_API_SERVER_ADDRESS, or else this machine.",
-        show_default=False,
-    ),
-]
+from raylm.launcher.cluster_commands import cluster
+from raylm.launcher.options import AddressOption
+
 RunArgument = Annotated[str, typer.Argument(help="Name of the run, or Ray's id of the job.", show_default=False)]
 
 
@@ -22,6 +17,7 @@ def add_commands(app: typer.Typer) -> None:
     """Add the commands to ``raylm``."""
     for command in (submit, jobs, logs, stop, status):
         app.command()(command)
+    app.add_typer(cluster)
 
 
 def submit(

@@ -40,7 +40,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     # The client tells of each package and connection.
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     found = f"{key}: found {address}"
     try:
         client = JobSubmissionClient(address)

@@ -33,15 +33,24 @@ def packaged(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="raylm-job-") as name:
         directory = Path(name)
         shutil.copyfile(path, directory / CONFIGURATION)
-        source = Path(raylm.__file__).resolve().parent
-        shutil.copytree(source, directory / "raylm", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-        size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-        if size > LARGEST_BYTES:
-            raise UserError(
-                f"{source}: found {size / 1e6:.0f} MB of files, allowed in a job: {LARGEST_BYTES / 1e6:.0f} MB; remove "
-                "what is no code"
-            )
+        code(directory)
         yield directory
+
+
+def code(directory: Path) -> None:
+    """Put raylm itself into ``directory``.
+
+    Raises:
+        UserError: it is larger than a package may be.
+    """
+    source = Path(raylm.__file__).resolve().parent
+    shutil.copytree(source, directory / "raylm", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    if size > LARGEST_BYTES:
+        raise UserError(
+            f"{source}: found {size / 1e6:.0f} MB of files, allowed in a job: {LARGEST_BYTES / 1e6:.0f} MB; remove "
+            "what is no code"
+        )
 
 
 def check_paths(config: BaseModel) -> None:

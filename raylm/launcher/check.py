@@ -1,0 +1,117 @@
+"""``raylm cluster check``: the preflight of a cluster, asked over ssh or by a job, and what it means."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from raylm.doctor.finding import Finding
+from raylm.errors import RunFailure, UserError, first_line
+from raylm.launcher.cluster_file import ClusterFile, read_cluster_file
+from raylm.launcher.clusters import on_head
+from raylm.launcher.connection import connect
+from raylm.launcher.control import table
+from raylm.launcher.package import code
+from raylm.launcher.preflight.judge import NodeFinding, all_reduce_line, judge, rows
+from raylm.launcher.preflight.probe import PACKAGES
+from raylm.progress import Activity
+
+DRIVER = "raylm.launcher.preflight.driver"
+# Ray starts a process on each node; a broken one is waited for.
+CHECK_SECONDS = 600.0
+POLL_SECONDS = 1.0
+
+
+def check(path: Path | None, address: str | None, storage: str | None, *, as_json: bool) -> int:
+    """Look at all nodes and print what was found; 1 where something is broken, else 0.
+
+    Raises:
+        UserError: the file or the address is wrong.
+        RunFailure: the cluster did not answer.
+    """
+    if path is not None and address is not None:
+        raise UserError(f"--address: found {address}, allowed beside {path}: nothing; the file says where its head is")
+    if storage is not None and not Path(storage).is_absolute():
+        raise UserError(f"--storage: found {storage}, allowed: the absolute path of a folder on the nodes")
+    cluster = read_cluster_file(path) if path is not None else None
+    wanted = [one for one in (cluster.head, *cluster.workers) if one] if cluster else []
+    with Activity("cluster check: looking at the nodes, which takes half a minute"):
+        said = _by_ssh(cluster, storage) if cluster else _by_job(address, storage)
+    record = _read(said)
+    findings = judge(record, wanted, _versions())
+    broken = any(one.finding.state == "broken" for one in findings)
+    if as_json:
+        lines = [{"node": one.node, **vars(one.finding)} for one in findings]
+        print(json.dumps({"broken": broken, "findings": lines, **record}, indent=1))
+    else:
+        _print(record, findings)
+    return 1 if broken else 0
+
+
+def _by_ssh(cluster: ClusterFile, storage: str | None) -> str:
+    arguments = [storage] if storage else []
+    return on_head(cluster, shlex.join(["python", "-m", DRIVER, *arguments]), CHECK_SECONDS)
+
+
+def _by_job(address: str | None, storage: str | None) -> str:
+    client = connect(address)
+    command = shlex.join(["python", "-m", DRIVER, *([storage] if storage else [])])
+    with tempfile.TemporaryDirectory(prefix="raylm-check-") as directory:
+        code(Path(directory))
+        try:
+            job_id = client.submit_job(entrypoint=command, runtime_env={"working_dir": directory})
+        except (RuntimeError, OSError, ValueError) as error:
+            raise RunFailure(f"the cluster did not take the job: {first_line(error)}") from None
+    end = time.monotonic() + CHECK_SECONDS
+    while str(client.get_job_status(job_id).value) in ("PENDING", "RUNNING"):
+        if time.monotonic() > end:
+            client.stop_job(job_id)
+            raise RunFailure(f"the cluster's nodes were not looked at within {CHECK_SECONDS:.0f} s (job {job_id})")
+        time.sleep(POLL_SECONDS)
+    return client.get_job_logs(job_id)
+
+
+def _read(said: str) -> dict[str, Any]:
+    """The record in what the driver printed.
+
+    Raises:
+        RunFailure: there is none; the last line instead.
+    """
+    for line in reversed(said.splitlines()):
+        if line.startswith('{"preflight"'):
+            return json.loads(line)["preflight"]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    raise RunFailure(f"the cluster's nodes were not looked at: {lines[-1][:300] if lines else 'nothing was said'}")
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _print(record: dict[str, Any], findings: list[NodeFinding]) -> None:
+    print(table(rows(record)))
+    if line := all_reduce_line(record):
+        print(line)
+    print()
+    same: dict[Finding, list[str]] = {}
+    for one in findings:
+        same.setdefault(one.finding, []).append(one.node)
+    for finding, nodes in same.items():
+        print(f"{finding.state:<7}  {finding.what}: {finding.found} ({', '.join(nodes)})\n         -> {finding.remedy}")
+    broken = len({one.node for one in findings if one.finding.state == "broken"})
+    count = len(record["nodes"])
+    looked = f"{count} node{'s' if count != 1 else ''} looked at"
+    print(f"{looked}, broken: {broken}" if broken else f"{looked}, nothing is broken")
