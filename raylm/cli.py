@@ -185,21 +185,45 @@ def serve(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 
 @app.command()
-def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="Cluster file to plan for: Ray's cluster launcher or KubeRay.", show_default=False),
+    ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(min=2, help="Vocabulary size: plan without data and tokenizer.", show_default=False),
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]DOLLARS", help="Price of a node (of type NAME) for an hour.", show_default=False),
+    ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="KIND:COUNT", help="GPUs of a node, as H100:8.", show_default=False)
+    ] = None,
+    network: Annotated[float | None, typer.Option(help="Gbit/s of a node to the others.", show_default=False)] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="JSON file of measured figures of the hardware.", show_default=False)
+    ] = None,
+) -> None:
     """Show what a training run would take; train nothing.
 
     Reads CONFIG, the YAML file of pretrain. Prints layout, parameters, memory of a worker by kind, traffic, pipeline
-    bubble, and what else was considered. Writes nothing. KEY=VALUE sets a key of CONFIG.
+    bubble, predicted speed, and what else was considered. With --cluster it does so for each kind of node of a cluster
+    that need not be there, with hours and cost. Writes nothing. KEY=VALUE sets a key of CONFIG.
 
     \b
     Example:
       raylm plan jobs/recipes/encoders/bert.yaml resources.workers=4 parallel.tensor=2
     """
     from raylm.config import load_config
-    from raylm.parallel.plan.planning import make_plan
+    from raylm.parallel.plan.on_clusters import describe_plan, read_terms
 
     with ended_at_once():
-        text = make_plan(load_config("pretrain", config, overrides or [])).describe()
+        terms = read_terms(gpus, network, price or [], measured)
+        text = describe_plan(load_config("pretrain", config, overrides or []), cluster, terms, vocabulary)
     print(text)
 
 

@@ -1,11 +1,13 @@
-"""What a cluster has, as far as a plan needs it: nodes with CPUs, GPUs and memory."""
+"""What a cluster has or can get, as far as a plan needs it: nodes with CPUs, GPUs and memory."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from raylm.cluster.autoscaler import Autoscaler, NodeType, find_autoscaler
 from raylm.cluster.hardware import GPUS
 from raylm.config.run import ResourcesSection
 
@@ -14,21 +16,30 @@ from raylm.config.run import ResourcesSection
 PROCESS_BYTES = {False: 0.6e9, True: 1.5e9}
 # Ray keeps the rest of a node's memory for its object store.
 SHARE_OF_NODE = 0.7
+# Ray's own: a resource that only the head has, and the label of the autoscaler's type of a node.
+HEAD, GROUP_LABEL = "node:__internal_head__", "ray.io/node-group"
 
 
 @dataclass(frozen=True)
 class Node:
-    """One host; ``memory`` is what processes may hold, ``gpu_memory`` that of each GPU, in bytes, None if not known."""
+    """One host.
+
+    Attributes:
+        memory: bytes that processes may hold; None if not known.
+        gpu_memory: bytes of each GPU; None if not known.
+        there: False of a node that the cluster's autoscaler starts where it is asked for.
+    """
 
     cpus: float
     gpus: float = 0.0
     memory: float | None = None
     gpu_memory: float | None = None
+    there: bool = True
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The nodes of a cluster."""
+    """The nodes of a cluster, with those that it can get."""
 
     nodes: tuple[Node, ...]
 
@@ -54,6 +65,24 @@ class Capacity:
     def places(self, resources: ResourcesSection) -> int:
         """Workers that the cluster holds."""
         return sum(self._places(node, resources) for node in self.nodes)
+
+    def missing(self, workers: int, resources: ResourcesSection) -> tuple[Node, ...]:
+        """Nodes that must still start so that the cluster holds ``workers``, the fewest; none where it does already."""
+        use_gpu = self.uses_gpus(resources)
+        left = workers - sum(self._places(node, resources) for node in self.nodes if node.there)
+        # GPUs are left to those who need them.
+        can_start = sorted(
+            (node for node in self.nodes if not node.there),
+            key=lambda node: (0.0 if use_gpu else node.gpus, -self._places(node, resources)),
+        )
+        needed = []
+        for node in can_start:
+            if left <= 0:
+                break
+            if places := self._places(node, resources):
+                needed.append(node)
+                left -= places
+        return tuple(needed)
 
     def places_per_node(self, resources: ResourcesSection) -> int:
         """Workers that a node holds, as far as all nodes with any do."""
@@ -113,18 +142,50 @@ def cluster_resources() -> dict[str, float]:
 
 
 def cluster_capacity() -> Capacity:
-    """The nodes of the joined cluster: CPUs, GPUs, and memory as far as it is known."""
+    """The nodes of the joined cluster, and those that its autoscaler can add, as far as they have CPUs."""
     import ray
 
-    nodes = []
-    for node in ray.nodes():
-        resources = node["Resources"]
-        if node["Alive"] and resources.get("CPU", 0) > 0:
-            gpus = resources.get("GPU", 0.0)
-            nodes.append(
-                Node(resources["CPU"], gpus, resources.get("memory"), _gpu_memory(resources) if gpus else None)
-            )
-    return Capacity(tuple(nodes))
+    live = [node for node in ray.nodes() if node["Alive"]]
+    can_start = [_node(resources, there=False) for resources in startable(find_autoscaler(), live)]
+    return Capacity((*_with_cpus(live), *(node for node in can_start if node.cpus > 0)))
+
+
+def live_places(resources: ResourcesSection) -> int:
+    """Workers that the nodes of the joined cluster hold that are there now."""
+    import ray
+
+    return Capacity(_with_cpus([node for node in ray.nodes() if node["Alive"]])).places(resources)
+
+
+def _with_cpus(live: list[dict[str, Any]]) -> tuple[Node, ...]:
+    return tuple(_node(node["Resources"]) for node in live if node["Resources"].get("CPU", 0) > 0)
+
+
+def startable(autoscaler: Autoscaler, live: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Resources of each node that the autoscaler can add to the ``live`` ones, which ray.nodes() gives."""
+    workers = [node for node in live if HEAD not in node["Resources"]]
+    left = autoscaler.most - len(workers)
+    found: list[dict[str, float]] = []
+    # Where not all types can have their most, GPUs first.
+    for kind in sorted(
+        autoscaler.types, key=lambda kind: (-kind.resources.get("GPU", 0), -kind.resources.get("CPU", 0))
+    ):
+        count = min(left - len(found), kind.most - sum(_is_of(node, kind) for node in workers))
+        found += [dict(kind.resources)] * max(0, count)
+    return found
+
+
+def _is_of(node: dict[str, Any], kind: NodeType) -> bool:
+    """Whether a live node is of that type: by its label, or else by what it has."""
+    if (group := node.get("Labels", {}).get(GROUP_LABEL)) is not None:
+        return group == kind.name
+    return all(node["Resources"].get(name, 0) == kind.resources.get(name, 0) for name in ("CPU", "GPU"))
+
+
+def _node(resources: dict[str, float], *, there: bool = True) -> Node:
+    gpus = float(resources.get("GPU", 0.0))
+    gpu_memory = _gpu_memory(resources) if gpus else None
+    return Node(float(resources.get("CPU", 0.0)), gpus, resources.get("memory"), gpu_memory, there)
 
 
 def _gpu_memory(resources: dict[str, float]) -> float | None:

@@ -65,6 +65,27 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
             ray.shutdown()
 
 
+def on_a_cluster() -> bool:
+    """Whether this process is a driver on a Ray that others started; it is connected."""
+    import ray
+
+    worker = ray._private.worker
+    own = worker._global_node is not None and worker._global_node.head
+    return not own and worker.global_worker.mode == ray.SCRIPT_MODE
+
+
+def shown_on_dashboard() -> dict[str, str]:
+    """Environment in which Ray Train shows its runs on the dashboard, where that is a cluster's; else empty.
+
+    Ray asks for the variable, as an actor more has to start
+    (https://docs.ray.io/en/latest/train/user-guides/monitor-your-application.html); a local run does without.
+    """
+    import ray
+
+    shown = on_a_cluster() and ray._private.worker.get_dashboard_url()
+    return {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"} if shown else {}
+
+
 def ray_files() -> Path:
     """Where a local Ray writes its files and objects: RAY_TMPDIR, on Linux else TMPDIR, else /tmp."""
     place = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform.startswith("linux") else None)

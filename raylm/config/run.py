@@ -83,6 +83,8 @@ class ResourcesSection(Section):
     """[least, most] workers: training uses as many as the cluster holds and follows its size; off by default."""
     elastic_check_seconds: float = Field(default=60.0, ge=1, le=LONGEST_SECONDS)
     """elastic: seconds between two checks whether the cluster holds more workers."""
+    node_wait_seconds: float = Field(default=900.0, ge=1, le=LONGEST_SECONDS)
+    """Longest wait for nodes that the cluster's autoscaler starts for the workers, or starts in place of lost ones."""
     max_failures: CountFromZero = 3
     """Restarts from the last checkpoint after workers died; then the run fails."""
     collective_timeout_seconds: float = Field(default=600.0, ge=1, le=LONGEST_SECONDS)

@@ -6,30 +6,30 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster.capacity import cluster_capacity
+from pyarrow.lib import ArrowException
+
 from raylm.cluster.session import ray_session
-from raylm.config.data import TokenizerSection
+from raylm.cluster.waiting import live_capacity, nodes_for
 from raylm.config.families import is_counted
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
-from raylm.data.sources.segments import MANIFEST
-from raylm.errors import UserError
 from raylm.interrupts import ended_at_once
 from raylm.progress import Activity
+from raylm.training.driver_log import DriverLog, driver_log
+from raylm.training.inputs import Checked, check_done, ensure_data, shared_inputs, validate
+from raylm.training.loop.worker import new_attempt
+from raylm.training.ray_train.places import LOGS
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-    from raylm.data.prepare.stage import Input
-    from raylm.parallel.plan.planning import TrainedModel
+    from raylm.parallel.plan.precision import Precision
     from raylm.tasks.objective import Objective
-    from raylm.tasks.rows import Rows
     from raylm.training.checkpoints.mirror import Mirror
+    from raylm.training.loop.worker import TrainingJob
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -40,191 +40,6 @@ def pretrain(config: PretrainConfig) -> None:
 def finetune(config: FinetuneConfig) -> None:
     """Go on training an existing model; see :func:`run_training`."""
     run_training("finetune", config)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What a run trains, and on what.
-
-    Attributes:
-        model: its configuration and objective.
-        data: raw sources, read and checked, for :func:`ensure_data`; None where the data is prepared.
-    """
-
-    model: TrainedModel
-    data: Input | Rows | None
-
-
-def validate(config: TrainConfig) -> Checked:
-    """Refuse what can be seen to be wrong before Ray starts; call once a run, on the driver.
-
-    Raises:
-        UserError: one line.
-    """
-    from raylm.models.families.build import check_head
-    from raylm.models.loading import load_config, load_parts
-    from raylm.parallel.engines.compilation import check_compilation
-    from raylm.parallel.plan.planning import check_model
-    from raylm.tasks import make_objective
-    from raylm.training.counting import refuse_counted
-
-    if config.training.compile:
-        check_compilation(config.parallel.zero_stage)
-    loaded = load_config(config.model.path) if config.model.path is not None else None
-    if loaded is not None:
-        refuse_counted(loaded.model_type, "model.path", str(config.model.path), "cannot be trained further")
-    objective = make_objective(config.objective, loaded.model_type if loaded else config.model.family)
-    data = check_data(config, objective, loaded)
-    if config.model.path is not None:
-        check_head(loaded, objective.head, config.model.path)
-        _, tokenizer = load_parts(config.model.path)
-        objective.check_tokenizer(tokenizer, config.training.sequence_length, config.model.path)
-    # CPUs, GPUs and memory of the cluster are looked at once it is joined.
-    return Checked(check_model(config, loaded), data)
-
-
-def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfig | None) -> Input | Rows | None:
-    """The raw sources, read and checked; None where they are prepared already, and whole.
-
-    Raises:
-        UserError: one line.
-    """
-    from raylm.data.prepare.stage import Input, prepared_directory
-    from raylm.data.tokens.shards import verify_prepared
-
-    source, own = prepared_directory(config.data), config.run.directory / "data"
-    if objective.rows is not None:
-        if model is None:
-            raise UserError(
-                f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from"
-            )
-        objective.rows.check(config.data, objective.name)
-        if written := objective.rows.written(own, objective.name):
-            check_raw_unchanged(config)
-        return None if written else objective.rows.read(config.data, model, config.objective)
-    if source is not None:
-        if config.tokenizer is not None:
-            raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
-        check_tokenizer(config, verify_prepared(source))
-        check_samples(config, source, objective)
-        return None
-    if (own / MANIFEST).is_file():
-        # What an interrupted start of the same run has prepared.
-        check_raw_unchanged(config)
-        verify_prepared(own)
-        return None
-    # Reads all of it, so that a bad row is found before anything is written.
-    found = Input(config.data, tokenizer_section(config))
-    if not found.survey.documents["validation"]:
-        raise UserError(
-            f"data.validation_fraction: found {config.data.validation_fraction:g}, which leaves no {found.survey.kind} "
-            "for validation; allowed in training: more than 0, or a data.validation source"
-        )
-    return found
-
-
-def check_raw_unchanged(config: TrainConfig) -> None:
-    """Refuse to go on with what the run has prepared from raw sources where a file of them has changed since.
-
-    Raises:
-        UserError: names the file.
-    """
-    from raylm.data.prepare.inputs import check_unchanged
-
-    # Files of another host, on which a run in a remote storage may go on, have times of their own.
-    if not config.run.remote:
-        tokenizer = config.model.path or config.new_tokenizer.path
-        check_unchanged(config.run.directory / "data", config.data, config.run.directory, tokenizer)
-
-
-def check_done(config: TrainConfig) -> None:
-    """Refuse to take a finished run for one of the data and the model as they are now where one has changed since.
-
-    Raises:
-        UserError: names the file.
-    """
-    from raylm.data.prepare.inputs import check_run_unchanged
-
-    check_raw_unchanged(config)
-    # As in check_raw_unchanged.
-    if not config.run.remote:
-        check_run_unchanged(config.run.directory, config.data, config.model.path)
-
-
-def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
-    """Refuse prepared data whose ids are not those of the model that training goes on from.
-
-    Raises:
-        UserError: one line.
-    """
-    if config.model.path is None:
-        return
-    from raylm.data.tokens.tokenizers import reused_hash
-
-    found, expected = manifest["tokenizer_hash"], reused_hash(tokenizer_section(config).path)
-    if found != expected:
-        raise UserError(
-            f"data.train: {', '.join(config.data.train_sources)} was prepared with another tokenizer than that of "
-            f"model.path {config.model.path} (hash {found[:12]}, {expected[:12]} is needed); prepare it again with "
-            f"tokenizer.path={config.model.path}"
-        )
-
-
-def tokenizer_section(config: TrainConfig) -> TokenizerSection:
-    """How raw sources are tokenized: with an existing model's own tokenizer, else as the file says."""
-    if config.model.path is not None:
-        from raylm.data.loading import resolve_model
-
-        return TokenizerSection(path=resolve_model(config.model.path))
-    return config.new_tokenizer
-
-
-def check_samples(config: TrainConfig, directory: Path, objective: Objective) -> None:
-    """Refuse shards that are damaged, too short for the sequence length, or not for the objective.
-
-    Raises:
-        UserError: one line.
-    """
-    for split in ("train", "validation"):
-        objective.samples(directory, split, config.training.sequence_length, config.run.seed)
-
-
-def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple[Path, Path]:
-    """Prepare raw sources into ``<run>/data``; returns the data's and the tokenizer's directories.
-
-    Args:
-        directory: the run directory.
-        checked: what :func:`validate` returned.
-    """
-    from raylm.data.loading import load_tokenizer
-    from raylm.data.prepare.inputs import note_inputs, open_inputs, stamps_of
-    from raylm.data.prepare.stage import prepare_directory, prepared_directory
-
-    objective, own = checked.model.objective, directory / "data"
-    if objective.rows is not None:
-        if checked.data is not None:
-            stamps = stamps_of(open_inputs(config.data))
-            checked.data.write(own, load_tokenizer(config.model.path), config.training.sequence_length)
-            note_inputs(own, stamps)
-        return own, own / "tokenizer"
-    if (source := prepared_directory(config.data)) is not None:
-        return source, source / "tokenizer"
-    prepare_directory(own, config.data, tokenizer_section(config), checked=checked.data)
-    check_samples(config, own, objective)
-    return own, own / "tokenizer"
-
-
-def shared_inputs(config: TrainConfig) -> dict[str, Path]:
-    """The folders of this machine that every worker reads, by key of the configuration."""
-    from raylm.data.loading import resolve_model
-    from raylm.data.prepare.stage import prepared_directory
-
-    inputs = {}
-    if (source := prepared_directory(config.data)) is not None:
-        inputs["data.train"] = source.resolve()
-    if config.model.path is not None and (model := Path(resolve_model(config.model.path))).is_dir():
-        inputs["model.path"] = model.resolve()
-    return inputs
 
 
 def bits_per_byte(
@@ -263,7 +78,7 @@ def run_training(stage: str, config: TrainConfig) -> None:
     run = RunDirectory(stage, config)
     mirror = Mirror(Storage(config.run.uri), run.path)
     # A mirror is written from here on, a directory only after everything is checked.
-    with run.held() if mirror.remote else contextlib.nullcontext():
+    with run.held() if mirror.remote else contextlib.nullcontext(), logged(mirror) as log:
         mirror.open_run()
         run.check()
         if (done := run.report()) is not None and done.get("training") == config.training.model_dump(mode="json"):
@@ -275,9 +90,10 @@ def run_training(stage: str, config: TrainConfig) -> None:
             stamps = run_stamps(config.data, config.model.path)
 
         with run.held():
-            trainer = _count if is_counted(config.model.family) else _train
+            start = Start(stage, run, mirror, log)
             with ray_session():
-                trained = trainer(stage, config, checked, run, mirror)
+                trained = (_count if is_counted(config.model.family) else _train)(config, checked, start)
+            mirror.check_owner(start.attempt)
             final = trained.final | bits_per_byte(config, checked.model.objective, trained.data, trained.final)
             (run.path / SUMMARY).write_text(trained.summary(final), encoding="utf-8")
             if not config.run.remote:
@@ -288,9 +104,48 @@ def run_training(stage: str, config: TrainConfig) -> None:
     print(describe(stage, run, final))
 
 
+@contextlib.contextmanager
+def logged(mirror: Mirror) -> Iterator[DriverLog]:
+    """Keep what the driver says within the block in the run's logs, and in its storage."""
+    try:
+        with driver_log() as log:
+            yield log
+    finally:
+        # Whatever ends the run, or none, comes before a copy that fails.
+        with contextlib.suppress(OSError, ArrowException):
+            mirror.send(LOGS)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a stage's driver.
+
+    Attributes:
+        attempt: a token that no other start has.
+    """
+
+    stage: str
+    run: RunDirectory
+    mirror: Mirror
+    log: DriverLog
+    attempt: str = field(default_factory=new_attempt)
+
+    def begin(self, resolved: TrainConfig) -> None:
+        """Make the run directory, whose owner is this start from here on.
+
+        Args:
+            resolved: what stands in ``config.yaml``.
+        """
+        self.run.create(resolved)
+        self.mirror.own(self.attempt)
+        self.log.begin(self.run.path, self.attempt)
+
+
 @dataclass(frozen=True)
 class Trained:
-    """What a trainer gives back.
+    """What a trainer gives back. A trainer makes a model of checked input on the joined cluster.
+
+    One trains by gradient, the other counts.
 
     Attributes:
         final: the run's last figures.
@@ -305,42 +160,51 @@ class Trained:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Trainer = Callable[[str, TrainConfig, Checked, RunDirectory, "Mirror"], Trained]
-"""Makes a model of checked input on the joined cluster, in a run directory that it creates. One trains by gradient, the
-other counts."""
-
-
-def _count(stage: str, config: TrainConfig, checked: Checked, run: RunDirectory, mirror: Mirror) -> Trained:
+def _count(config: TrainConfig, checked: Checked, start: Start) -> Trained:
     """Prepare the data on the joined cluster, and count it here."""
     from raylm.training.counting import count_model, summarize_counting
-    from raylm.training.ray_train.launch import new_attempt
 
-    run.create(config)
-    mirror.own(new_attempt())
+    run, mirror = start.run, start.mirror
+    start.begin(config)
     data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+    mirror.check_owner(start.attempt)
     run.keep()
     mirror.send("config.yaml")
     mirror.send_data()
     final = count_model(config, run, data_directory, tokenizer_directory)
+    mirror.check_owner(start.attempt)
     mirror.send("model")
     return Trained(final, data_directory, functools.partial(summarize_counting, config.run.name))
 
 
-def _train(stage: str, config: TrainConfig, checked: Checked, run: RunDirectory, mirror: Mirror) -> Trained:
+def _train(config: TrainConfig, checked: Checked, start: Start) -> Trained:
     """Plan on the joined cluster and train there."""
-    from raylm.data.loading import resolve_model
-    from raylm.parallel.plan.planning import apply_layout, plan_training, recorded
-    from raylm.parallel.plan.precision import with_precision
     from raylm.training.checkpoints.mirror import METRICS
-    from raylm.training.loop.worker import TrainingJob
-    from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
-    from raylm.training.ray_train.launch import launch, new_attempt
-    from raylm.training.ray_train.sharing import check_shared
+    from raylm.training.ray_train.launch import launch
     from raylm.training.reports.metrics import read_metrics
     from raylm.training.reports.summary import summarize
 
-    capacity, model_config = cluster_capacity(), checked.model.config
-    resumed = run.saved() is not None
+    job, precision = _make_job(config, checked, start)
+    final = launch(job)
+
+    def summary(final: dict[str, Any]) -> str:
+        return summarize(start.stage, config.run.name, read_metrics(start.run.path / METRICS), final)
+
+    return Trained(final, job.data_directory, summary, {"precision": precision.record()})
+
+
+def _make_job(config: TrainConfig, checked: Checked, start: Start) -> tuple[TrainingJob, Precision]:
+    """Decide precision and layout, wait for the nodes that they need, and have the data ready."""
+    from raylm.data.loading import resolve_model
+    from raylm.parallel.plan.planning import apply_layout, plan_training, recorded
+    from raylm.parallel.plan.precision import with_precision
+    from raylm.training.loop.worker import TrainingJob
+    from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
+    from raylm.training.ray_train.sharing import check_shared
+
+    stage, run, mirror, resources = start.stage, start.run, start.mirror, config.resources
+    model_config, resumed = checked.model.config, run.saved() is not None
+    capacity = live_capacity(stage, resources, lambda capacity: plan_training(config, capacity, checked.model))
     precision = run_precision(run, config, model_config, capacity)
     planned = with_precision(config, precision)
     plan = plan_training(planned, capacity, checked.model)
@@ -350,17 +214,18 @@ def _train(stage: str, config: TrainConfig, checked: Checked, run: RunDirectory,
     for warning in filter(None, (plan.warning, slower)):
         print(f"{stage}: {warning}", file=sys.stderr, flush=True)
     precision = replace(precision, name=layout.precision)
-    check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
-    run.create(recorded(planned, layout))
-    note_precision(run, precision)
-    attempt = new_attempt()
-    mirror.own(attempt)
-    # Before the configuration reaches the storage, as it may be taken back here.
-    data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+    least = layout.workers if resources.elastic is None else resources.elastic[0]
+    with nodes_for(stage, least, resources, capacity):
+        check_shared(None if config.run.remote else run.path.parent, shared_inputs(config))
+        start.begin(recorded(planned, layout))
+        note_precision(run, precision)
+        # Before the configuration reaches the storage, as it may be taken back here.
+        data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+    mirror.check_owner(start.attempt)
     run.keep()
     mirror.send("config.yaml", FILE)
     mirror.send_data()
-    job = TrainingJob(
+    return TrainingJob(
         config=apply_layout(planned, layout),
         stage=stage,
         directory=run.path,
@@ -369,14 +234,8 @@ def _train(stage: str, config: TrainConfig, checked: Checked, run: RunDirectory,
         tokenizer_directory=tokenizer_directory,
         model_source=resolve_model(config.model.path) if config.model.path else None,
         use_gpu=layout.use_gpu,
-        attempt=attempt,
-    )
-    final = launch(job, config.resources.cpus_per_worker, config.resources.max_failures)
-
-    def summary(final: dict[str, Any]) -> str:
-        return summarize(stage, config.run.name, read_metrics(run.path / METRICS), final)
-
-    return Trained(final, data_directory, summary, {"precision": precision.record()})
+        attempt=start.attempt,
+    ), precision
 
 
 def describe(stage: str, run: RunDirectory, final: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ from raylm.config.loading import set_key, validate
 from raylm.config.run_directory import read_object, write_atomically
 from raylm.config.stages import FinetuneConfig, TuneConfig
 from raylm.errors import UserError
+from raylm.training.checkpoints.mirror import Mirror
+from raylm.training.checkpoints.storage import Storage
 from raylm.training.loop.worker import TrainingJob, Worker, join_single_process_group
 
 if TYPE_CHECKING:
@@ -152,6 +154,9 @@ def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -
     if (final := outcome.read()) is not None:
         tune.report(final)
         return
+    # A trial of a search that was overtaken may not take its directory back.
+    Mirror(Storage(base.storage), base.directory).check_owner(base.attempt)
+    Mirror(Storage(job.storage), directory).own(base.attempt)
     if inside:
         join_single_process_group()
         from raylm.training.loop.training_loop import TrainingLoop
@@ -160,7 +165,7 @@ def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -
     else:
         from raylm.training.ray_train.launch import launch
 
-        final = launch(job, resolved.resources.cpus_per_worker, resolved.resources.max_failures, _report)
+        final = launch(job, _report)
     outcome.write(final)
     tune.report(final)
 

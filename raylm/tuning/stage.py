@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster.capacity import cluster_capacity
 from raylm.cluster.groups import groups_given_back
 from raylm.cluster.session import ray_session
+from raylm.cluster.waiting import live_capacity, nodes_for
 from raylm.config.run_directory import RunDirectory, read_object
 from raylm.config.stages import TuneConfig
 from raylm.data.prepare.inputs import note_inputs, run_stamps
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from ray.tune import Tuner
     from ray.tune.schedulers import TrialScheduler
 
+    from raylm.config.stages import FinetuneConfig
+    from raylm.training.checkpoints.mirror import Mirror
+    from raylm.training.inputs import Checked
     from raylm.training.loop.worker import TrainingJob
 
 WATCH_SECONDS = 0.2
@@ -51,7 +54,7 @@ def tune(config: TuneConfig) -> None:
         UserError: configuration or input is wrong, or the run is an older raylm's; nothing was started.
         RunFailure: no trial finished.
     """
-    from raylm.training.stage import check_done, ensure_data, validate
+    from raylm.training.inputs import check_done, validate
 
     run = RunDirectory("tune", config)
     run.check()
@@ -67,15 +70,14 @@ def tune(config: TuneConfig) -> None:
         for candidate in candidates:
             trial_config(config, candidate)
 
-    from raylm.data.loading import resolve_model
     from raylm.parallel.plan.precision import with_precision
-    from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import note_precision, run_precision
-    from raylm.training.ray_train.launch import new_attempt
 
     # Without the dashboard, trials that are killed leak their placement groups.
     with ray_session(dashboard=True):
-        capacity = cluster_capacity()
+        capacity = live_capacity(
+            "tune", config.resources, lambda capacity: Planner(config, capacity).resolve(candidates[0])
+        )
         # One for all trials, which the search is to tell apart.
         precision = run_precision(run, config, checked.model.config, capacity)
         planned = with_precision(config, precision)
@@ -85,25 +87,46 @@ def tune(config: TuneConfig) -> None:
         with run.held():
             run.create(planned)
             note_precision(run, precision)
-            data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
-            base = TrainingJob(
-                config=first,
-                stage="finetune",
-                directory=run.path,
-                storage=str(run.path),
-                data_directory=data_directory,
-                tokenizer_directory=tokenizer_directory,
-                model_source=resolve_model(config.model.path),
-                use_gpu=use_gpu,
-                attempt=new_attempt(),
-            )
-            run.keep()
+            with nodes_for("tune", first.resources.workers, config.resources, capacity):
+                base, mirror = _job(config, run, checked, first, use_gpu=use_gpu)
             with groups_given_back():
                 rows = _search(planner, base, len(candidates), at_a_time)
+            mirror.check_owner(base.attempt)
             report = {"best": _export_best(run, rows), "trials": rows, "concurrent_trials": at_a_time}
             note_inputs(run.path, stamps)
             run.write_report(report | {"precision": precision.record()})
     print(f"tune: {_counted(rows)}\n{describe(run, report, list(config.tuning.space))}")
+
+
+def _job(
+    config: TuneConfig, run: RunDirectory, checked: Checked, first: FinetuneConfig, *, use_gpu: bool
+) -> tuple[TrainingJob, Mirror]:
+    """What all trials share, of which each gets its own configuration and directory; the run is this start's then.
+
+    Args:
+        first: configuration of the first trial.
+    """
+    from raylm.data.loading import resolve_model
+    from raylm.training.checkpoints.mirror import Mirror
+    from raylm.training.checkpoints.storage import Storage
+    from raylm.training.inputs import ensure_data
+    from raylm.training.loop.worker import TrainingJob, new_attempt
+
+    attempt, mirror = new_attempt(), Mirror(Storage(run.path), run.path)
+    mirror.own(attempt)
+    data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+    run.keep()
+    return TrainingJob(
+        config=first,
+        stage="finetune",
+        directory=run.path,
+        storage=str(run.path),
+        data_directory=data_directory,
+        tokenizer_directory=tokenizer_directory,
+        model_source=resolve_model(config.model.path),
+        use_gpu=use_gpu,
+        attempt=attempt,
+    ), mirror
 
 
 def _counted(rows: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from raylm.serving.http.metrics import DEFINITIONS, ServerMetrics, TextTiming
 
 API_KEY = "a-key-for-the-tests-0001"
-DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "grafana.json"
+DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "grafana" / "serving.json"
 
 
 def page(url: str, key: str | None = API_KEY) -> str:

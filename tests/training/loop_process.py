@@ -32,9 +32,8 @@ def make_job(case: dict[str, Any]):
     from raylm.parallel.plan.precision import Precision, with_precision
     from raylm.training.checkpoints.mirror import Mirror
     from raylm.training.checkpoints.storage import Storage
-    from raylm.training.loop.worker import TrainingJob
-    from raylm.training.ray_train.launch import new_attempt
-    from raylm.training.stage import ensure_data, validate
+    from raylm.training.inputs import ensure_data, validate
+    from raylm.training.loop.worker import TrainingJob, new_attempt
 
     stage = case.get("stage", "pretrain")
     overrides = [*case["overrides"], f"resources.workers={case['workers']}"]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
+from raylm.errors import RunFailure
 from raylm.parallel.layout.fragments import Fragment
 from raylm.training.checkpoints.storage import Storage
 from raylm.training.checkpoints.store import (
     MANIFEST,
     CheckpointReader,
     CheckpointWriter,
+    damaged_files,
     newest_whole,
     whole_best,
 )
@@ -129,6 +132,26 @@ def test_a_damaged_later_checkpoint_does_not_cost_the_new_one(tmp_path: Path) ->
 
 
 LINE = {"step": 1, "tokens": 8, "samples": 2, "loss": 3.0, "gradient_norm": 1.0, "tokens_per_second": 10.0}
+
+
+def test_a_writer_that_loses_the_run_takes_back_its_last_checkpoint_and_removes_nothing(tmp_path: Path) -> None:
+    """A later start takes over before the manifest is written, or, where this one is held up, after the look."""
+    save(tmp_path, 1, 2, keep=2)
+    for looks in (0, 1):
+        left = iter([True] * looks + [False])
+
+        def check(left: Iterator[bool] = left) -> None:
+            if not next(left):
+                raise RunFailure("taken over")
+
+        writer = CheckpointWriter(tmp_path, 0, 1, "late", keep=1, check_owner=check)
+        with pytest.raises(RunFailure, match="taken over"):
+            writer.save(3, [Fragment("w", (4, 8), (0, 0), {"weight": torch.ones(4, 8)})], {"step": 3})
+            writer.wait()
+        assert not (tmp_path / "step-00000003" / MANIFEST).exists()
+        assert (tmp_path / "LATEST").read_text() == "step-00000002\n"
+        for name in ("step-00000001", "step-00000002"):
+            assert damaged_files(Storage(tmp_path / name)) == []
 
 
 @pytest.mark.parametrize("damage", ["[]", "5", "null", "{}", '{"step": "2"}', '{"step": 2, "lo', "\x00" * 20, "\xff"])

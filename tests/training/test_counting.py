@@ -20,8 +20,8 @@ from raylm.models.loading import load_model
 from raylm.reports.facts import headline
 from raylm.reports.runs import open_run
 from raylm.training.counting import read_documents
+from raylm.training.inputs import validate as validate_training
 from raylm.training.stage import pretrain
-from raylm.training.stage import validate as validate_training
 
 
 def write(path: Path, **sections: Any) -> Path:

@@ -155,11 +155,7 @@ def _ports(record: dict[str, Any]) -> Iterator[NodeFinding]:
 
 
 def _network(record: dict[str, Any]) -> Iterator[NodeFinding]:
-    rates = [one for one in record["rates"] if one.get("rate")]
-    best = {
-        address: max(one["rate"] for one in rates if address in (one["from"], one["to"]))
-        for address in dict.fromkeys(address for one in rates for address in (one["from"], one["to"]))
-    }
+    best = _node_rates(record)
     yield from _slower(best, "network", "its link is slow: look at the cable, the switch, the instance type", _rate)
     for address in best:
         times = [
@@ -176,6 +172,16 @@ def _network(record: dict[str, Any]) -> Iterator[NodeFinding]:
     if wrong and len(record["nodes"]) > 1 and not any(link.get("error") for link in record["links"]):
         mend = "GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) names the interface that the nodes share"
         yield NodeFinding("cluster", Finding("all-reduce", wrong, "broken", mend))
+
+
+def _node_rates(record: dict[str, Any]) -> dict[str, float]:
+    """Bytes a second that each node sends or takes, whichever is less, over the best of its links."""
+    rates = [one for one in record["rates"] if one.get("rate")]
+    found = {}
+    for address in dict.fromkeys(one[end] for one in rates for end in ("from", "to")):
+        ways = [[one["rate"] for one in rates if one[end] == address] for end in ("from", "to")]
+        found[address] = min(max(way) for way in ways if way)
+    return found
 
 
 def _slower(values: dict[str, float], what: str, mend: str, written: Any) -> Iterator[NodeFinding]:
@@ -226,19 +232,19 @@ def _access(record: dict[str, Any]) -> Iterator[NodeFinding]:
 def rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row a node, below a head."""
     table = [("node", "CPUs", "memory", "GPUs", "disk free", "storage free", "clock", "network", "products")]
+    rates = _node_rates(record)
     for node in record["nodes"]:
         address = node["address"]
         name = f"{address}{' (head)' if node['head'] else ''}"
         if "error" in node:
             table.append((name, "?", "?", "?", "?", "?", "?", "?", "?"))
             continue
-        rates = [one["rate"] for one in record["rates"] if one.get("rate") and address in (one["from"], one["to"])]
         clock, products = record["clock"].get(address) or {}, record["products"].get(address, {})
         measured = [value for value in products.values() if isinstance(value, float)]
         table.append((
             name, str(node["cpus"]), gigabytes(node["memory"]), _gpu_names(node["gpus"]), _free(node["disk"]),
             _free(node["storage"]), f"{clock['ahead'] * 1e3:+.0f} ms" if "ahead" in clock else "?",
-            _rate(max(rates)) if rates else "-", _flops(max(measured)) if measured else "?",
+            _rate(rates[address]) if address in rates else "-", _flops(max(measured)) if measured else "?",
         ))  # fmt: skip
     return table
 

@@ -1,9 +1,9 @@
-"""What a forward and backward pass keeps in memory, found by making one without data.
+"""What a forward and backward pass keeps in memory and computes, found by making one without data.
 
-The model's own code runs on fake tensors (shapes and devices without content), and every storage that an operator makes
-is counted from its birth to its end. That follows whatever attention kernel, activation function or recomputation the
-model uses, where a formula would have to be kept in step with it. The pass of a deep model is put together from the
-passes of its different steps: :func:`chain`.
+The model's own code runs on fake tensors (shapes and devices without content). Every storage that an operator makes is
+counted from its birth to its end, and every operator's floating-point operations. That follows whatever attention
+kernel, activation function or recomputation the model uses, where a formula would have to be kept in step with it. The
+pass of a deep model is put together from the passes of its different steps: :func:`chain`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 KINDS = ("gradients", "logits", "activations")
+_aten = torch.ops.aten
+PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
 Kinds = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one forward and backward pass of a micro-batch asks of a processor.
+
+    Attributes:
+        products: FLOPs of products with weights.
+        attention: FLOPs of attention: products of queries, keys and values; half where a kernel leaves out what a
+            causal mask hides.
+        touched: bytes that operators make, which all travel through memory; gradients of weights aside.
+        operators: how many of them there are, each a kernel to launch.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    touched: float = 0.0
+    operators: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.touched + other.touched,
+            self.operators + other.operators,
+        )
+
+    def times(self, count: float) -> Work:
+        """Of a micro-batch with ``count`` times as many sequences: as many operators, larger ones."""
+        return Work(self.products * count, self.attention * count, self.touched * count, self.operators)
 
 
 @dataclass(frozen=True)
@@ -35,6 +67,7 @@ class Passage:
         given: bytes that came in.
         made: bytes that went out.
         gradients: bytes of its parameters.
+        work: of both passes, with what is recomputed.
     """
 
     forward: Kinds
@@ -44,6 +77,7 @@ class Passage:
     given: int
     made: int
     gradients: int
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -70,25 +104,55 @@ class Footprint:
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the storages that operators make, by kind, for as long as they live."""
+    """Counts the storages that operators make, by kind, for as long as they live, and what the operators compute."""
 
-    def __init__(self, parameters: Iterable[torch.Tensor], vocab_size: int) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor], heads: Iterable[torch.Tensor], causal: bool) -> None:
         super().__init__()
-        self._vocab_size = vocab_size
+        self._causal = causal
+        self._heads = {weight.untyped_storage()._cdata for weight in heads}
         self._known: dict[int, tuple[weakref.ref, str, int]] = {}
+        self.work = Work()
         self.live: Counter[str] = Counter()
         self.peak: Kinds = dict.fromkeys(KINDS, 0)
         self.without_gradients: Kinds = dict.fromkeys(KINDS, 0)
-        # What an operator makes in a parameter's shape is a gradient, or becomes a part of one.
         self._shapes: set[torch.Size] = set()
         for parameter in parameters:
             self._add(parameter, None)
             self._shapes.add(parameter.shape)
+        self._weights = set(self._known)
+        self.backward = False
 
-    def _kind(self, tensor: torch.Tensor) -> str:
-        if tensor.shape in self._shapes:
-            return "gradients"
-        return "logits" if tensor.ndim and tensor.shape[-1] == self._vocab_size else "activations"
+    def _kinds(self, function: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> list[str]:
+        """The kind of each tensor in ``made``, by where it comes from; a shape alone tells little.
+
+        Logits are what the output head makes of hidden states, and what is made of logits in their width: a layer may
+        be as wide as the vocabulary. A weight's gradient is a product of two activations in the weight's shape: with as
+        many tokens as a layer is wide, what the layer makes has that shape too.
+        """
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        widths = {t.shape[-1] for t in given if t.ndim and self._known_kind(t) == "logits"}
+        product = function.overloadpacket in PRODUCTS
+        head = product and not widths and not storages.isdisjoint(self._heads)
+        gradients = self.backward and not (product and not storages.isdisjoint(self._weights))
+
+        def kind(tensor: torch.Tensor) -> str:
+            if gradients and tensor.shape in self._shapes:
+                return "gradients"
+            return "logits" if head or (not product and tensor.ndim and tensor.shape[-1] in widths) else "activations"
+
+        return [kind(tensor) for tensor in made]
+
+    def _known_kind(self, tensor: torch.Tensor) -> str:
+        return self._known.get(tensor.untyped_storage()._cdata, (None, "", 0))[1]
+
+    def _count(self, function: Any, arguments: Any, named: Any, made: list[torch.Tensor], kinds: list[str]) -> None:
+        """Add what the operator computes to ``work``."""
+        packet = function.overloadpacket
+        if all(t.untyped_storage()._cdata in self._known for t in made) and not packet.__name__.endswith("_"):
+            # A view of what was there.
+            return
+        touched = sum(t.nbytes for t, kind in zip(made, kinds, strict=True) if kind != "gradients")
+        self.work += Work(*_flops(packet, arguments, self._causal), touched, 1)
 
     def _add(self, tensor: torch.Tensor, kind: str | None) -> None:
         storage = tensor.untyped_storage()
@@ -110,9 +174,12 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         result = function(*arguments, **(named or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor, self._kind(tensor))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        given = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, torch.Tensor)]
+        kinds = self._kinds(function, given, made)
+        self._count(function, arguments, named, made, kinds)
+        for tensor, kind in zip(made, kinds, strict=True):
+            self._add(tensor, kind)
         now = self.now()
         if sum(now.values()) > sum(self.peak.values()):
             self.peak = now
@@ -122,24 +189,50 @@ class _Meter(TorchDispatchMode):
         return result
 
 
-def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...], logits_width: int) -> tuple[Passage, Any]:
+def _flops(packet: Any, arguments: Any, causal: bool) -> tuple[float, float]:
+    """FLOPs of an operator: of a product with a weight, and of attention; (0, 0) of all others.
+
+    A product of matrices (m, k) and (k, n) takes 2 m k n. The backward pass of a fused attention kernel makes five
+    such products where the forward one makes two (Dao 2023, arxiv.org/abs/2307.08691, section 4.1), and a causal one
+    half of each.
+    """
+    if packet in PRODUCTS:
+        first, second = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)][-2:]
+        flops = 2.0 * first.numel() * second.shape[-1]
+        # Batched products have no weight in them.
+        return (0.0, flops) if first.ndim == 3 else (flops, 0.0)
+    name = packet.__name__
+    if "scaled_dot_product" not in name:
+        return 0.0, 0.0
+    tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+    backward = "backward" in name
+    # (batch, heads, time, width) of queries and keys; before them, the gradient of the output.
+    queries, keys = tensors[1:3] if backward else tensors[:2]
+    return 0.0, (5 if backward else 2) * 2.0 * queries.numel() * keys.shape[-2] * (0.5 if causal else 1.0)
+
+
+def measure(
+    module: nn.Module, inputs: tuple[torch.Tensor, ...], heads: Iterable[torch.Tensor], causal: bool
+) -> tuple[Passage, Any]:
     """One pass of a micro-batch; call within a ``FakeTensorMode``, in which everything was made.
 
     Args:
         module: its call with ``inputs`` gives a scalar, or what goes on to the next step.
         inputs: as they arrive; they are counted as activations.
-        logits_width: last dimension of the tensors that are counted as logits.
+        heads: weights whose products with hidden states are logits.
+        causal: whether tokens see those before them only, which a kernel is told; what positions hold, and with it
+            whether a mask would say more, does not show in a fake pass, which makes the mask.
 
     Returns:
         the passage, and the outputs, cut off from the graph.
     """
     parameters = list(module.parameters())
-    meter = _Meter([*parameters, *module.buffers()], logits_width)
+    meter = _Meter([*parameters, *module.buffers()], heads, causal)
     with meter:
         arrived = [t.clone().requires_grad_(t.is_floating_point()) for t in inputs]
         outputs = module(*arrived)
         kept, forward = meter.now(), meter.without_gradients
-        meter.without_gradients = kept
+        meter.without_gradients, meter.backward = kept, True
         sent = [t for t in tree_leaves(outputs) if t.requires_grad]
         torch.autograd.backward(sent, [torch.ones_like(t) for t in sent])
     gradients = sum(parameter.nbytes for parameter in parameters)
@@ -153,6 +246,7 @@ def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...], logits_width: i
         given=sum(t.nbytes for t in arrived),
         made=sum(t.nbytes for t in tree_leaves(outputs)),
         gradients=gradients,
+        work=meter.work,
     )
     return passage, tree_map(lambda t: t.detach(), outputs)
 

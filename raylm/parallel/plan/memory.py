@@ -21,7 +21,7 @@ from raylm.models.families import find_outline
 from raylm.models.families.base import Steps
 from raylm.parallel.layout.pipeline_stages import StageLayer, balanced_stages, step_weights
 from raylm.parallel.layout.tensor import TensorGroup, split_loss
-from raylm.parallel.plan.footprint import KINDS, Footprint, Passage, chain, measure, whole
+from raylm.parallel.plan.footprint import KINDS, Footprint, Passage, Work, chain, measure, whole
 from raylm.parallel.plan.layout import BUCKET_ELEMENTS, Layout
 from raylm.tasks.objective import Batch, Objective, ObjectiveModule
 
@@ -45,6 +45,8 @@ class StageMemory:
         reduced: bytes that it adds up with the other tensor-parallel ranks for one micro-batch, forward and backward.
         received: bytes of activations that come from the stage before for one micro-batch.
         sent: bytes of activations that it sends to the next stage for one micro-batch; as many gradients come back.
+        work: of one micro-batch.
+        sums: how often it adds something up with the other tensor-parallel ranks for one micro-batch.
     """
 
     parameters: int
@@ -54,6 +56,8 @@ class StageMemory:
     reduced: int
     received: int
     sent: int
+    work: Work
+    sums: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class _Segment:
     passage: Passage
     sizes: tuple[int, ...]
     reduced: int
+    sums: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class _Segments:
                     reduced=sum(segment.reduced for segment in segments),
                     received=passages[0].given if number else 0,
                     sent=0 if last else passages[-1].made,
+                    work=sum((passage.work for passage in passages), Work()),
+                    sums=sum(segment.sums for segment in segments),
                 )
             )
         return found
@@ -133,6 +140,7 @@ class ModelMemory:
                 reduced=stage.reduced * count,
                 received=stage.received * count,
                 sent=stage.sent * count,
+                work=stage.work.times(count),
             )
             for stage in stages
         ]
@@ -149,12 +157,13 @@ class ModelMemory:
         with FakeTensorMode():
             model, batch = self._build(checkpointing)
             sizes = [p.numel() for p in model.parameters()]
-            footprint = Footprint(dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0), 0)
+            footprint, work = Footprint(dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0), 0), Work()
             module = _Whole(ObjectiveModule(model, self._objective), list(batch))
             # What a model does next may depend on values, which are not there: then only weights are counted.
             with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
-                footprint = whole(measure(module, tuple(batch.values()), self._config.vocab_size)[0])
-        return StageMemory(sum(sizes), max(sizes), footprint, 1, 0, 0, 0)
+                passage, _ = measure(module, tuple(batch.values()), _head_weights(model), _is_causal(model))
+                footprint, work = whole(passage), passage.work
+        return StageMemory(sum(sizes), max(sizes), footprint, 1, 0, 0, 0, work)
 
     def _measure_segments(self, tensor: int, checkpointing: bool) -> _Segments:
         """The parts of the first of ``tensor`` ranks, each different one passed once."""
@@ -182,16 +191,32 @@ class ModelMemory:
                     (part is steps.after, [s.forward for s in part], shapes, [(t.shape, t.dtype) for t in values])
                 )
                 if key not in known:
-                    group.added = 0
-                    passage, made = measure(stage, values, -(-vocab_size // tensor))
+                    group.added = group.sums = 0
+                    heads = _head_weights(model, stage) if part is steps.after else []
+                    passage, made = measure(stage, values, heads, _is_causal(model))
                     sizes = tuple(p.numel() for p in stage.parameters())
-                    known[key] = _Segment(passage, sizes, group.added), made
+                    known[key] = _Segment(passage, sizes, group.added, group.sums), made
                 if number == 0 and steps.before[0].tied is not None:
                     tied = stage.layers[0].get_parameter(steps.before[0].tied).numel()
                 segment, made = known[key]
                 values = made if isinstance(made, tuple) else (made,)
                 segments.append(segment)
         return _Segments(segments, steps, weights, tied)
+
+
+def _head_weights(model: Any, stage: _Stage | None = None) -> list[torch.Tensor]:
+    """The weight that makes logits, in ``model`` or as ``stage`` holds it; none where there is no such head."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return []
+    if stage is None:
+        return [head.weight]
+    names = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is head.weight}
+    return [weight for layer in stage.layers for name, weight in layer.model_parameters() if name in names]
+
+
+def _is_causal(model: Any) -> bool:
+    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 class _Whole(nn.Module):
@@ -223,10 +248,11 @@ def _lone_group(size: int) -> Any:
     """The first rank of a tensor-parallel group whose others are not there: what they would add changes no size."""
 
     class Lone(TensorGroup):
-        added = 0
+        added = sums = 0
 
         def sum(self, values: torch.Tensor) -> torch.Tensor:
             self.added += values.nbytes
+            self.sums += 1
             return values
 
         def maximum(self, values: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from raylm.cluster.capacity import Capacity, planned_cluster, this_machine
+from raylm.cluster.hardware import CPU, GPUS, Figures, gpu_figures, gpu_kind
 from raylm.config.data import BYTE_ALPHABET
 from raylm.config.families import is_counted
 from raylm.config.layout import bf16_refusal, compiled_refusal, micro_batch_refusal
@@ -21,6 +22,7 @@ from raylm.data.sources.segments import open_sources
 from raylm.errors import UserError
 from raylm.models.families.build import build_config, check_positions, parameter_count
 from raylm.models.loading import load_config
+from raylm.parallel.plan.description import describe
 from raylm.parallel.plan.layout import Layout
 from raylm.parallel.plan.precision import decide, measure, settled, width_of, with_precision
 from raylm.parallel.plan.refusals import check_splits
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
     from raylm.parallel.plan.memory import ModelMemory, StageMemory
     from raylm.parallel.plan.search import Candidate, Space
     from raylm.tasks.objective import Objective
-
-# How many of the other layouts ``raylm plan`` shows.
-SHOWN = 4
 
 
 def apply_layout(config: TrainConfig, layout: Layout) -> TrainConfig:
@@ -116,6 +115,23 @@ class Plan:
         return self.candidates[0].bubble
 
     @property
+    def tokens_per_second(self) -> float:
+        """Of all workers, estimated; 0 where not even the weights fit."""
+        training = self.config.training
+        return training.batch_size * training.sequence_length / self.candidates[0].seconds
+
+    @property
+    def utilisation(self) -> float | None:
+        """Model FLOPs utilisation of the data sheet's peak, estimated; None where that is not known."""
+        from raylm.parallel.plan.timing import model_flops
+
+        taken, peak = self.candidates[0], self.space.figures.peak_flops
+        if peak is None or taken.time is None:
+            return None
+        plain = self.memory.stages(replace(self.layout, activation_checkpointing=False))
+        return model_flops(plain, self.layout) / (peak * self.layout.workers * taken.seconds)
+
+    @property
     def warning(self) -> str:
         """What may go wrong with the layout; empty where nothing is known to."""
         taken = self.candidates[0]
@@ -125,65 +141,17 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as lines of text."""
-        training, layout, memory = self.config.training, self.layout, self.memory_bytes()
-        tokens = training.batch_size * training.sequence_length
-        length = next(
-            f"{getattr(training, name):g} {name}"
-            for name in ("steps", "tokens", "epochs")
-            if getattr(training, name) is not None
-        )
-        limit = self.space.limit
-        room = f"; a worker may hold {limit / 1e9:,.1f} GB, its libraries included" if limit is not None else ""
-        lines = [
-            f"layout          {_name(layout)}, {'GPU' if layout.use_gpu else 'CPU'}, {layout.precision}",
-            *([f"precision       {self.precision_reason}"] if self.precision_reason else []),
-            f"parameters      {self.parameters:,} (vocabulary {self.model_config.vocab_size:,})",
-            f"batch           {training.batch_size} sequences = {layout.data} replicas x {layout.accumulation} "
-            f"micro-batches x {layout.micro_batch_size}; {tokens:,} tokens a step",
-            f"length          {length}",
-            "memory per rank " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in memory.items()),
-            f"                {sum(memory.values()) / 1e6:,.1f} MB in all (an estimate, of the fullest rank){room}",
-            "sent per rank   "
-            + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.traffic_bytes().items())
-            + " a step",
-            f"bubble          {self.bubble:.1%} of a step",
-        ]
-        if self.warning:
-            lines.append(f"warning         {self.warning}")
-        return "\n".join([*lines, *self._choice()])
-
-    def _choice(self) -> list[str]:
-        """Why this layout, and what speaks against the others; nothing where there was no choice."""
-        taken, *others = self.candidates
-        if not others:
-            return []
-        fitting = [other for other in others if other.seconds < float("inf") and "needs" not in other.reason]
-        full = [other for other in others if other not in fitting]
-        if taken.reason:
-            why = "needs the least memory, none fits"
-        else:
-            why = (
-                f"the simplest within a tenth of the least estimated time of a step, of {1 + len(fitting)} layouts "
-                f"that fit and {len(full)} that do not"
-            )
-        lines = [f"chosen          {why}"]
-        for other in [*fitting[:SHOWN], *full[:SHOWN]]:
-            size = other.layout.micro_batch_size
-            lines.append(f"not             {_name(other.layout)}, micro-batches of {size}: {other.reason}")
-        return lines
+        return describe(self)
 
 
-def _name(layout: Layout) -> str:
-    recomputed = ", activations recomputed" if layout.activation_checkpointing else ""
-    shape = f"{layout.data} data x {layout.tensor} tensor x {layout.pipeline} pipeline"
-    return f"{shape}, ZeRO {layout.zero_stage}{recomputed}"
-
-
-def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel | None = None) -> Plan:
+def plan_training(
+    config: TrainConfig, capacity: Capacity, model: TrainedModel | None = None, figures: Figures | None = None
+) -> Plan:
     """The plan of a run on a cluster of ``capacity``; starts nothing.
 
     Args:
         model: what :func:`check_model` gave for ``config``, where that is known.
+        figures: of a worker's hardware; by default those of an H100, or of a core.
 
     Raises:
         UserError: what is refused, with the reason.
@@ -206,13 +174,6 @@ def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel |
             f"resources.workers: found {least} with {unit}{resources.cpus_per_worker:g} CPUs each, allowed: at most "
             f"{places}, as the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs"
         )
-    precision = training.precision if training.precision != "auto" else ("bf16" if use_gpu else "fp32")
-    if precision == "bf16" and (refusal := bf16_refusal(parallel.zero_stage)):
-        if training.precision == "bf16":
-            raise UserError(refusal)
-        precision = "fp32"
-    if training.compile and (refusal := compiled_refusal(parallel.zero_stage)):
-        raise UserError(refusal)
     space = Space(
         config=config,
         model_config=model_config,
@@ -221,8 +182,9 @@ def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel |
         per_node=capacity.places_per_node(resources),
         limit=capacity.memory_per_worker(resources),
         use_gpu=use_gpu,
-        bf16=precision == "bf16",
+        bf16=_computes_in_bf16(config, use_gpu),
         parameters=parameter_count(model_config, objective.head),
+        figures=figures or (gpu_figures("H100") if use_gpu else CPU),
     )
     for replicas in space.replicas(model_parallel) if "auto" not in (parallel.tensor, parallel.pipeline) else []:
         share = -(-training.batch_size // replicas)
@@ -239,31 +201,79 @@ def plan_training(config: TrainConfig, capacity: Capacity, model: TrainedModel |
     return Plan(space, memory, objective, found)
 
 
-def make_plan(config: TrainConfig) -> Plan:
+def _computes_in_bf16(config: TrainConfig, use_gpu: bool) -> bool:
+    """Whether training computes in bf16.
+
+    Raises:
+        UserError: precision, or compilation, does not go with the ZeRO stage.
+    """
+    training, zero_stage = config.training, config.parallel.zero_stage
+    precision = training.precision if training.precision != "auto" else ("bf16" if use_gpu else "fp32")
+    if precision == "bf16" and (refusal := bf16_refusal(zero_stage)):
+        if training.precision == "bf16":
+            raise UserError(refusal)
+        precision = "fp32"
+    if training.compile and (refusal := compiled_refusal(zero_stage)):
+        raise UserError(refusal)
+    return precision == "bf16"
+
+
+def make_plan(
+    config: TrainConfig,
+    capacity: Capacity | None = None,
+    figures: Figures | None = None,
+    model: TrainedModel | None = None,
+) -> Plan:
     """The plan for this machine, or for the cluster that ``resources`` describes; starts nothing.
 
     Where ``training.precision`` is auto, CPUs are taken to be as this one, which is measured.
 
+    Args:
+        capacity: of another cluster.
+        figures: of its workers' hardware; by default those of this machine's GPU.
+        model: what :func:`check_model` gave for ``config``, where that is known.
+
     Raises:
         UserError: what is refused, with the reason.
     """
-    import torch
-
-    if is_counted(config.model.family):
-        raise UserError(
-            f"model.family: found {config.model.family}, which is counted on one machine in one pass; allowed with "
-            "raylm plan: a family that is trained by gradient"
-        )
-    gpus = torch.cuda.device_count()
-    memory = float(torch.cuda.get_device_properties(0).total_memory) if gpus else None
-    capacity = planned_cluster(config.resources, this_machine(gpus, memory))
-    model = check_model(config)
+    refuse_counted_plan(config)
+    if capacity is None:
+        capacity, here = _this_cluster(config)
+        figures = figures or here
+    model = model or check_model(config)
     width = width_of(model.config)
     precision = settled(config, width, use_gpu=capacity.uses_gpus(config.resources))
     if precision is None:
         tokens = config.training.batch_size * config.training.sequence_length
         precision = decide([measure(width, tokens, max(1, int(config.resources.cpus_per_worker)))])
-    return replace(plan_training(with_precision(config, precision), capacity, model), precision_reason=precision.reason)
+    plan = plan_training(with_precision(config, precision), capacity, model, figures)
+    return replace(plan, precision_reason=precision.reason)
+
+
+def refuse_counted_plan(config: TrainConfig) -> None:
+    """Refuse a family that has no layout.
+
+    Raises:
+        UserError: names it.
+    """
+    if is_counted(config.model.family):
+        raise UserError(
+            f"model.family: found {config.model.family}, which is counted on one machine in one pass; allowed with "
+            "raylm plan: a family that is trained by gradient"
+        )
+
+
+def _this_cluster(config: TrainConfig) -> tuple[Capacity, Figures | None]:
+    """This machine, or the cluster that ``resources`` describes, with GPUs like this machine's."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    memory = float(torch.cuda.get_device_properties(0).total_memory) if gpus else None
+    capacity = planned_cluster(config.resources, this_machine(gpus, memory))
+    kind = gpu_kind(torch.cuda.get_device_name(0)) if gpus and capacity.uses_gpus(config.resources) else None
+    if kind is None or GPUS[kind].peak is None:
+        return capacity, None
+    return capacity, gpu_figures(kind, capacity.places_per_node(config.resources))
 
 
 class TrainedModel(NamedTuple):
@@ -273,11 +283,14 @@ class TrainedModel(NamedTuple):
     objective: Objective
 
 
-def check_model(config: TrainConfig, loaded: PretrainedConfig | None = None) -> TrainedModel:
+def check_model(
+    config: TrainConfig, loaded: PretrainedConfig | None = None, vocab_size: int | None = None
+) -> TrainedModel:
     """What is trained.
 
     Args:
         loaded: the configuration at ``model.path``, where that is known.
+        vocab_size: of a new model, with which neither data nor a tokenizer need be there.
 
     Raises:
         UserError: the model is not what the file says of it, or cannot be cut so.
@@ -285,7 +298,7 @@ def check_model(config: TrainConfig, loaded: PretrainedConfig | None = None) -> 
     if config.model.path is not None:
         model_config = loaded or load_config(config.model.path)
     else:
-        tokenizer = _planned_tokenizer(config)
+        tokenizer = _planned_tokenizer(config) if vocab_size is None else PlannedTokenizer(vocab_size)
         model_config = build_config(
             config.model.family, config.model.config, tokenizer, config.training.sequence_length
         )
@@ -295,7 +308,7 @@ def check_model(config: TrainConfig, loaded: PretrainedConfig | None = None) -> 
     return TrainedModel(model_config, objective)
 
 
-class _PlannedTokenizer:
+class PlannedTokenizer:
     """Stands for a tokenizer that is not trained yet: its vocabulary size is known, its ids are not needed."""
 
     bos_token_id = eos_token_id = 0
@@ -317,4 +330,4 @@ def _planned_tokenizer(config: TrainConfig):
     open_sources(config.data, config.data.train_sources, "data.train")
     section = config.new_tokenizer
     # Byte and character tokenizers find their vocabulary in the text; the plan takes the size of the byte one.
-    return _PlannedTokenizer(section.vocab_size or BYTE_ALPHABET + len(section.special_tokens))
+    return PlannedTokenizer(section.vocab_size or BYTE_ALPHABET + len(section.special_tokens))

@@ -1,15 +1,9 @@
 """Choosing a layout: what ``auto`` in ``parallel`` becomes.
 
 In: what the model, the file and the cluster allow. Out: the layout that fits into a worker's memory and has the least
-estimated time for a step, and the others with the reason against each. The time of a step is
-
-    6 x parameters x tokens / workers x recomputation x imbalance / (1 - bubble) / FLOP/s  +  bytes sent / bytes/s
-
-with 4/3 for recomputation where it is on (one more forward pass; Chen et al. 2016), stages as slow as the largest, the
-bubble of 1F1B (Narayanan et al. 2021, section 2.2), and each kind of traffic at the speed of the slowest link that it
-takes, within a node or between nodes. Nothing is taken to overlap. The speeds are round figures for kinds of machines,
-which is enough to rank layouts. Of layouts within a tenth the simplest is taken: data parallelism and the lowest
-ZeRO stage, then tensor, then pipeline, without recomputation where there is a choice.
+estimated time for a step (:mod:`raylm.parallel.plan.timing`), and the others with the reason against each. Of layouts
+within a tenth the simplest is taken: data parallelism and the lowest ZeRO stage, then tensor, then pipeline, without
+recomputation where there is a choice.
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from raylm.cluster.capacity import PROCESS_BYTES
-from raylm.cluster.hardware import CPU, GPU
+from raylm.cluster.hardware import Figures
 from raylm.config.layout import batch_refusal, micro_batch_refusal, splitting_refusal, workers_refusal, zero_refusal
 from raylm.config.stages import TrainConfig
 from raylm.parallel.plan.layout import Layout
@@ -28,7 +22,8 @@ from raylm.parallel.plan.refusals import model_refusal
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from raylm.parallel.plan.memory import ModelMemory, StageMemory
+    from raylm.parallel.plan.memory import ModelMemory
+    from raylm.parallel.plan.timing import StepTime
     from raylm.tasks.objective import Objective
 
 # Tokens of one micro-batch beyond which a bigger one gains nothing but takes memory.
@@ -43,17 +38,22 @@ class Candidate:
 
     Attributes:
         layout: how the run would be laid out.
-        seconds: estimated time of a step.
+        time: of a step, estimated; None for a layout that was refused before it was weighed.
         bytes: of the fullest rank, by kind.
         bubble: share of a step in which a stage waits.
         reason: why it was not taken; empty for the one that was.
     """
 
     layout: Layout
-    seconds: float
+    time: StepTime | None
     bytes: dict[str, float]
     bubble: float
     reason: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Estimated, of a step; infinite where it was not weighed."""
+        return float("inf") if self.time is None else self.time.seconds
 
     @property
     def total_bytes(self) -> float:
@@ -81,6 +81,7 @@ class Space:
         use_gpu: whether each worker holds a GPU.
         bf16: whether training computes in bf16.
         parameters: of the model.
+        figures: what a worker's hardware gives.
     """
 
     config: TrainConfig
@@ -92,6 +93,7 @@ class Space:
     use_gpu: bool
     bf16: bool
     parameters: int
+    figures: Figures
 
     @property
     def budget(self) -> float | None:
@@ -180,33 +182,6 @@ class Space:
                         ]  # fmt: skip
 
 
-def bubble(layout: Layout) -> float:
-    """Share of a step in which a pipeline stage waits: (p - 1) / (m + p - 1)."""
-    return (layout.pipeline - 1) / (layout.accumulation + layout.pipeline - 1)
-
-
-def step_seconds(space: Space, layout: Layout, stages: list[StageMemory]) -> float:
-    """Estimated time of a step; see the module."""
-    from raylm.parallel.plan.memory import traffic_bytes
-
-    machine, training = GPU if space.use_gpu else CPU, space.config.training
-    workers = layout.workers
-    work = 6.0 * space.parameters * training.batch_size * training.sequence_length / workers
-    work *= 1 + machine.half_full * layout.tensor / (layout.micro_batch_size * training.sequence_length)
-    work *= 4 / 3 if layout.activation_checkpointing else 1
-    heaviest = max(stage.parameters for stage in stages) * len(stages) / sum(stage.parameters for stage in stages)
-    seconds = work / machine.flops * heaviest / (1 - bubble(layout))
-    # Ranks are numbered by stage, then replica, then tensor-parallel rank. A ring enters and leaves a node once, and
-    # has the shares of the network of all the node's workers that are in it.
-    in_ring = {"tensor": 1, "data": max(1, space.per_node // layout.tensor), "pipeline": 1}
-    reach = {"tensor": layout.tensor, "data": layout.tensor * layout.data, "pipeline": workers}
-    sent = [traffic_bytes(stage, layout) for stage in stages]
-    for kind, workers_reached in reach.items():
-        far = min(machine.near, machine.far * in_ring[kind])
-        seconds += max(kinds[kind] for kinds in sent) / (machine.near if workers_reached <= space.per_node else far)
-    return seconds
-
-
 def candidates(space: Space, memory: ModelMemory) -> list[Candidate]:
     """All layouts that the space allows, the taken one first, then those that fit from the fastest, then the rest.
 
@@ -227,36 +202,51 @@ def candidates(space: Space, memory: ModelMemory) -> list[Candidate]:
 
 
 def _best_of(space: Space, memory: ModelMemory, group: list[Layout]) -> Candidate:
-    """The fastest layout of the group that fits, without recomputation if it can be; else the one that misses by least.
-
-    Without a pipeline a larger micro-batch is never slower; with one each size is weighed.
-    """
-    from raylm.parallel.plan.memory import held_bytes, rank_bytes
-
+    """The fastest layout of the group that fits, without recomputation if it is close; else what misses by least."""
     best: list[Candidate] = []
     misses: list[Candidate] = []
-    for layout in group:
-        if layout.activation_checkpointing and best:
+    for recomputed in space.checkpointings():
+        layouts = [layout for layout in group if layout.activation_checkpointing == recomputed]
+        fitting, full = _weigh(space, memory, layouts)
+        best += [min(fitting, key=lambda candidate: candidate.seconds)] if fitting else []
+        misses += full
+        if fitting and not full:
+            # Recomputation makes room, of which there is enough.
             break
+    if best:
+        least = min(candidate.seconds for candidate in best)
+        return next(candidate for candidate in best if candidate.seconds <= least * CLOSE)
+    closest = min(misses, key=lambda candidate: candidate.total_bytes)
+    more = "more than " if closest.time is None else ""
+    return replace(closest, reason=f"needs {more}{_gb(closest.total_bytes)} a worker, {_gb(space.budget)} are free")
+
+
+def _weigh(space: Space, memory: ModelMemory, layouts: list[Layout]) -> tuple[list[Candidate], list[Candidate]]:
+    """The layouts, which differ in the size of micro-batches only, that fit, and those that do not.
+
+    Without a pipeline a larger micro-batch is never slower: the first that fits will do. With one each size is weighed.
+    """
+    from raylm.parallel.plan.memory import held_bytes, rank_bytes
+    from raylm.parallel.plan.timing import bubble, step_time
+
+    fitting: list[Candidate] = []
+    full: list[Candidate] = []
+    for layout in layouts:
         least = held_bytes(space.parameters // (layout.tensor * layout.pipeline), layout)
         if space.budget is not None and sum(least.values()) > space.budget:
             # Without any activations already: not worth measuring.
-            misses.append(Candidate(layout, float("inf"), least, bubble(layout)))
-            break
+            return fitting, [*full, Candidate(layout, None, least, bubble(layout))]
         stages = memory.stages(layout)
         held = max((rank_bytes(s, layout) for s in stages), key=lambda kinds: sum(kinds.values()))
-        candidate = Candidate(layout, step_seconds(space, layout, stages), held, bubble(layout))
-        if space.budget is None or candidate.total_bytes <= space.budget:
-            best.append(candidate)
-            if layout.pipeline == 1:
-                break
-        else:
-            misses.append(candidate)
-    if best:
-        return min(best, key=lambda candidate: candidate.seconds)
-    closest = min(misses, key=lambda candidate: candidate.total_bytes)
-    more = "more than " if closest.seconds == float("inf") else ""
-    return replace(closest, reason=f"needs {more}{_gb(closest.total_bytes)} a worker, {_gb(space.budget)} are free")
+        time = step_time(stages, layout, space.figures, space.per_node)
+        candidate = Candidate(layout, time, held, bubble(layout))
+        if space.budget is not None and candidate.total_bytes > space.budget:
+            full.append(candidate)
+            continue
+        fitting.append(candidate)
+        if layout.pipeline == 1:
+            break
+    return fitting, full
 
 
 def _slower(candidate: Candidate, taken: Candidate) -> str:

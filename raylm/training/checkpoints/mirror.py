@@ -1,13 +1,20 @@
-"""A run whose storage is remote: what is kept locally and when it is copied.
+"""Which start of the driver may write to a run's storage, and where that is remote, what is kept locally.
 
-The driver and rank 0 work in a local mirror of the run directory; checkpoints go to the storage by themselves. The
-storage wins over what an earlier start left in a mirror, on whatever host. With a local or shared directory, storage
-and mirror are one, and nothing here does anything.
+The storage's file ``OWNER`` names the latest start. An older one that still runs, on whatever host, reads there that it
+was overtaken before it next writes what counts, and ends. The lock of the run directory is the quicker refusal, where
+the storage has locks that all hosts know.
+
+With remote storage the driver and rank 0 work in a local mirror of the run directory; checkpoints go to the storage by
+themselves. The storage wins over what an earlier start left in a mirror. With a local or shared directory, storage and
+mirror are one, and nothing is copied.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,17 +27,24 @@ from raylm.errors import RunFailure, UserError
 from raylm.training.checkpoints.storage import Storage
 
 OWNER = "OWNER"
+# Between two looks at it from the training loop, which writes metrics more often than that.
+OWNER_SECONDS = 2.0
 # What a driver needs of an earlier start; data is what it prepared from raw sources.
 DRIVER_FILES = ("config.yaml", "report.json", "precision.json")
 METRICS, BOARD, DATA, SUMMARY = "metrics.jsonl", "tensorboard", "data", "summary.txt"
 
 
 class Mirror:
-    """The local mirror ``directory`` of the run in ``storage``."""
+    """The local mirror ``directory`` of the run in ``storage``.
+
+    Attributes:
+        remote: whether the two are apart.
+    """
 
     def __init__(self, storage: Storage, directory: Path) -> None:
         self.storage, self.directory = storage, directory
         self.remote = storage.local is None
+        self._looked = float("-inf")
 
     def open_run(self) -> None:
         """Fetch what an earlier start of the driver left; call before anything is checked.
@@ -50,9 +64,19 @@ class Mirror:
             raise UserError(f"run.storage: {self.storage} cannot be used: {error}") from None
 
     def own(self, attempt: str) -> None:
-        """Make ``attempt`` the one start of the driver that may write; an older one stops at its next checkpoint."""
-        if self.remote:
-            self.storage.write(OWNER, attempt)
+        """Make ``attempt`` the one start of the driver that may write; an older one stops before it next writes."""
+        owner = {"attempt": attempt, "host": socket.gethostname(), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        self.storage.write(OWNER, json.dumps(owner) + "\n")
+
+    def overtaken(self, attempt: str) -> RunFailure | None:
+        """What says that a later start of the same run has taken over; None where ``attempt`` is the owner."""
+        text = self.storage.read(OWNER)
+        owner = parse_object(text or b"") or {}
+        if owner.get("attempt") == attempt:
+            return None
+        # An earlier raylm wrote the attempt alone.
+        by = f"on {owner.get('host')} at {owner.get('time')}" if owner else (text or b"nobody").decode(errors="replace")
+        return RunFailure(f"{self.storage} was taken over by a later start of the same run ({by}); this one ends")
 
     def check_owner(self, attempt: str) -> None:
         """Stop where a later start of the same run has taken over.
@@ -60,9 +84,18 @@ class Mirror:
         Raises:
             RunFailure: it has.
         """
-        if self.remote and (owner := self.storage.read(OWNER)) != attempt.encode():
-            by = (owner or b"nobody").decode(errors="replace")
-            raise RunFailure(f"{self.storage} was taken over by a later start of the same run ({by})")
+        if (failure := self.overtaken(attempt)) is not None:
+            raise failure
+        self._looked = time.monotonic()
+
+    def check_owner_at_times(self, attempt: str) -> None:
+        """:meth:`check_owner` before a line of metrics: where that goes to the storage itself, and every other second.
+
+        Raises:
+            RunFailure: a later start has taken over.
+        """
+        if not self.remote and time.monotonic() - self._looked > OWNER_SECONDS:
+            self.check_owner(attempt)
 
     def send(self, *names: str) -> None:
         """Copy files or folders of the mirror to the storage; those that are not there are left out."""

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError
 
+from raylm.errors import RunFailure
 from raylm.parallel.layout.fragments import Fragment
 from raylm.parallel.layout.slicing import Offset, Shape, Slicing, boxes
 from raylm.training.checkpoints.manifest import DIGEST, DIGESTS, MANIFEST, FileEntry, parse_manifest, state_of
@@ -113,6 +114,7 @@ class CheckpointWriter:
         asynchronous: write in the background.
         scratch: local folder for files on their way to remote storage.
         before_commit: called on rank 0 before a checkpoint begins to count.
+        check_owner: called on rank 0, raises where another start of the run has taken over.
 
     Attributes:
         stall_seconds: time that training has waited for the writer so far.
@@ -129,11 +131,13 @@ class CheckpointWriter:
         asynchronous: bool = True,
         scratch: Path | None = None,
         before_commit: Callable[[], None] | None = None,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self.root = _as_storage(root)
         self.rank, self.world_size, self.generation, self.keep = rank, world_size, generation, keep
         self.stall_seconds = 0.0
-        self._asynchronous, self._scratch, self._before_commit = asynchronous, scratch, before_commit
+        self._asynchronous, self._scratch = asynchronous, scratch
+        self._before_commit, self._check_owner = before_commit, check_owner
         self._thread: threading.Thread | None = None
         self._streamed = threading.Event()
         self._streamed.set()
@@ -216,21 +220,36 @@ class CheckpointWriter:
             for name, entry in json.loads(self.root.read(f"{folder}/{part}") or b"").items():
                 shapes |= entry.pop("shapes")
                 files[name] = entry
+        # What is removed is listed before the look at the owner: a later start has written none of it yet, however long
+        # this one may be held up after the look.
+        leftover = [name for name in self.root.names(folder) if name not in files and name != MANIFEST]
+        older = [name for name in self.root.names() if name.startswith("step-") and name < folder]
+        self._check_owner()
         if self._before_commit is not None:
             self._before_commit()
-        self.root.write(f"{folder}/{MANIFEST}", json.dumps({"files": files, "shapes": shapes, "state": state}))
+        manifest = json.dumps({"files": files, "shapes": shapes, "state": state})
+        self.root.write(f"{folder}/{MANIFEST}", manifest)
+        self._still_owned(folder, manifest)
         self.root.write(LATEST, folder + "\n")
         if best:
             self.root.write(BEST, folder + "\n")
-        for name in self.root.names(folder):
-            if name not in files and name != MANIFEST:
-                self.root.remove(f"{folder}/{name}")
-        self._remove_old(folder)
+        for name in leftover:
+            self.root.remove(f"{folder}/{name}")
+        self._remove_old(older)
 
-    def _remove_old(self, newest: str) -> None:
+    def _still_owned(self, folder: str, manifest: str) -> None:
+        """Take a checkpoint back that was written while another start took over: that one goes on from an older."""
+        try:
+            self._check_owner()
+        except RunFailure:
+            if self.root.read(f"{folder}/{MANIFEST}") == manifest.encode():
+                self.root.remove(f"{folder}/{MANIFEST}")
+            raise
+
+    def _remove_old(self, older: list[str]) -> None:
+        """Of the checkpoints before the newest, keep as many as are wanted; one of a later step is damaged anyway."""
         best = _best_name(self.root)
-        # One of a later step is damaged, and was passed over.
-        for name in [n for n in self.root.names() if n.startswith("step-") and n <= newest][: -self.keep]:
+        for name in older[: max(0, len(older) + 1 - self.keep)]:
             if name != best:
                 # The manifest goes first, so that half a removal never looks like a checkpoint.
                 self.root.remove(f"{name}/{MANIFEST}")

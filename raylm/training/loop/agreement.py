@@ -37,3 +37,10 @@ class Agreement:
         greatest, wanted, ahead = agreed.tolist()
         self._last, self._next, self._at = step, step + ahead, now
         return greatest, bool(wanted)
+
+
+def gather_names(mine: list[str]) -> list[str]:
+    """The ranks' lists joined, the same on all; a collective."""
+    lists: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(lists, mine)
+    return sorted({name for one in lists for name in one})

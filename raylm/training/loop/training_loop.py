@@ -32,7 +32,7 @@ from raylm.training.checkpoints.export import export_model, largest_difference
 from raylm.training.checkpoints.mirror import BOARD, METRICS, Mirror
 from raylm.training.checkpoints.storage import Storage
 from raylm.training.checkpoints.store import CheckpointReader, CheckpointWriter, newest_whole, whole_best
-from raylm.training.loop.agreement import Agreement
+from raylm.training.loop.agreement import Agreement, gather_names
 from raylm.training.loop.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.loop.batches import (
     evaluation_batches,
@@ -59,7 +59,7 @@ class TrainingLoop:
 
     def __init__(self, job: TrainingJob, worker: Worker) -> None:
         self.job, self.worker, self.config = job, worker, job.config
-        self.ranks = (worker.rank, worker.world_size, _gather)
+        self.ranks = (worker.rank, worker.world_size, gather_names)
         training, run = self.config.training, self.config.run
         torch.manual_seed(run.seed)
         if training.compile:
@@ -98,7 +98,8 @@ class TrainingLoop:
             self.config.checkpoint.keep,
             asynchronous=self.config.checkpoint.asynchronous,
             scratch=job.directory / "scratch",
-            before_commit=self._before_commit,
+            before_commit=self.mirror.send_metrics,
+            check_owner=self._check_owner,
         )
         # Under every layout the moments are this optimizer's, and the weights change in its step only.
         self.engine.optimizer.register_step_pre_hook(lambda *_: self.writer.settle())
@@ -165,6 +166,9 @@ class TrainingLoop:
 
         Where the run was asked to stop, or its anomalies forbid to go on, they hold ``failure``, the reason.
         """
+        # Before anything is touched that a later start may use.
+        if self.worker.rank == 0:
+            self._check_owner()
         self._resume()
         if self.worker.rank == 0:
             self.mirror.fetch_metrics()
@@ -249,6 +253,7 @@ class TrainingLoop:
                 if evaluated:
                     metrics |= self._evaluate()
                 if self.recorder is not None:
+                    self.mirror.check_owner_at_times(self.job.attempt)
                     self.recorder.record(metrics)
                 if evaluated:
                     self.worker.report(metrics)
@@ -278,9 +283,8 @@ class TrainingLoop:
             self.sample_log.write(step, batch, self.config.training.batch_size)
         return batches
 
-    def _before_commit(self) -> None:
+    def _check_owner(self) -> None:
         self.mirror.check_owner(self.job.attempt)
-        self.mirror.send_metrics()
 
     def _finish_save(self) -> None:
         self.writer.wait()
@@ -356,6 +360,7 @@ class TrainingLoop:
         expected = self.engine.logits(probe).cpu()
         difference = None
         if self.worker.rank == 0:
+            self._check_owner()
             dtype = torch.bfloat16 if self.bf16 else torch.float32
             output = self.job.directory / "model"
             export_model(source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head)
@@ -390,10 +395,3 @@ class _Interval:
         self.tokens = 0
         self.data_wait = 0.0
         self.stalled = writer.stall_seconds
-
-
-def _gather(mine: list[str]) -> list[str]:
-    """The ranks' lists joined, the same on all; a collective."""
-    lists: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, mine)
-    return sorted({item for one in lists for item in one})

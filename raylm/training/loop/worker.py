@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from raylm.training.ray_train.preemption import Notice
 
 
+def new_attempt() -> str:
+    """A token that no other start has, of the driver or of its workers."""
+    return uuid.uuid4().hex[:8]
+
+
 @dataclass
 class TrainingJob:
     """Everything that is the same on every rank; it travels to the workers by pickle.
@@ -69,7 +74,7 @@ class Worker:
     rank: int
     world_size: int
     report: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
-    generation: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    generation: str = field(default_factory=new_attempt)
     progress: Callable[[int], None] = field(default=lambda step: None)
     notice: Callable[[], Notice | int] = field(default=lambda: 0)
     saved: Callable[[], Any] = field(default=lambda: None)

@@ -7,8 +7,11 @@ driver's bar, the ranks that fell silent, and which rank failed first and with w
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from raylm.training.ray_train.places import Loss, Place, describe_losses, gone_nodes
 
 # fatal: the same would happen again, so nothing is retried. collective: follows from another rank's failure.
 FailureKind = Literal["fatal", "own", "collective"]
@@ -78,6 +81,10 @@ class Board:
         self._asked = self._saved = 0
         self._controller: Any = None
         self._placement_group: Any = None
+        self._places: list[Place] = []
+        self._losses: list[Loss] = []
+        self._dead: list[Loss] = []
+        self._unplaced_since: float | None = None
 
     def controller_is(self, handle: Any) -> None:
         """Remember the handle of Ray Train's controller."""
@@ -110,21 +117,80 @@ class Board:
         return self._events[first:]
 
     def latest(self) -> dict[str, Any]:
-        """Everything known so far, with ``restarts``: why the workers were started again, each time."""
-        return {**self._latest, "restarts": self._restarts}
+        """Everything known so far.
 
-    def begin(self, generation: str, ranks: int) -> str | None:
-        """Rank 0 of a new start of ``ranks`` workers; returns the failure that forbids to go on, or None."""
+        With ``restarts``: why the workers were started again, each time; ``losses``: how many ranks have failed; and
+        ``unplaced_seconds``: for how long the workers, which ran before, have had no places; None where they have.
+        """
+        since = self._unplaced_since
+        unplaced = None if since is None or not self._starts else time.monotonic() - since
+        return {
+            **self._latest, "restarts": self._restarts, "losses": len(self._losses), "unplaced_seconds": unplaced
+        }  # fmt: skip
+
+    def losses(self, first: int) -> list[Loss]:
+        """The ranks that failed, from the ``first``-th (counted from 0) on."""
+        return self._losses[first:]
+
+    def lost(self) -> str:
+        """The ranks whose processes or nodes are gone since the last start, in words; empty where none are."""
+        losses, gone = self._gone()
+        return describe_losses(losses, gone) if losses else ""
+
+    def _gone(self) -> tuple[list[Loss], set[str]]:
+        """The ranks that are gone, and the nodes.
+
+        A node that answers no more counts as lost only after a while: its ranks are missed by the others before, whose
+        failures are all that Ray Train hears of.
+        """
+        gone = gone_nodes(self._places)
+        dead = {loss.rank for loss in self._dead}
+        text = "its node was lost"
+        places = enumerate(self._places)
+        return self._dead + [
+            Loss(self._generation, rank, one, text) for rank, one in places if one.node in gone and rank not in dead
+        ], gone
+
+    def failed(self, dead: dict[int, str]) -> None:
+        """Ray Train's word that the workers have failed.
+
+        Args:
+            dead: ranks whose processes have died -> what Ray says of it.
+        """
+        places = dict(enumerate(self._places))
+        self._dead = [Loss(self._generation, rank, places.get(rank), text) for rank, text in sorted(dead.items())]
+        own = [one for one in self._failures if one.kind != "collective" and one.rank not in dead]
+        self._losses += self._dead
+        self._losses += [Loss(self._generation, one.rank, places.get(one.rank), one.text) for one in own]
+
+    def placed(self, there: bool) -> None:
+        """Ray Train's word whether the workers have their places in the cluster."""
+        if there:
+            self._unplaced_since = None
+        elif self._unplaced_since is None:
+            self._unplaced_since = time.monotonic()
+
+    def begin(self, generation: str, places: Sequence[Place]) -> str | None:
+        """Rank 0 of a new start of workers, by rank; returns the failure that forbids to go on, or None."""
         # All are alive now: one that freezes before its first beat is missed as well.
         now = time.monotonic()
-        self._generation, self._beats = generation, {rank: Beat(0, 0, now) for rank in range(ranks)}
+        losses, gone = self._gone()
+        lost = describe_losses(losses, gone) if losses else ""
+        self._losses += [loss for loss in losses if loss not in self._dead]
+        self._dead = []
+        self._generation, self._beats = generation, {rank: Beat(0, 0, now) for rank in range(len(places))}
+        self._places = list(places)
         self._starts += 1
         first = self.first_failure()
         if first is not None and first.kind == "fatal":
             return first.text
         if self._starts > 1:
-            self._restarts.append(f"step {first.step}, rank {first.rank}: {first.text}" if first else "a worker died")
             step = first.step if first else self._latest.get("step", 0)
+            # A rank that died without a word comes before those that lost it in a collective.
+            if lost and (first is None or first.kind == "collective"):
+                self._restarts.append(f"step {step}, {lost}")
+            else:
+                self._restarts.append(f"step {step}, rank {first.rank}: {first.text}" if first else "a worker died")
             self.note("restart", step, f"workers started again after {self._restarts[-1]}")
         self._failures = []
         return None

@@ -14,7 +14,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, SchedulingState
+from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import remove_placement_group
 
 if TYPE_CHECKING:
@@ -37,10 +40,25 @@ class TellBoard(ControllerCallback, WorkerGroupCallback):
         """Hand over the controller's own handle."""
         self._board.controller_is.remote(ray.get_runtime_context().current_actor)
 
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Hand over which workers have failed, and that they wait for their places."""
+        if isinstance(error := getattr(current_state, "training_failed_error", None), WorkerGroupError):
+            self._board.failed.remote(dead_ranks(error))
+        if isinstance(current_state, SchedulingState | ReschedulingState):
+            self._board.placed.remote(False)
+
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Hand over the placement group of the workers."""
+        self._board.placed.remote(True)
         taken = worker_group.get_worker_group_state().placement_group_handle.placement_group
         self._board.placement_group_is.remote(taken)
+
+
+def dead_ranks(error: WorkerGroupError) -> dict[int, str]:
+    """The ranks whose processes died or answer no more, with Ray's words; one that raised an error is none of them."""
+    kinds = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+    failures = error.worker_failures.items()
+    return {rank: " ".join(str(one).split()) for rank, one in failures if isinstance(one, kinds)}
 
 
 class Fitting:

@@ -1,7 +1,7 @@
 """Starting a training job on Ray Train and waiting for it.
 
-The driver resolves the layout, starts the workers through Ray Train (which restarts them after failures), shows the
-progress that rank 0 sends, and turns a failure into one line with the first failing rank's own error.
+The driver starts the workers through Ray Train (which restarts them after failures), watches them
+(:mod:`raylm.training.ray_train.watching`), and turns a failure into one line with the first failing rank's own error.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster.environment import training_environment, worker_environment
+from pyarrow.lib import ArrowException
+
+from raylm.cluster.environment import default_environment, training_environment, worker_environment
+from raylm.cluster.session import shown_on_dashboard
+from raylm.cluster.waiting import worker_share
 from raylm.errors import RunFailure
-from raylm.interrupts import Deferred, deferred
-from raylm.progress import Activity, ProgressBar
-from raylm.training.checkpoints.mirror import METRICS
-from raylm.training.loop.worker import TrainingJob, Worker
+from raylm.interrupts import deferred
+from raylm.training.checkpoints.mirror import METRICS, Mirror
+from raylm.training.loop.worker import TrainingJob, Worker, new_attempt
+from raylm.training.ray_train.places import Place, check_tensor_groups, place_here
+from raylm.training.ray_train.watching import HANDOVER_SECONDS, POLL_SECONDS, Watch
 from raylm.training.reports.events import append_event
 from raylm.training.reports.metrics import read_metrics
 
@@ -29,11 +32,7 @@ if TYPE_CHECKING:
     from raylm.training.ray_train.board import Failure
     from raylm.training.ray_train.fitting import Fitting
 
-POLL_SECONDS = 0.5
-HANDOVER_SECONDS = 60.0
 RELEASE_SECONDS = 3.0
-# Within which the workers are to save a checkpoint and end, after the driver was told to.
-STOP_SECONDS = 120.0
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -53,13 +52,13 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     doing("importing DeepSpeed")
     prepare_deepspeed(job.use_gpu)
-    from raylm.training.checkpoints.mirror import Mirror
     from raylm.training.checkpoints.storage import Storage
     from raylm.training.loop.training_loop import TrainingLoop
     from raylm.training.ray_train.health import HealthMonitor
     from raylm.training.ray_train.preemption import Notices
 
-    generation, forbidden = _begin(job, rank, world_size)
+    places = _gather_places(world_size)
+    generation, forbidden = _begin(job, rank, places)
     if forbidden is not None:
         # What failed would fail again: end here, the driver has the reason.
         return
@@ -80,6 +79,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 saved=lambda: job.progress.saved.remote(notices.asked),
                 memory_bytes=lambda: health.answer.memory_bytes,
             )
+            check_tensor_groups(places, job.config.parallel.tensor)
             mirror.fetch_data()
             doing("building the model")
             loop = TrainingLoop(job, worker)
@@ -87,7 +87,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 job.progress.update.remote({"total_steps": loop.total_steps})
             final = loop.run()
         except Exception as error:
-            health.fail(error)
+            health.fail(_cause(mirror, job.attempt, error))
             with contextlib.suppress(OSError):
                 mirror.send(str(health.log.relative_to(job.directory)))
             raise
@@ -95,7 +95,25 @@ def train_worker(settings: dict[str, Any]) -> None:
         ray.get(job.progress.update.remote({"final": final}), timeout=HANDOVER_SECONDS)
 
 
-def _begin(job: TrainingJob, rank: int, world_size: int) -> tuple[str, Any]:
+def _cause(mirror: Mirror, attempt: str, error: Exception) -> Exception:
+    """What a rank failed with: that a later start took over explains whatever else it met, and is not tried again."""
+    try:
+        return mirror.overtaken(attempt) or error
+    except (OSError, ArrowException):
+        # The storage itself is what fails.
+        return error
+
+
+def _gather_places(world_size: int) -> list[Place]:
+    """Where all ranks are, by rank; a collective."""
+    import torch.distributed as dist
+
+    places: list[Any] = [None] * world_size
+    dist.all_gather_object(places, place_here())
+    return places
+
+
+def _begin(job: TrainingJob, rank: int, places: list[Place]) -> tuple[str, Any]:
     """Name this start of all workers, the same on each; returns also why it must not be, or None."""
     import ray
     import torch.distributed as dist
@@ -103,26 +121,21 @@ def _begin(job: TrainingJob, rank: int, world_size: int) -> tuple[str, Any]:
     begun: list[Any] = [None, None]
     if rank == 0:
         generation = new_attempt()
-        begin = job.progress.begin.remote(generation, world_size)
+        begin = job.progress.begin.remote(generation, places)
         begun = [generation, ray.get(begin, timeout=HANDOVER_SECONDS)]
     dist.broadcast_object_list(begun, src=0)
     return begun[0], begun[1]
 
 
-def launch(
-    job: TrainingJob,
-    cpus_per_worker: float,
-    max_failures: int,
-    on_evaluation: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+def launch(job: TrainingJob, on_evaluation: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Run ``job`` under Ray Train to its end and return rank 0's final metrics.
 
     Args:
         on_evaluation: called with the metrics of each step that was evaluated.
 
     Raises:
-        RunFailure: the workers failed more often than ``max_failures``, or in a way that would come again, or the run
-            was asked to stop.
+        RunFailure: the workers failed more often than ``resources.max_failures``, or in a way that would come again, or
+            the run was asked to stop.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -150,21 +163,21 @@ def launch(
             num_workers=resources.workers if resources.elastic is None else tuple(resources.elastic),
             elastic_resize_monitor_interval_s=resources.elastic_check_seconds,
             use_gpu=job.use_gpu,
-            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if job.use_gpu else {})},
+            resources_per_worker=worker_share(resources, use_gpu=job.use_gpu),
         ),
         run_config=RunConfig(
             # A new name for each start: what resumes is our own checkpoints, not Ray Train's bookkeeping.
-            name=f"attempt-{job.attempt}",
+            name=f"{job.config.run.name}-{job.attempt}",
             storage_path=(Storage(job.storage) / "ray-train").uri,
-            failure_config=FailureConfig(max_failures=max_failures),
-            worker_runtime_env={"env_vars": environment(cpus_per_worker)},
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            worker_runtime_env={"env_vars": environment(resources.cpus_per_worker)},
             callbacks=[
                 TellBoard(job.progress),
                 *([SaveBeforeResize(job.progress)] if resources.elastic is not None else []),
             ],
         ),
     )
-    with _noting_the_end(job):
+    with _noting_the_end(job), default_environment(shown_on_dashboard()):
         return _fit(job, trainer, on_evaluation)
 
 
@@ -174,12 +187,13 @@ def _fit(
     from raylm.training.ray_train.fitting import Fitting
 
     with deferred() as signals:
+        watch = Watch(job, signals, on_evaluation)
         with Fitting(trainer, job.progress) as fitting:
-            _show_progress(job, fitting, signals, on_evaluation)
+            watch.show(fitting)
             # Long enough for the workers' resources to be free again; without a dashboard Ray Train's controller then
             # waits ten seconds more for an answer that cannot come, and nothing of it is needed.
             fitting.wait(RELEASE_SECONDS)
-        final = _final(job, fitting)
+        final = _final(job, fitting, watch)
         if signals.received is not None and "failure" in final:
             print(f"{job.stage}: {final['failure']}", file=sys.stderr, flush=True)
     if "failure" in final:
@@ -187,14 +201,16 @@ def _fit(
     return final
 
 
-def _final(job: TrainingJob, fitting: Fitting) -> dict[str, Any]:
+def _final(job: TrainingJob, fitting: Fitting, watch: Watch) -> dict[str, Any]:
     """Rank 0's final metrics, with ``failure`` where it ended before the last step."""
     import ray
 
     first = ray.get(job.progress.first_failure.remote(), timeout=HANDOVER_SECONDS)
     latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
     if (error := fitting.error) is not None or (first is not None and first.kind == "fatal"):
-        raise RunFailure(_explain(error, first)) from error
+        watch.keep_logs(latest["losses"])
+        lost = ray.get(job.progress.lost.remote(), timeout=HANDOVER_SECONDS)
+        raise RunFailure(_explain(error, first, lost) + watch.where_logs_are()) from error
     # Ray Train keeps the metrics of reports with a checkpoint only; ours are not its checkpoints.
     if (final := latest.get("final")) is None:
         raise RunFailure(f"{job.directory}: the workers ended without a result")
@@ -220,83 +236,16 @@ def _noting_the_end(job: TrainingJob) -> Iterator[None]:
         raise
 
 
-def _explain(error: Exception | None, first: Failure | None) -> str:
-    """The first failing rank's own error, then where its log is."""
-    import ray
-    from ray.train.v2.api.exceptions import WorkerGroupError
+def _explain(error: Exception | None, first: Failure | None, lost: str) -> str:
+    """The first failing rank's own error, then where its log is.
 
+    Args:
+        lost: ranks whose processes died.
+    """
     # A rank that died without a word comes before those that lost it in a collective.
-    if isinstance(error, WorkerGroupError) and (first is None or first.kind == "collective"):
-        lost = [rank for rank, failure in error.worker_failures.items() if type(failure).__name__.startswith("Worker")]
-        if lost:
-            logs = ray._private.worker._global_node.get_logs_dir_path()
-            return f"rank {min(lost)}: the worker process died (logs of the workers: {logs})"
+    if lost and (first is None or first.kind == "collective"):
+        return lost
     if first is not None:
         return f"rank {first.rank}: {first.text} (log: {first.log})"
     # The last line of a traceback is the exception itself.
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def _show_progress(
-    job: TrainingJob,
-    fitting: Fitting,
-    signals: Deferred,
-    on_evaluation: Callable[[dict[str, Any]], None] | None,
-) -> None:
-    import ray
-
-    latest: dict[str, Any] = {"restarts": []}
-    noted, evaluated, deadline = 0, 0, float("inf")
-
-    def poll() -> None:
-        nonlocal latest, noted, evaluated, deadline
-        fitting.wait(POLL_SECONDS)
-        latest = ray.get(job.progress.latest.remote(), timeout=HANDOVER_SECONDS)
-        for event in ray.get(job.progress.events.remote(noted), timeout=HANDOVER_SECONDS):
-            print(f"{job.stage}: {event['text']}", file=sys.stderr, flush=True)
-            append_event(job.directory, event)
-            noted += 1
-        if on_evaluation is not None:
-            for metrics in ray.get(job.progress.evaluations.remote(evaluated), timeout=HANDOVER_SECONDS):
-                on_evaluation(metrics)
-                evaluated += 1
-        if (number := signals.received) is not None:
-            if "total_steps" not in latest or "finishing" in latest:
-                # No step was made, or the last one, which was saved.
-                raise KeyboardInterrupt
-            if deadline == float("inf"):
-                deadline = time.monotonic() + STOP_SECONDS
-                job.progress.stop.remote(number.name)
-                text = "saving a checkpoint, then ending; Ctrl-C once more ends at once"
-                print(f"{job.stage}: {text}", file=sys.stderr, flush=True)
-            if time.monotonic() > deadline:
-                raise RunFailure(f"{number.name}: the workers did not end within {STOP_SECONDS:.0f} s")
-
-    with Activity(f"{job.stage}: starting {_workers(job)}") as activity:
-        while fitting.running() and "total_steps" not in latest:
-            poll()
-            if "doing" in latest:
-                activity.change(f"{job.stage}: {latest['doing']}")
-    with ProgressBar(job.stage, latest.get("total_steps"), "steps", latest.get("step", 0)) as bar:
-        while fitting.running() and "final" not in latest:
-            poll()
-            if "step" in latest:
-                bar.update(latest["step"], _note(latest))
-
-
-def _workers(job: TrainingJob) -> str:
-    count = job.config.resources.workers
-    return "workers" if count == "auto" else f"{count} worker{'s' if count != 1 else ''}"
-
-
-def _note(latest: dict[str, Any]) -> str:
-    """The latest figures, or what is done after the last step."""
-    if "finishing" in latest:
-        return latest["finishing"]
-    validation = f", validation loss {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
-    return f"loss {latest['loss']:.4f}{validation}, {latest['tokens_per_second']:,.0f} tokens/s"
-
-
-def new_attempt() -> str:
-    """A token that no other start of the driver has."""
-    return uuid.uuid4().hex[:8]

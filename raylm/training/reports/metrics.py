@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl``, TensorBoard, Ray's dashboard (``ray.util.metrics``) and the driver's bar.
+"""Where metrics go: ``metrics.jsonl``, TensorBoard, Ray's exporter (:mod:`.gauges`) and the driver's bar.
 
 Only rank 0 has a recorder. After a resume the file is cut back to the checkpoint's step, so that each step stands in
 it once.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config.run_directory import parse_object, write_atomically
+from raylm.training.reports.gauges import Gauges, gauge_labels
 
 # Metrics that are curves; the others (step, tokens, samples, time) are their axes.
 CURVES = (
@@ -52,8 +53,10 @@ class MetricsRecorder:
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
-        self._gauges = _make_gauges()
-        self._tags = {"run": run_name}
+        from raylm.training.checkpoints.store import LATEST
+
+        labels = gauge_labels(CURVES, PER_PLACE)
+        self._gauges = Gauges(run_name, directory / "checkpoints" / LATEST, labels, PER_PLACE)
         self._progress = progress
 
     def record(self, metrics: dict[str, Any]) -> None:
@@ -64,33 +67,18 @@ class MetricsRecorder:
         for name in CURVES:
             if name in metrics:
                 self._board.add_scalar(name, metrics[name], metrics["step"])
-                if name in self._gauges:
-                    self._gauges[name].set(metrics[name], tags=self._tags)
         for name, tag in PER_PLACE.items():
             for place, value in enumerate(metrics.get(name) or []):
                 self._board.add_scalar(f"{name}/{tag}-{place}", value, metrics["step"])
-                if name in self._gauges:
-                    self._gauges[name].set(value, tags={**self._tags, "place": f"{tag}-{place}"})
+        self._gauges.show(metrics)
         if self._progress is not None:
             self._progress.update.remote(line)
 
     def close(self) -> None:
         """Flush everything."""
+        self._gauges.close()
         self._stream.close()
         self._board.close()
-
-
-def _make_gauges() -> dict[str, Any]:
-    import ray
-
-    if not ray.is_initialized():
-        return {}
-    from ray.util.metrics import Gauge
-
-    gauges = {name: Gauge(f"raylm_{name}", f"raylm training: {name}", tag_keys=("run",)) for name in CURVES}
-    for name in PER_PLACE:
-        gauges[name] = Gauge(f"raylm_{name}", f"raylm training: {name}", tag_keys=("run", "place"))
-    return gauges
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
