@@ -17,6 +17,7 @@ from raylm.launcher.clusters import on_head
 from raylm.launcher.connection import connect
 from raylm.launcher.control import table
 from raylm.launcher.package import code
+from raylm.launcher.preflight.figures import figures
 from raylm.launcher.preflight.judge import NodeFinding, all_reduce_line, judge, rows
 from raylm.launcher.preflight.probe import PACKAGES
 from raylm.progress import Activity
@@ -47,7 +48,7 @@ def check(path: Path | None, address: str | None, storage: str | None, *, as_jso
     broken = any(one.finding.state == "broken" for one in findings)
     if as_json:
         lines = [{"node": one.node, **vars(one.finding)} for one in findings]
-        print(json.dumps({"broken": broken, "findings": lines, **record}, indent=1))
+        print(json.dumps({"broken": broken, "findings": lines, "figures": figures(record), **record}, indent=1))
     else:
         _print(record, findings)
     return 1 if broken else 0

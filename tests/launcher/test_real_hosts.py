@@ -240,8 +240,37 @@ def on(host: Any, line: str) -> str:
     return host.run("bash", "-c", f"cd; . ~/raylm/cluster/node.sh; export PYTHONPATH={ROOT}; {line}", seconds=90)
 
 
-def test_training_survives_the_loss_of_a_host(prepared: Cluster) -> None:
+def test_every_stage_is_a_job(prepared: Cluster) -> None:
+    """The run that the others compare with, a search with trials of two workers, and what is made of the model."""
+    runs = prepared.shared / "runs"
     done(prepared.raylm(*prepared.pretrain("whole", 40)))
+    text, model = f"data.train={prepared.shared}/text.txt", f"model.path={runs}/whole/model"
+    storage = f"run.storage={runs}"
+    done(prepared.raylm(
+        "submit", "tune", f"{RECIPES}/tune.yaml", storage, f"data.train={runs}/data", model, "training.steps=4",
+        "training.evaluate_every_steps=2", "training.warmup_steps=0", "training.sequence_length=32",
+        "training.optimizer=adamw", "training.precision=fp32", "tuning.trials=2", "resources.workers=2",
+        "tuning.space={training.learning_rate: {log_uniform: [1.0e-4, 1.0e-3]}}",
+    ))  # fmt: skip
+    assert (runs / "tune" / "model" / "model.safetensors").is_file()
+    done(prepared.raylm("submit", "evaluate", f"{RECIPES}/evaluate.yaml", storage, text, model))
+    assert json.loads((runs / "evaluate" / "report.json").read_text())
+    small = ["compression.prompts=4", "compression.prompt_tokens=8", "compression.new_tokens=8"]
+    done(prepared.raylm("submit", "compress", f"{RECIPES}/compress.yaml", storage, text, model, *small))
+    assert any((runs / "compress" / "model" / "openvino").glob("*.xml"))
+
+    serving = prepared.begin(
+        "submit", "serve", f"{RECIPES}/serve.yaml", storage, f"model.path={runs}/compress", "serving.collection=null"
+    )
+    ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8000/health', timeout=5).read().decode())"
+    said = wait_until(lambda: prepared.head.run(sys.executable, "-c", ask, check=False))
+    assert json.loads(said)["status"]
+    assert "stopped" in done(prepared.raylm("stop", "serve"))
+    serving.communicate(timeout=PATIENCE_SECONDS)
+    assert serving.returncode == 143
+
+
+def test_training_survives_the_loss_of_a_host(prepared: Cluster) -> None:
     running = prepared.begin(*prepared.pretrain("hurt", 40))
     wait_until(lambda: len(prepared.losses("hurt")) >= 12)
     workers = [host for host in prepared.hosts.hosts[1:] if any("RayTrainWorker" in line for line in host.processes())]

@@ -74,6 +74,8 @@ def read_terms(gpus: str | None, network: float | None, prices: list[str], measu
             raise UserError(f"{measured}: not JSON, allowed: a JSON object of measured figures") from None
         if not isinstance(values, dict):
             raise UserError(f"{measured}: found no object, allowed: a JSON object of measured figures")
+        # As `raylm cluster check --json` prints them, or they alone.
+        values = values["figures"] if isinstance(values.get("figures"), dict) else values
     return Terms(
         pair, None if network is None else network * 1e9 / 8, found, None if values is None else (values, str(measured))
     )
