@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import tempfile
 import time
 from importlib import metadata
@@ -12,7 +13,7 @@ from typing import Any
 
 from raylm.doctor.finding import Finding
 from raylm.errors import RunFailure, UserError, first_line
-from raylm.launcher.cluster_file import ClusterFile, read_cluster_file
+from raylm.launcher.cluster_file import SSH_SECONDS, ClusterFile, read_cluster_file
 from raylm.launcher.clusters import on_head
 from raylm.launcher.connection import connect
 from raylm.launcher.control import table
@@ -43,7 +44,9 @@ def check(path: Path | None, address: str | None, storage: str | None, *, as_jso
     wanted = [one for one in (cluster.head, *cluster.workers) if one] if cluster else []
     with Activity("cluster check: looking at the nodes, which takes half a minute"):
         said = _by_ssh(cluster, storage) if cluster else _by_job(address, storage)
-    record = _read(said)
+        record = _read(said)
+        if cluster is not None and cluster.is_local:
+            _look_at_silent(cluster, record)
     findings = judge(record, wanted, _versions())
     broken = any(one.finding.state == "broken" for one in findings)
     if as_json:
@@ -88,6 +91,25 @@ def _read(said: str) -> dict[str, Any]:
             return json.loads(line)["preflight"]
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     raise RunFailure(f"the cluster's nodes were not looked at: {lines[-1][:300] if lines else 'nothing was said'}")
+
+
+def _look_at_silent(cluster: ClusterFile, record: dict[str, Any]) -> None:
+    """Note the disk of nodes that do not answer: Ray's processes die where they cannot write."""
+    there = {node["address"]: node for node in record["nodes"]}
+    for address in (cluster.head, *cluster.workers):
+        node = there.get(str(address), {})
+        if "error" not in node:
+            continue
+        line = "df -P -B1 ${RAY_TMPDIR:-/tmp} | tail -n 1"
+        try:
+            done = subprocess.run(
+                cluster.ssh(str(address), line), capture_output=True, text=True, timeout=3 * SSH_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            continue
+        words = done.stdout.split()
+        if done.returncode == 0 and len(words) >= 4 and words[1].isdigit() and words[3].isdigit():
+            node["disk"] = {"total": int(words[1]), "free": int(words[3])}
 
 
 def _versions() -> dict[str, str]:

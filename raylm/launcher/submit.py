@@ -16,6 +16,7 @@ from raylm.errors import RunFailure, UserError, first_line
 from raylm.launcher.connection import connect
 from raylm.launcher.jobs import ATTEMPT, RUN, STAGE, STORAGE, Job, all_jobs, read_job
 from raylm.launcher.package import CONFIGURATION, check_paths, packaged
+from raylm.launcher.shown import Shown
 from raylm.progress import Activity
 
 if TYPE_CHECKING:
@@ -101,15 +102,19 @@ def follow(client: JobSubmissionClient, job: Job) -> Job:
     Raises:
         RunFailure: the cluster does not answer any more; the job may go on.
     """
+    with Shown() as output:
+        return _follow(client, job, output)
+
+
+def _follow(client: JobSubmissionClient, job: Job, output: Shown) -> Job:
     shown, lost = 0, 0.0
     while True:
         try:
-            shown = asyncio.run(_print_from(client, job.id, shown))
+            shown = asyncio.run(_print_from(client, job.id, shown, output))
             job, lost = read_job(client, job.id), 0.0
             if job.over:
                 # What came between the last look and the end.
-                rest = client.get_job_logs(job.id)
-                print(rest[shown:], end="", flush=True)
+                output.write(client.get_job_logs(job.id)[shown:])
                 return job
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             lost = lost or time.monotonic()
@@ -121,7 +126,7 @@ def follow(client: JobSubmissionClient, job: Job) -> Job:
         time.sleep(POLL_SECONDS)
 
 
-async def _print_from(client: JobSubmissionClient, job_id: str, shown: int) -> int:
+async def _print_from(client: JobSubmissionClient, job_id: str, shown: int, output: Shown) -> int:
     """Print a job's log beyond its first ``shown`` characters until the connection ends; how many are shown then."""
     seen = 0
     async for text in client.tail_job_logs(job_id):
@@ -129,7 +134,7 @@ async def _print_from(client: JobSubmissionClient, job_id: str, shown: int) -> i
         fresh = text[max(0, shown - seen) :]
         seen += len(text)
         if fresh:
-            print(fresh, end="", flush=True)
+            output.write(fresh)
             shown += len(fresh)
     return shown
 

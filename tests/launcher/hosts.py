@@ -6,6 +6,7 @@ They are namespaces of Linux, joined by a bridge; the rest of the file system is
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shlex
 import shutil
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 30.0
 NEEDED = ("ip", "nsenter", "unshare", "mount", "ssh", "ssh-keygen", "rsync")
 SSHD = "/usr/sbin/sshd"
+# prctl(2)
+PR_SET_PDEATHSIG = 1
 
 # The first process of a host; it dies with all others of the host. What a covered directory has and the host needs is
 # mounted again. Processes without a parent become its own, and it reaps them.
@@ -169,8 +172,9 @@ class Hosts:
         ]  # fmt: skip
         with (self.directory / f"init-{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
         host = Host(name, address, namespace, process)
         self.hosts = [*(other for other in self.hosts if other.name != name), host]
         self._await_ssh(host)
@@ -224,6 +228,11 @@ def hosts(directory: Path, count: int, kept: Sequence[Path] = ()) -> Iterator[Ho
         yield made
     finally:
         made.close()
+
+
+def _end_with_parent() -> None:
+    """Have this process killed when the one that started it is gone, however that ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _run(*command: str) -> None:

@@ -69,9 +69,15 @@ def _all(probes: dict[str, Any], call: Callable[[Any], Any], seconds: float = AN
         except GetTimeoutError:
             answers[address] = {"error": f"no answer within {seconds:.0f} s"}
         except RayError as error:
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
-            answers[address] = {"error": (said or [type(error).__name__])[-1][:300]}
+            answers[address] = {"error": _reason(error)}
     return answers
+
+
+def _reason(error: Exception) -> str:
+    """One line of what Ray says about a process that failed or died."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    _, _, detail = text.partition("Worker exit detail: ")
+    return f"its process died: {detail.partition('. ')[0]}" if detail else text[-300:]
 
 
 def _clocks(probes: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

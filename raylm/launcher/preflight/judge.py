@@ -21,6 +21,8 @@ MOST_AHEAD = 1.0
 # Share of the others' median below which a node holds all of them up.
 SLOW = 0.5
 SLOW_LATENCY = 5e-3
+# Bytes a second below which only tiny models are trained over a link.
+LEAST_RATE = 30e6
 INSTALL = "install the locked set there: python jobs/environment.py"
 
 
@@ -54,7 +56,7 @@ def _missing(record: dict[str, Any], wanted: list[str]) -> Iterator[NodeFinding]
             yield NodeFinding(address, Finding("node", "not in the cluster", "broken", mend))
     for node in record["nodes"]:
         if "error" in node:
-            mend = "the ports of its workers (10002 to 19999) may be closed, or it has too little memory"
+            mend = "the ports of its workers (10002 to 19999) may be closed, or it has no memory or disk left"
             yield NodeFinding(node["address"], Finding("node", node["error"], "broken", mend))
 
 
@@ -81,8 +83,9 @@ def _packages(record: dict[str, Any], versions: dict[str, str]) -> Iterator[Node
 
 
 def _space(record: dict[str, Any]) -> Iterator[NodeFinding]:
-    for node in _answering(record):
-        disk, shared = node["disk"], node["shared_memory"]
+    for node in record["nodes"]:
+        # Of a node that does not answer they may be known all the same, and be the reason.
+        disk, shared = node.get("disk"), node.get("shared_memory")
         if disk and (disk["free"] < LEAST_FREE or disk["free"] < (1 - RAY_FULL) * disk["total"]):
             text = f"{gigabytes(disk['free'])} of {gigabytes(disk['total'])} free where Ray writes"
             mend = "free some space, or ray start --temp-dir on another disk"
@@ -112,8 +115,8 @@ def _storage(record: dict[str, Any]) -> Iterator[NodeFinding]:
             yield NodeFinding(address, Finding("storage", text, "broken", "mount it there for the user who runs Ray"))
     others = len(seen) - 1
     unseen = {address: [other for other in found["unseen"] if other != address] for address, found in seen.items()}
-    # One that sees nobody is apart; those that miss but that one are not to blame.
-    apart = [address for address, missing in unseen.items() if others and len(missing) >= max(1, others - 1)]
+    # One that sees few of the others is apart; those that miss but that one are not to blame.
+    apart = [address for address, missing in unseen.items() if 2 * len(missing) > others]
     for address in apart or [address for address, missing in unseen.items() if missing]:
         text = f"{folder} is not shared: files of {', '.join(unseen[address])} are not there"
         mend = "mount the same folder (NFS, EFS, Lustre) on all nodes"
@@ -156,6 +159,11 @@ def _ports(record: dict[str, Any]) -> Iterator[NodeFinding]:
 
 def _network(record: dict[str, Any]) -> Iterator[NodeFinding]:
     best = _node_rates(record)
+    for address, rate in best.items():
+        if rate < LEAST_RATE:
+            text, mend = f"{_rate(rate)} to its best neighbour", "training across nodes wants 10 Gbit/s and more"
+            yield NodeFinding(address, Finding("network", text, "warning", mend))
+    best = {address: rate for address, rate in best.items() if rate >= LEAST_RATE}
     yield from _slower(best, "network", "its link is slow: look at the cable, the switch, the instance type", _rate)
     for address in best:
         times = [
