@@ -5,6 +5,7 @@ Its keys are Ray's (https://docs.ray.io/en/latest/cluster/vms/references/ray-clu
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
@@ -139,11 +140,15 @@ def _check_local(path: Path, values: dict[str, Any]) -> None:
 
 
 def _check_schema(path: Path, values: dict[str, Any]) -> None:
-    """Ray's own check, of the file as its launcher fills it in."""
+    """Ray's own check, of the file as it is, and as Ray's launcher fills it in."""
     import jsonschema
+    import ray.autoscaler
     from ray.autoscaler._private.util import prepare_config, validate_config
 
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
+    del schema["required"]
     try:
+        jsonschema.validate(values, schema)
         validate_config(prepare_config(dict(values)))
     except jsonschema.ValidationError as error:
         key = ".".join(str(part) for part in error.absolute_path)
