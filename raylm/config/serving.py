@@ -91,7 +91,7 @@ class ServingSection(Section):
     """Texts that a replica generates together."""
     max_queued_requests: Count = 256
     """Texts that may wait at a replica; further ones get status 503."""
-    max_queue_seconds: Seconds = 15.0
+    max_queue_seconds: Seconds = 5.0
     """Longest wait. A text that is expected to wait longer gets status 503 and the header Retry-After."""
     max_new_tokens: Count = 256
     """Most tokens that a request may ask for; also the default of a request."""
