@@ -71,7 +71,7 @@ def stop(run: RunArgument, address: AddressOption = None) -> None:
 
 
 def status(address: AddressOption = None) -> None:
-    """Show a cluster's nodes, and of each run its newest job and what it said last."""
+    """Show a cluster's nodes, of each run its newest job and what it said last, and what is served."""
     from raylm.launcher.control import status as show
 
     show(address)

@@ -68,7 +68,7 @@ def stop(run: str, address: str | None) -> None:
 
 
 def status(address: str | None) -> None:
-    """Print the cluster's nodes and the latest jobs with what they said last."""
+    """Print the cluster's nodes, the latest jobs with what they said last, and what is served."""
     client = connect(address)
     _print_nodes(client)
     newest: dict[str, Job] = {}
@@ -78,6 +78,7 @@ def status(address: str | None) -> None:
     for job in newest.values():
         rows.append((job.run, job.stage, shown_status(job), lasted(job), last_line(client, job)[:70]))
     print(table(rows) if newest else "no runs; raylm submit STAGE CONFIG starts one")
+    _print_served(client)
 
 
 def _print_nodes(client: JobSubmissionClient) -> None:
@@ -95,6 +96,25 @@ def _print_nodes(client: JobSubmissionClient) -> None:
         name = f"{node.node_ip}{' (head)' if node.is_head_node else ''}"
         rows.append((name, node.state.lower(), f"{total.get('CPU', 0):g}", f"{total.get('GPU', 0):g}", memory))
     print(f"{table(rows)}\n")
+
+
+def _print_served(client: JobSubmissionClient) -> None:
+    """The applications of Ray Serve on the cluster, if there are any."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    try:
+        applications = ServeSubmissionClient(client.get_address()).get_serve_details()["applications"]
+    except Exception as error:  # noqa: BLE001 - as above
+        print(f"status: what is served cannot be listed: {first_line(error)}", file=sys.stderr)
+        return
+    rows = [("served", "status", "route", "replicas")]
+    for name, one in applications.items():
+        running = sum(
+            replica["state"] == "RUNNING" for part in one["deployments"].values() for replica in part["replicas"]
+        )
+        rows.append((name, one["status"].lower(), one["route_prefix"] or "-", str(running)))
+    if applications:
+        print(f"\n{table(rows)}")
 
 
 def last_line(client: JobSubmissionClient, job: Job) -> str:

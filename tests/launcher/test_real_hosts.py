@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -269,6 +270,8 @@ def test_every_stage_is_a_job(prepared: Cluster) -> None:
     ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8000/health', timeout=5).read().decode())"
     said = wait_until(lambda: prepared.head.run(sys.executable, "-c", ask, check=False))
     assert json.loads(said)["status"]
+    status = done(prepared.raylm("status"))
+    assert re.search(r"^served +status +route +replicas\n\S+ +running +/ +1$", status, re.MULTILINE), status
     assert "stopped" in done(prepared.raylm("stop", "serve"))
     serving.communicate(timeout=PATIENCE_SECONDS)
     assert serving.returncode == 143
