@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylm.cluster.capacity import cluster_resources
+from raylm.cluster.capacity import cluster_capacity, cluster_resources
 from raylm.cluster.environment import worker_environment
 from raylm.cluster.session import ray_session
 from raylm.config.data import DataSection
@@ -252,8 +252,11 @@ def start_scorers(scorer: type, arguments: tuple[Any, ...], batches: int, config
     import ray
 
     cpus = config.resources.cpus_per_worker
-    fitting = max(1, int(cluster_resources()["CPU"] / cpus + 1e-9))
-    workers = config.resources.workers if config.resources.workers != "auto" else min(fitting, batches)
+    # A number may ask for nodes that the cluster's autoscaler starts; `auto` takes what is there.
+    there, fitting = (
+        max(1, int(total / cpus + 1e-9)) for total in (cluster_resources()["CPU"], cluster_capacity().cpus)
+    )
+    workers = config.resources.workers if config.resources.workers != "auto" else min(there, batches)
     if workers > fitting:
         raise UserError(f"resources.workers: found {workers}, allowed: at most {fitting} with {cpus:g} CPUs each")
     actor = ray.remote(scorer).options(num_cpus=cpus, runtime_env={"env_vars": worker_environment(cpus)})

@@ -172,7 +172,7 @@ def plan_training(
         unit = "1 GPU and " if use_gpu else ""
         raise UserError(
             f"resources.workers: found {least} with {unit}{resources.cpus_per_worker:g} CPUs each, allowed: at most "
-            f"{places}, as the cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs"
+            f"{places}, as the cluster has or can get {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs"
         )
     space = Space(
         config=config,
