@@ -96,14 +96,15 @@ def read_cluster_file(path: Path) -> ClusterFile:
         UserError: it is none, or Ray's launcher would not take it; names the key.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"CLUSTER: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{place}: found no YAML: {getattr(error, 'problem', None) or first_line(error)}") from None
-    if isinstance(values, dict) and "apiVersion" in values:
+    values = documents[0] if len(documents) == 1 else None
+    if any(isinstance(one, dict) and "apiVersion" in one for one in documents):
         raise UserError(
             f"{path}: found a manifest of Kubernetes, allowed: a file of Ray's cluster launcher; kubectl apply -f "
             f"{path} starts it, and raylm cluster check --address http://HOST:8265 looks at it"

@@ -69,6 +69,9 @@ def local(**keys: Any) -> dict[str, Any]:
         ({"setup_comands": []}, "setup_comands"),
         ({"setup_commands": "one"}, "setup_commands: 'one' is not of type 'array'"),
         ({"apiVersion": "ray.io/v1", "kind": "RayCluster"}, "found a manifest of Kubernetes"),
+        ("apiVersion: v1\n---\napiVersion: ray.io/v1\n", "found a manifest of Kubernetes"),
+        ("a: 1\n---\nb: 2\n", "found no provider.type"),
+        ("", "found no provider.type"),
     ],
 )  # fmt: skip
 def test_what_is_refused(values: dict[str, Any], tmp_path: Path, change: Any, said: str) -> None:

@@ -93,7 +93,7 @@ def test_fractions_of_a_cpu_hold_more_workers(config: PretrainConfig) -> None:
 
 
 def test_too_many_workers_are_refused(config: PretrainConfig) -> None:
-    with pytest.raises(UserError, match=r"resources\.workers: found 3 .* at most 2, as the cluster has or can get 2 CPUs"):
+    with pytest.raises(UserError, match=r"found 3 .* at most 2, as the cluster has or can get 2 CPUs"):
         planned(changed(config, "resources", workers=3), 2)
     with pytest.raises(
         UserError, match=r"found 4 with 1 GPU and 1 CPUs each, allowed: at most 2, .* 8 CPUs and 2 GPUs"
