@@ -99,4 +99,5 @@ def test_runs_go_on_in_another_layout_and_past_damage(make_run: Callable, tmp_pa
     parallel = [yaml.safe_load((path / "config.yaml").read_text())["parallel"] for path in copies.values()]
     names = ("data", "tensor", "pipeline", "zero_stage", "micro_batch_size", "activation_checkpointing")
     chosen = [[sections[name] for name in names] for sections in parallel]
-    assert chosen == [[1, 2, 2, 0, 2, False], [2, 1, 1, 1, 2, False]]
+    # So small a model takes as long for four samples as for two: the whole batch goes through both stages at once.
+    assert chosen == [[1, 2, 2, 0, 4, False], [2, 1, 1, 1, 2, False]]
