@@ -87,7 +87,12 @@ def down(path: Path) -> None:
     log = log_of(cluster)
     # The head first: while it runs it starts again what is stopped.
     with Activity(f"cluster down: stopping {cluster.name} (log: {log})"):
-        _launch(cluster, log, "down", "--yes")
+        try:
+            _launch(cluster, log, "down", "--yes")
+        except RunFailure:
+            # A head that is lost keeps nobody from stopping the others, and is named below.
+            if not cluster.is_local:
+                raise
         left = _stop_machines(cluster, log) if cluster.is_local else {}
     if left:
         address, reason = next(iter(left.items()))
