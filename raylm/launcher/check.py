@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import tempfile
 import time
 from importlib import metadata
@@ -13,7 +12,7 @@ from typing import Any
 
 from raylm.doctor.finding import Finding
 from raylm.errors import RunFailure, UserError, first_line
-from raylm.launcher.cluster_file import SSH_SECONDS, ClusterFile, read_cluster_file
+from raylm.launcher.cluster_file import SSH_SECONDS, ClusterFile, last_line, read_cluster_file
 from raylm.launcher.clusters import on_head
 from raylm.launcher.connection import connect
 from raylm.launcher.control import table
@@ -41,13 +40,13 @@ def check(path: Path | None, address: str | None, storage: str | None, *, as_jso
     if storage is not None and not Path(storage).is_absolute():
         raise UserError(f"--storage: found {storage}, allowed: the absolute path of a folder on the nodes")
     cluster = read_cluster_file(path) if path is not None else None
-    wanted = [one for one in (cluster.head, *cluster.workers) if one] if cluster else []
+    command = shlex.join(["python", "-m", DRIVER, *([storage] if storage else [])])
     with Activity("cluster check: looking at the nodes, which takes half a minute"):
-        said = _by_ssh(cluster, storage) if cluster else _by_job(address, storage)
+        said = on_head(cluster, command, CHECK_SECONDS) if cluster else _by_job(address, command)
         record = _read(said)
         if cluster is not None and cluster.is_local:
             _look_at_silent(cluster, record)
-    findings = judge(record, wanted, _versions())
+    findings = judge(record, cluster.machines if cluster else [], _versions())
     broken = any(one.finding.state == "broken" for one in findings)
     if as_json:
         lines = [{"node": one.node, **vars(one.finding)} for one in findings]
@@ -57,14 +56,8 @@ def check(path: Path | None, address: str | None, storage: str | None, *, as_jso
     return 1 if broken else 0
 
 
-def _by_ssh(cluster: ClusterFile, storage: str | None) -> str:
-    arguments = [storage] if storage else []
-    return on_head(cluster, shlex.join(["python", "-m", DRIVER, *arguments]), CHECK_SECONDS)
-
-
-def _by_job(address: str | None, storage: str | None) -> str:
+def _by_job(address: str | None, command: str) -> str:
     client = connect(address)
-    command = shlex.join(["python", "-m", DRIVER, *([storage] if storage else [])])
     with tempfile.TemporaryDirectory(prefix="raylm-check-") as directory:
         code(Path(directory))
         try:
@@ -89,26 +82,19 @@ def _read(said: str) -> dict[str, Any]:
     for line in reversed(said.splitlines()):
         if line.startswith('{"preflight"'):
             return json.loads(line)["preflight"]
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    raise RunFailure(f"the cluster's nodes were not looked at: {lines[-1][:300] if lines else 'nothing was said'}")
+    raise RunFailure(f"the cluster's nodes were not looked at: {last_line(said) or 'nothing was said'}")
 
 
 def _look_at_silent(cluster: ClusterFile, record: dict[str, Any]) -> None:
     """Note the disk of nodes that do not answer: Ray's processes die where they cannot write."""
     there = {node["address"]: node for node in record["nodes"]}
-    for address in (cluster.head, *cluster.workers):
-        node = there.get(str(address), {})
+    for address in cluster.machines:
+        node = there.get(address, {})
         if "error" not in node:
             continue
-        line = "df -P -B1 ${RAY_TMPDIR:-/tmp} | tail -n 1"
-        try:
-            done = subprocess.run(
-                cluster.ssh(str(address), line), capture_output=True, text=True, timeout=3 * SSH_SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            continue
-        words = done.stdout.split()
-        if done.returncode == 0 and len(words) >= 4 and words[1].isdigit() and words[3].isdigit():
+        ran = cluster.run_on(address, "df -P -B1 ${RAY_TMPDIR:-/tmp} | tail -n 1", 3 * SSH_SECONDS)
+        words = ran.output.split()
+        if not ran.reason and len(words) >= 4 and words[1].isdigit() and words[3].isdigit():
             node["disk"] = {"total": int(words[1]), "free": int(words[3])}
 
 

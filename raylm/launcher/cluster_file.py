@@ -10,6 +10,7 @@ import os
 import secrets
 import shlex
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,20 @@ SSH_OPTIONS = (
     "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
     "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command on a machine wrote, and why it failed; empty where it did not."""
+
+    output: str
+    errors: str
+    reason: str
+
+
+def last_line(text: str) -> str:
+    """The last line of ``text`` that is not empty, for one-line messages."""
+    return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,11 @@ class ClusterFile:
         return list(self.values["provider"]["worker_ips"]) if self.is_local else []
 
     @property
+    def machines(self) -> list[str]:
+        """The addresses of all machines, the head first; empty where a cloud gives them."""
+        return [self.head, *self.workers] if self.head is not None else []
+
+    @property
     def least_nodes(self) -> int:
         """Nodes that come without any work, the head among them."""
         if self.is_local:
@@ -87,6 +107,23 @@ class ClusterFile:
         proxy = ["-o", f"ProxyCommand={auth['ssh_proxy_command']}"] if auth.get("ssh_proxy_command") else []
         shell = shlex.join(["bash", "--login", "-c", line])
         return ["ssh", *SSH_OPTIONS, *key, *proxy, f"{auth['ssh_user']}@{address}", shell]
+
+    def run_on(self, address: str, line: str, seconds: float) -> Ran:
+        """Run a shell's ``line`` on a machine, for at most so many seconds."""
+        try:
+            done = subprocess.run(
+                self.ssh(address, line), capture_output=True, text=True, errors="replace", timeout=seconds
+            )
+        except subprocess.TimeoutExpired:
+            return Ran("", "", f"no answer within {seconds:.0f} s")
+        reason = last_line(done.stderr) or f"ended with status {done.returncode}"
+        return Ran(done.stdout, done.stderr, reason if done.returncode else "")
+
+    def failed_on(self, run: Callable[[str], Ran]) -> dict[str, str]:
+        """Where ``run``, called with each machine's address at the same time, failed, and why."""
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            results = zip(self.machines, pool.map(run, self.machines), strict=True)
+            return {address: ran.reason for address, ran in results if ran.reason}
 
 
 def read_cluster_file(path: Path) -> ClusterFile:
@@ -183,21 +220,7 @@ def check_reached(cluster: ClusterFile) -> None:
     Raises:
         UserError: names those that do not let this machine in, and why.
     """
-
-    def why_not(address: str) -> str:
-        try:
-            done = subprocess.run(
-                cluster.ssh(address, "true"), capture_output=True, text=True, timeout=3 * SSH_SECONDS, errors="replace"
-            )
-        except subprocess.TimeoutExpired:
-            return "no answer"
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        return "" if done.returncode == 0 else (said or [f"ssh ended with status {done.returncode}"])[-1]
-
-    machines = [one for one in (cluster.head, *cluster.workers) if one]
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        reasons = dict(zip(machines, pool.map(why_not, machines), strict=True))
-    broken = {address: reason for address, reason in reasons.items() if reason}
+    broken = cluster.failed_on(lambda address: cluster.run_on(address, "true", 3 * SSH_SECONDS))
     if broken:
         address, reason = next(iter(broken.items()))
         others = f" (nor do {', '.join(list(broken)[1:])})" if len(broken) > 1 else ""

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from raylm.errors import RunFailure
 from raylm.launcher.cluster_file import (
     DASHBOARD_PORT,
     ClusterFile,
+    Ran,
     check_mounts,
     check_reached,
+    last_line,
     read_cluster_file,
 )
 from raylm.progress import Activity
@@ -140,8 +141,7 @@ def on_head(cluster: ClusterFile, command: str, seconds: float) -> str:
     with log_of(cluster).open("a", encoding="utf-8") as log:
         log.write(done.stderr)
     if done.returncode:
-        said = [text.strip() for text in done.stderr.splitlines() if text.strip()]
-        reason = f": {said[-1][:300]}" if said else ""
+        reason = f": {said}" if (said := last_line(done.stderr)) else ""
         raise RunFailure(f"on the head of {cluster.name} `{command}` ended with status {done.returncode}{reason}")
     return done.stdout
 
@@ -158,12 +158,12 @@ def _await_nodes(cluster: ClusterFile, wait_seconds: float, log: Path) -> list[d
             nodes = nodes_of(cluster)
             if len(nodes) >= wanted:
                 return nodes
-            activity.text = f"cluster up: {len(nodes)} of {wanted} nodes are there"
+            activity.change(f"cluster up: {len(nodes)} of {wanted} nodes are there")
             if time.monotonic() > end:
                 break
             time.sleep(POLL_SECONDS)
     there = {node["address"] for node in nodes}
-    missing = [one for one in (cluster.head, *cluster.workers) if one and one not in there]
+    missing = [one for one in cluster.machines if one not in there]
     named = f": {', '.join(missing)}" if missing else ""
     raise RunFailure(
         f"{len(nodes)} of {wanted} nodes came within {wait_seconds:.0f} s, missing{named}; why is in {log} and on the "
@@ -188,31 +188,22 @@ def _launch(cluster: ClusterFile, log: Path, *command: str) -> None:
         except subprocess.TimeoutExpired:
             raise RunFailure(f"ray {verb} has not ended within {UP_SECONDS:.0f} s (log: {log})") from None
     if status:
-        said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise RunFailure(f"ray {verb} ended with status {status}: {said[-1][:300] if said else ''} (log: {log})")
+        said = last_line(log.read_text(errors="replace"))
+        raise RunFailure(f"ray {verb} ended with status {status}: {said} (log: {log})")
 
 
 def _stop_machines(cluster: ClusterFile, log: Path) -> dict[str, str]:
     """Stop Ray on each machine of the file, which Ray's launcher does on the head alone; what failed where."""
 
-    def stop(address: str, head: bool) -> str:
+    def stop(address: str) -> Ran:
         # `ray stop` says nothing of what it could not stop.
-        line = f"{cluster.on_node('ray stop', head=head)}; ! pgrep -u $(id -u) -x raylet"
-        try:
-            done = subprocess.run(
-                cluster.ssh(address, line), capture_output=True, text=True, errors="replace", timeout=STOP_SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            return f"no answer within {STOP_SECONDS:.0f} s"
+        stopping = cluster.on_node("ray stop", head=address == cluster.head)
+        ran = cluster.run_on(address, f"{stopping}; ! pgrep -u $(id -u) -x raylet", STOP_SECONDS)
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"{address}: {done.stdout}{done.stderr}")
-        said = [text.strip() for text in done.stderr.splitlines() if text.strip()]
-        return "" if done.returncode == 0 else (said or ["it still runs"])[-1]
+            file.write(f"{address}: {ran.output}{ran.errors}")
+        return ran
 
-    machines = [(cluster.head, True), *((address, False) for address in cluster.workers)]
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        reasons = pool.map(lambda one: stop(*one), machines)
-        return {str(address): reason for (address, _), reason in zip(machines, reasons, strict=True) if reason}
+    return cluster.failed_on(stop)
 
 
 def _ray(*arguments: str) -> list[str]:
