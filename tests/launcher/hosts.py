@@ -97,8 +97,9 @@ class Host:
         return ["nsenter", f"--target={self._first()}", "--mount", "--uts", "--ipc", "--net", "--pid", *command]
 
     def run(self, *command: str, seconds: float = PATIENCE_SECONDS, check: bool = True) -> str:
-        """Run a command on it; what it wrote."""
-        done = subprocess.run(self.command(*command), capture_output=True, text=True, timeout=seconds)
+        """Run a command on it; what it wrote. It gets nothing that this process or its tests set for Ray."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        done = subprocess.run(self.command(*command), capture_output=True, text=True, timeout=seconds, env=environment)
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
 
