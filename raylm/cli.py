@@ -46,7 +46,7 @@ STAGE_FUNCTIONS = {
     "prepare": ("raylm.data.prepare.stage", "prepare"),
     "pretrain": ("raylm.training.stage", "pretrain"),
     "finetune": ("raylm.training.stage", "finetune"),
-    "tune": ("raylm.tuning.stage", "tune"),
+    "tune": ("raylm.compression.search.stage", "tune"),
     "evaluate": ("raylm.evaluation.stage", "evaluate"),
     "compress": ("raylm.compression.stage", "compress"),
     "serve": ("raylm.serving.stage", "serve"),

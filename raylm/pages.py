@@ -141,6 +141,46 @@ def curve(points: Sequence[tuple[float, float]], x_name: str, y_name: str) -> st
     return _chart("".join(marks), ticks, f"{x_name} (across), {y_name} (up), logarithmic")
 
 
+def scatter(points: Sequence[tuple[float, float, str, bool]], x_name: str, y_name: str) -> str:
+    """Points by two figures; those that are marked are filled and joined by a line.
+
+    Args:
+        points: across, up, a name, and whether the point is marked.
+    """
+    if not points:
+        return ""
+    spans = [_span([point[axis] for point in points]) for axis in (0, 1)]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            LEFT + 10 + (WIDTH - LEFT - 30) * (x - spans[0][0]) / spans[0][1],
+            HEIGHT - BOTTOM - 10 - (HEIGHT - BOTTOM - 32) * (y - spans[1][0]) / spans[1][1],
+        )
+
+    line = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y, _, marked in sorted(points) if marked)
+    marks = [f'<polyline points="{line}" fill="none" stroke="var(--fill)" stroke-dasharray="3 3"/>']
+    for x, y, name, marked in points:
+        left, top = place(x, y)
+        title = f"<title>{html.escape(name)}: {number(x)}, {number(y)}</title>"
+        fill = "var(--fill)" if marked else "none"
+        marks.append(
+            f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5" fill="{fill}" stroke="var(--fill)">{title}</circle>'
+            f'<text x="{left + 8:.1f}" y="{top + 4:.1f}">{html.escape(name)}</text>'
+        )
+    for share in (0.0, 0.5, 1.0):
+        value = spans[0][0] + share * spans[0][1]
+        x = place(value, spans[1][0])[0]
+        marks.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{number(value)}</text>')
+    ticks = {share: number(spans[1][0] + share * spans[1][1]) for share in (0.0, 1.0)}
+    return _chart("".join(marks), ticks, f"{x_name} (across), {y_name} (up)")
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """The least of the values, and how far they reach."""
+    least = min(values)
+    return least, max(values) - least or abs(least) or 1.0
+
+
 def _chart(marks: str, ticks: Mapping[float, str], caption: str) -> str:
     """Axes around ``marks``; ``ticks`` from the height, 0 to 1, to what stands there."""
     axis = HEIGHT - BOTTOM

@@ -20,8 +20,9 @@ FLOORS = (
     ("tasks",),
     ("parallel",),
     ("evaluation",),
-    ("training", "compression", "serving", "launcher"),
+    ("training", "serving", "launcher"),
     ("tuning",),
+    ("compression",),
     ("reports", "quickstart"),
     ("cli",),
 )

@@ -1,18 +1,21 @@
-"""``compress`` for encoders: readers, classifiers and encoders that embed, to int8 weights for OpenVINO.
+"""``compress`` for encoders: readers, classifiers and encoders that embed.
 
-In: the model directory and what it is measured on: questions of a reader, labelled texts of a classifier, any texts of
-another encoder. Out: what stands in the report about before and after: quality, latency and memory.
+In: the forms of the model as directories and what they are measured on: questions of a reader, labelled texts of a
+classifier, any texts of another encoder. Out: the figures of each form for ``report.json``: quality, latency, memory.
 """
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raylm.compression.measuring import Variant, in_rounds, medians
 from raylm.models.encoders import Encoder, OpenVinoEncoder, TransformersEncoder
+from raylm.progress import Activity
 
 if TYPE_CHECKING:
     from raylm.tasks.base import ScoredSet, Task
@@ -20,51 +23,67 @@ if TYPE_CHECKING:
 BATCH_SIZES = (1, 8)
 
 
-def compare(task: Task, examples: ScoredSet, source: str, exported: Path, threads: int) -> dict[str, Any]:
-    """Quality before and after, and how close the outputs are.
+@dataclass(frozen=True)
+class EncoderComparison:
+    """What all forms of the model are measured on.
 
-    Raises:
-        RunFailure: the export's outputs do not agree with the original's.
+    Attributes:
+        sets: examples by what stands before their measures in the report; the run's own are under "".
+        threads: of every engine.
     """
-    assert task.evaluation is not None
-    before = _outputs(TransformersEncoder(source, task.head), examples)
-    after = _outputs(OpenVinoEncoder(exported, task.head, threads), examples)
-    keys = [measure.key for measure in task.evaluation.measures]
 
-    def quality(outputs: list[np.ndarray]) -> dict[str, float]:
-        found = examples.figures(outputs)
-        return {key: found[key] for key in keys}
+    task: Task
+    sets: dict[str, ScoredSet]
+    threads: int
 
-    return {
-        "before": quality(before),
-        "after": quality(after),
-        "closeness": task.evaluation.closeness(examples, before, after),
-    }
+    def figures(self, variants: Sequence[Variant], rounds: int | None = None) -> list[dict[str, Any]]:
+        """Of each variant quality, latency and memory."""
+        with Activity("compress: measuring quality") as activity:
+            qualities = []
+            for variant in variants:
+                activity.change(f"compress: measuring quality, {variant.name}")
+                qualities.append(self._quality(self._open(variant)))
+        rounds = in_rounds(variants, "raylm.compression.measure_encoder", self._speed_job, rounds)
+        return [{**medians(found), **quality} for found, quality in zip(rounds, qualities, strict=True)]
+
+    def check_export(self, model: Path, export: Path) -> dict[str, Any]:
+        """How close the outputs of an export and of the ``model`` that it was made from are, and for what length.
+
+        Raises:
+            RunFailure: they do not agree.
+        """
+        assert self.task.evaluation is not None
+        examples = self.sets[""]
+        before = _outputs(TransformersEncoder(str(model), self.task.head), examples)
+        after = _outputs(OpenVinoEncoder(export, self.task.head, self.threads), examples)
+        return {"sequence_length": examples.length, **self.task.evaluation.closeness(examples, before, after)}
+
+    def _open(self, variant: Variant) -> Encoder:
+        if variant.engine == "openvino":
+            return OpenVinoEncoder(variant.path, self.task.head, self.threads)
+        return TransformersEncoder(variant.path, self.task.head)
+
+    def _quality(self, encoder: Encoder) -> dict[str, Any]:
+        assert self.task.evaluation is not None
+        keys = [measure.key for measure in self.task.evaluation.measures]
+        found = {}
+        for name, examples in self.sets.items():
+            figures = examples.figures(_outputs(encoder, examples))
+            found |= {f"{name}{key}": figures[key] for key in keys}
+        return found
+
+    def _speed_job(self, variant: Variant, number: int) -> dict[str, Any]:
+        examples = self.sets[""]
+        return {
+            "engine": variant.engine,
+            "model": variant.path,
+            "task": self.task.name,
+            "length": examples.length,
+            "vocabulary": examples.vocabulary_size,
+            "batch_sizes": list(BATCH_SIZES),
+            "threads": self.threads,
+        }
 
 
 def _outputs(encoder: Encoder, examples: ScoredSet) -> list[np.ndarray]:
     return [encoder.outputs(batch) for batch in examples.batches]
-
-
-def latency_job(engine: str, path: str, task: Task, examples: ScoredSet, threads: int) -> dict[str, Any]:
-    """What :mod:`raylm.compression.measure_encoder` measures."""
-    return {
-        "engine": engine,
-        "model": path,
-        "task": task.name,
-        "length": examples.length,
-        "vocabulary": examples.vocabulary_size,
-        "batch_sizes": list(BATCH_SIZES),
-        "threads": threads,
-    }
-
-
-def medians(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One engine's rounds as their medians."""
-    return {
-        "resident_bytes": statistics.median(r["resident_bytes"] for r in found),
-        "peak_bytes": statistics.median(r["peak_bytes"] for r in found),
-        "latency_milliseconds": {
-            batch: statistics.median(r["latency_milliseconds"][batch] for r in found) for batch in map(str, BATCH_SIZES)
-        },
-    }

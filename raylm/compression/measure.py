@@ -11,20 +11,27 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+
 BATCH_SIZES = (1, 8)
-REPEATS = 5
+# Medians are taken over the rounds of several processes as well.
+REPEATS = 2
+WARM_UP_TOKENS = 8
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure ``job``: engine, model, prompts (token ids), new_tokens, threads.
+    """Measure ``job``: engine, model, prompts (token ids), new_tokens, threads, outputs (whether they are wanted).
 
     Returns:
-        resident_bytes (after load, above the process before it), peak_bytes, tokens_per_second by batch, outputs.
+        resident_bytes (after load, above the process before it), peak_bytes; by batch tokens_per_second (new ones, with
+        the prompt's time), prefill_tokens_per_second (of prompts) and decode_tokens_per_second (new ones after the
+        first); outputs, the new tokens of every prompt.
     """
     make = {"transformers": _transformers, "openvino": _openvino}[job["engine"]]
     generate, resident = make(job)
@@ -32,17 +39,42 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     # Each batch size is warmed up, on other text than what is measured, so that no cache holds an answer already.
     backwards = [ids[::-1] for ids in prompts]
     for batch in BATCH_SIZES:
-        generate(_rotated(backwards, 0, batch), new_tokens)
-    seconds: dict[int, list[float]] = {batch: [] for batch in BATCH_SIZES}
+        generate(_rotated(backwards, 0, batch), min(WARM_UP_TOKENS, new_tokens))
+    whole: dict[int, list[float]] = {batch: [] for batch in BATCH_SIZES}
+    first: dict[int, list[float]] = {batch: [] for batch in BATCH_SIZES}
     for repeat in range(REPEATS):
-        for batch, found in seconds.items():
+        for batch in BATCH_SIZES:
             chosen = _rotated(prompts, repeat * batch, batch)
-            began = time.perf_counter()
-            generate(chosen, new_tokens)
-            found.append(time.perf_counter() - began)
-    speed = {str(batch): batch * new_tokens / statistics.median(found) for batch, found in seconds.items()}
-    outputs = [tokens for i in range(0, len(prompts), 8) for tokens in generate(prompts[i : i + 8], new_tokens)]
-    return {"resident_bytes": resident, "peak_bytes": peak_bytes(), "tokens_per_second": speed, "outputs": outputs}
+            whole[batch].append(_seconds(generate, chosen, new_tokens))
+            first[batch].append(_seconds(generate, chosen, 1))
+    speeds = {str(batch): _speeds(job, batch, whole[batch], first[batch]) for batch in BATCH_SIZES}
+    peak, outputs = peak_bytes(), []
+    if job["outputs"]:
+        outputs = [tokens for i in range(0, len(prompts), 8) for tokens in generate(prompts[i : i + 8], new_tokens)]
+    return {
+        "resident_bytes": resident,
+        "peak_bytes": peak,
+        **{name: {batch: found[name] for batch, found in speeds.items()} for name in speeds["1"]},
+        "outputs": outputs,
+    }
+
+
+def _seconds(generate: Generate, prompts: list[list[int]], count: int) -> float:
+    began = time.perf_counter()
+    generate(prompts, count)
+    return time.perf_counter() - began
+
+
+def _speeds(job: dict[str, Any], batch: int, whole: list[float], first: list[float]) -> dict[str, float]:
+    """Tokens a second from the seconds of answers, and of answers of one token."""
+    new_tokens, seconds, prefill = job["new_tokens"], statistics.median(whole), statistics.median(first)
+    found = {
+        "tokens_per_second": batch * new_tokens / seconds,
+        "prefill_tokens_per_second": batch * len(job["prompts"][0]) / prefill,
+    }
+    if new_tokens > 1 and seconds > prefill:
+        found["decode_tokens_per_second"] = batch * (new_tokens - 1) / (seconds - prefill)
+    return found
 
 
 def _rotated(prompts: list[list[int]], first: int, count: int) -> list[list[int]]:

@@ -1,48 +1,48 @@
-"""The stage ``compress``: a model through its compression steps to an export, and the comparison of before and after.
+"""The stage ``compress``: a model through its steps to an export, and the comparison of all its forms.
 
-What generates text is compared by bits per byte and greedy output; for encoders see :mod:`raylm.compression.encoders`.
-
-``<run>/model`` is the original Hugging Face directory with the export in its ``openvino/`` folder; the stage succeeds
-only after the export was loaded again and its logits were compared with the original's.
+``<run>/model`` is the Hugging Face directory of the model that comes out, with the form that an engine runs in its
+``openvino/`` folder. The stage succeeds only after the export was loaded again and its outputs were compared with those
+of the model that it was made from. Steps that are done are not done again (:mod:`raylm.compression.chain`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from raylm.cluster.environment import inherited_environment
-from raylm.compression.measure import BATCH_SIZES
+from raylm.cluster.session import ray_session
+from raylm.compression.card import write_card
+from raylm.compression.chain import run_steps
+from raylm.compression.material import Material
+from raylm.compression.measuring import Variant
 from raylm.compression.methods import Steps
 from raylm.compression.methods.base import Candidate
+from raylm.compression.models import parameters_of
 from raylm.compression.table import table
+from raylm.config.compression import TargetSection
 from raylm.config.families import is_counted
+from raylm.config.model import ModelSection
+from raylm.config.quantization import QuantizeSection
 from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import CompressConfig
 from raylm.data.prepare.inputs import check_run_unchanged, note_inputs, run_stamps
-from raylm.errors import RunFailure, UserError
-from raylm.evaluation.perplexity import TextStream, TransformersScorer, figures, score_stream
+from raylm.errors import UserError
 from raylm.interrupts import ended_at_once, insistent
-from raylm.models.heads import CAUSAL, Head
-from raylm.progress import Activity, ProgressBar
+from raylm.models.heads import Head
+from raylm.progress import Activity
 
 if TYPE_CHECKING:
-    from raylm.tasks.base import Evaluation, Task
+    from transformers import PretrainedConfig
 
-ROUNDS = 3
-MEASURE_SECONDS = 900.0
-# 8-bit weights move the logits a little; a broken export moves them altogether.
-LEAST_COSINE = 0.98
+    from raylm.compression.encoders import EncoderComparison
+    from raylm.compression.generators import Comparison
+    from raylm.tasks.base import Task
+
+WEIGHTS, EXPORT_WEIGHTS = "*.safetensors", "openvino_model.bin"
 
 
 def compress(config: CompressConfig) -> None:
@@ -50,10 +50,9 @@ def compress(config: CompressConfig) -> None:
 
     Raises:
         UserError: configuration or input is wrong; nothing was started.
-        RunFailure: the export's logits do not agree with the original's, or measuring failed.
+        RunFailure: a step failed, the export's outputs do not agree with the model's, or measuring failed.
     """
-    from raylm.data.loading import resolve_model
-    from raylm.models.loading import load_config, load_parts
+    from raylm.models.loading import load_parts
     from raylm.tasks import task_of
 
     run = RunDirectory("compress", config)
@@ -62,32 +61,71 @@ def compress(config: CompressConfig) -> None:
         check_run_unchanged(run.path, config.data, config.model.path)
         print(f"compress: {run.path} is done already\n{table(report)}\n{_next(run)}")
         return
-    if config.model.path is None:
-        raise UserError("model.path: missing; compress needs an existing model")
-    source = resolve_model(config.model.path)
-    if not Path(source).is_dir():
-        raise UserError(f"model.path: {config.model.path} is not on disk; download the model first")
-    model_config = load_config(source)
-    if is_counted(model_config.model_type):
-        raise UserError(
-            f"model.path: found {config.model.path}, whose family {model_config.model_type} is counted and has no "
-            "weights to compress; allowed: a model that was trained by gradient"
-        )
-    task, steps = task_of(model_config), Steps(config.compression.steps)
-    steps.check(task.head)
-    load_parts(source)
-    stamps = run_stamps(config.data, source)
-    with run.held(resumes=False):
-        if task.evaluation is not None:
-            report = _compress_encoder(task, task.evaluation, source, config, run)
-        else:
-            report = _compress_generator(source, config, run)
+    source, model_config = open_source(config.model)
+    task, steps = task_of(model_config), Steps(config)
+    material = Material(config, task, source)
+    work = Work(config, run.path, source, task, steps, material)
+    with Activity("compress: checking the model and the data"), ended_at_once():
+        outcome = steps.check(model_config, task.head)
+        check_target(config.compression.target, outcome, task.head, steps)
+        load_parts(source)
+        stamps = run_stamps(config.data, source)
+        if steps.need_material:
+            material.check(steps.trainings)
+        comparison = work.open_comparison(model_config)
+    with run.held(resumes=steps.need_material):
+        run.create()
+        report = work.run(comparison, run.keep)
         note_inputs(run.path, stamps)
         run.write_report(report)
     print(
         f"compress: {config.model.path} to {steps.describe()}, {report['threads']} CPU threads\n"
         f"{table(report)}\n{_next(run)}"
     )
+
+
+def open_source(section: ModelSection) -> tuple[str, PretrainedConfig]:
+    """The directory of the model that is to be compressed, and its configuration.
+
+    Raises:
+        UserError: there is none on disk, or it cannot be compressed.
+    """
+    from raylm.data.loading import resolve_model
+    from raylm.models.loading import load_config
+
+    if section.path is None:
+        raise UserError("model.path: missing; compress needs an existing model")
+    source = resolve_model(section.path)
+    if not Path(source).is_dir():
+        raise UserError(f"model.path: {section.path} is not on disk; download the model first")
+    model_config = load_config(source)
+    if is_counted(model_config.model_type):
+        raise UserError(
+            f"model.path: found {section.path}, whose family {model_config.model_type} is counted and has no "
+            "weights to compress; allowed: a model that was trained by gradient"
+        )
+    return source, model_config
+
+
+def check_target(target: TargetSection | None, outcome: PretrainedConfig, head: Head, steps: Steps) -> None:
+    """Refuse a size that the steps cannot come to, whatever the data.
+
+    Args:
+        outcome: configuration of the model that comes out.
+
+    Raises:
+        UserError: one line.
+    """
+    if target is None or target.megabytes is None:
+        return
+    parameters = parameters_of(outcome, head)
+    quantized = next((step.section for step in steps if isinstance(step.section, QuantizeSection)), None)
+    bits = 32 if quantized is None else quantized.bits
+    if (least := parameters * bits / 8e6) > target.megabytes:
+        raise UserError(
+            f"compression.target.megabytes: found {target.megabytes:g}, allowed: {least:.4g} or more, as the model has "
+            f"{parameters:,} parameters of {bits} bits after the steps"
+        )
 
 
 def _next(run: RunDirectory) -> str:
@@ -97,221 +135,170 @@ def _next(run: RunDirectory) -> str:
     )
 
 
-def _compress_generator(source: str, config: CompressConfig, run: RunDirectory) -> dict[str, Any]:
-    """The report of a model that generates text."""
-    from raylm.data.loading import load_tokenizer
-    from raylm.evaluation.stage import open_text, window_of
-    from raylm.models.families.build import check_positions
-    from raylm.models.loading import load_model
+@dataclass(frozen=True)
+class Work:
+    """What a run makes, once everything is checked.
 
-    with Activity("compress: loading the model and the text"), ended_at_once():
-        tokenizer = load_tokenizer(source)
-        model = load_model(source)
-        window = window_of(config.evaluation, model.config)
-        check_positions(
-            model.config,
-            config.compression.prompt_tokens + config.compression.new_tokens,
-            "compression.prompt_tokens + compression.new_tokens",
-        )
-        stream = open_text(config.data, config.evaluation.split, tokenizer)
-        prompts = take_prompts(stream, config.compression.prompts, config.compression.prompt_tokens)
-    run.create()
+    Attributes:
+        directory: the run's.
+        source: directory of the model that it begins with.
+        material: the data, prepared where a step needs it.
+    """
 
-    partial, applied = _compressed_copy(source, run, config, CAUSAL)
-    threads = os.cpu_count() or 1
-    with Activity("compress: comparing the outputs of both models") as activity:
-        scorer = _compare_logits(model, partial, prompts)
-        activity.change("compress: measuring bits per byte before")
-        before = figures(stream, score_stream(stream, TransformersScorer(model), *window))
-        activity.change("compress: measuring bits per byte after")
-        after = figures(stream, score_stream(stream, scorer[0], *window))
-    measured = _measure(
-        {"transformers": source, "openvino": str(partial)}, prompts, config.compression.new_tokens, threads
-    )
-    _replace_model(partial, run)
-    outputs = measured["transformers"].pop("outputs"), measured["openvino"].pop("outputs")
-    return {
-        "model": config.model.path,
-        "steps": applied.steps,
-        "threads": threads,
-        "logits_cosine": scorer[1],
-        "before": {
-            "engine": "transformers fp32",
-            "weight_bytes": _size(Path(source), "*.safetensors"),
-            **measured["transformers"],
-            "bits_per_byte": before["bits_per_byte"],
-        },
-        "after": {
-            "engine": applied.engine,
-            "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
-            **measured["openvino"],
-            "bits_per_byte": after["bits_per_byte"],
-        },
-        "greedy_agreement": agreement(*outputs),
-    }
+    config: CompressConfig
+    directory: Path
+    source: str
+    task: Task
+    steps: Steps
+    material: Material
 
+    def open_comparison(self, model_config: PretrainedConfig) -> Comparison | EncoderComparison:
+        """What all forms of the model are measured on."""
+        threads, outside = os.cpu_count() or 1, self.config.compression.outside
+        if (evaluation := self.task.evaluation) is None:
+            from raylm.compression.generators import open_comparison
 
-def _compress_encoder(
-    task: Task, evaluation: Evaluation, source: str, config: CompressConfig, run: RunDirectory
-) -> dict[str, Any]:
-    """The report of a model that reads and does not generate."""
-    from raylm.compression import encoders
+            return open_comparison(self.config, self.source, model_config, threads)
+        from raylm.compression.encoders import EncoderComparison
 
-    with Activity("compress: reading the data"), ended_at_once():
-        examples = evaluation.open(config, source)
-    run.create()
-    partial, applied = _compressed_copy(source, run, config, task.head)
-    threads = os.cpu_count() or 1
-    with Activity("compress: comparing the outputs of both models"):
-        compared = encoders.compare(task, examples, source, partial, threads)
-    paths = {"transformers": source, "openvino": str(partial)}
-    rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in paths}
-    with _measuring(paths) as bar:
-        for _ in range(ROUNDS):
-            for engine, path in paths.items():
-                job = encoders.latency_job(engine, path, task, examples, threads)
-                rounds[engine].append(_measure_once(job, "raylm.compression.measure_encoder"))
-                bar.update(bar.done + 1)
-    _replace_model(partial, run)
-    return {
-        "model": config.model.path,
-        "task": task.name,
-        "steps": applied.steps,
-        "threads": threads,
-        "sequence_length": examples.length,
-        **compared["closeness"],
-        "before": {
-            "engine": "transformers fp32",
-            "weight_bytes": _size(Path(source), "*.safetensors"),
-            **encoders.medians(rounds["transformers"]),
-            **compared["before"],
-        },
-        "after": {
-            "engine": applied.engine,
-            "weight_bytes": _size(run.path / "model" / "openvino", "openvino_model.bin"),
-            **encoders.medians(rounds["openvino"]),
-            **compared["after"],
-        },
-    }
+        sets = {"": evaluation.open(self.config, self.source)}
+        if outside is not None:
+            sets["outside_"] = evaluation.open(self.config.model_copy(update={"data": outside}), self.source)
+        return EncoderComparison(self.task, sets, threads)
 
+    def make(self) -> Made:
+        """Take the model through its steps, and export it."""
+        candidate = Candidate(Path(self.source), Path(self.source), self.task.head, self.material)
+        reports = run_steps(self.steps, candidate, self.directory)
+        return Made(reports, candidate.directory, _assemble(candidate, self.directory))
 
-def _measuring(models: dict[str, str]) -> ProgressBar:
-    """Over the processes that measure, one for each engine and round."""
-    return ProgressBar("compress: measuring speed and memory", ROUNDS * len(models), "measurements")
+    def run(self, comparison: Comparison | EncoderComparison, keep: Callable[[], None]) -> dict[str, Any]:
+        """Make the model and measure all its forms; returns the report.
+
+        Args:
+            keep: called when the data is prepared.
+        """
+        if self.steps.need_material:
+            # Ray's processes take CPU and memory, so speed is measured without it.
+            with ray_session():
+                self.material.prepare()
+                keep()
+                made = self.make()
+        else:
+            with insistent():
+                made = self.make()
+        with Activity("compress: comparing the outputs of the export and its model"):
+            closeness = self.check_export(comparison, made)
+        variants = self._variants(made)
+        figures = [sized(one, found) for one, found in zip(variants, comparison.figures(variants), strict=True)]
+        between = iter(figures[1:-1])
+        for report in made.reports:
+            if "model" in report:
+                report["figures"] = next(between)
+        report = {
+            "model": self.config.model.path,
+            "task": self.task.name,
+            "steps": made.reports,
+            "threads": comparison.threads,
+            **closeness,
+            "before": figures[0],
+            "after": figures[-1],
+        }
+        write_card(made.directory, report)
+        put_in_place(made.directory, self.directory / "model")
+        return report
+
+    def check_export(self, comparison: Comparison | EncoderComparison, made: Made) -> dict[str, Any]:
+        """How close the export is to the model that it was made from.
+
+        Raises:
+            RunFailure: they do not agree.
+        """
+        from raylm.compression.encoders import EncoderComparison
+        from raylm.compression.generators import check_export
+
+        if isinstance(comparison, EncoderComparison):
+            return comparison.check_export(made.model, made.directory)
+        bits = quantized.bits if (quantized := self.quantized) is not None else 8
+        return {"logits_cosine": check_export(made.model, made.directory, comparison.prompts, bits, comparison.threads)}
+
+    @property
+    def quantized(self) -> QuantizeSection | None:
+        """How the export stores the weights; None for as they are."""
+        return next((step.section for step in self.steps if isinstance(step.section, QuantizeSection)), None)
+
+    def result(self, made: Made) -> Variant:
+        """The export as a variant."""
+        from raylm.compression.exporters import openvino
+
+        return Variant("the result", "openvino", str(made.directory), openvino.describe(self.quantized))
+
+    def _variants(self, made: Made) -> list[Variant]:
+        between = [
+            Variant(report["describe"], "transformers", str(self.directory / report["model"]), "transformers fp32")
+            for report in made.reports
+            if "model" in report
+        ]
+        original = Variant("the original", "transformers", self.source, "transformers fp32")
+        return [original, *between, self.result(made)]
 
 
 @dataclass(frozen=True)
-class _Applied:
-    """What was done to the model: the steps for the report, and the engine that runs it, in words."""
+class Made:
+    """What came of the steps.
 
-    steps: list[dict[str, Any]]
-    engine: str
-
-
-def _compressed_copy(source: str, run: RunDirectory, config: CompressConfig, head: Head) -> tuple[Path, _Applied]:
-    """The compressed model with the export in its ``openvino/``, not yet under its own name."""
-    partial = run.path / ".model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("openvino"))
-    candidate, steps = Candidate(partial, head), Steps(config.compression.steps)
-    with Activity(f"compress: making {steps.describe()} (OpenVINO)"), insistent():
-        from raylm.compression.exporters import openvino
-
-        reports = steps.apply(candidate)
-        openvino.export_model(partial, partial / "openvino", head, candidate.weight_bits)
-    return partial, _Applied(reports, openvino.describe(candidate.weight_bits))
-
-
-def _replace_model(partial: Path, run: RunDirectory) -> None:
-    shutil.rmtree(run.path / "model", ignore_errors=True)
-    partial.rename(run.path / "model")
-
-
-def take_prompts(stream: TextStream, count: int, length: int) -> list[list[int]]:
-    """``count`` prompts of ``length`` tokens, evenly spaced over the text.
-
-    Raises:
-        UserError: the text is too short.
+    Attributes:
+        reports: of the steps.
+        model: directory of the model that the export was made from.
+        directory: the model with its export, not yet under its own name.
     """
-    room = len(stream.tokens) - length
-    if room < count:
-        raise UserError(
-            f"compression.prompts: found {count} prompts of {length} tokens, allowed: fewer or "
-            f"shorter ones, as the text has {len(stream.tokens)} tokens"
-        )
-    starts = np.linspace(0, room, count, dtype=np.int64)
-    return [stream.tokens[start : start + length].tolist() for start in starts]
+
+    reports: list[dict[str, Any]]
+    model: Path
+    directory: Path
 
 
-def agreement(before: list[list[int]], after: list[list[int]]) -> dict[str, float]:
-    """How greedy outputs agree: share of equal tokens up to the first difference, and of identical outputs."""
-    same = 0
-    for one, other in zip(before, after, strict=True):
-        same += next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+def put_in_place(partial: Path, model: Path) -> None:
+    """Give a directory its own name."""
+    shutil.rmtree(model, ignore_errors=True)
+    partial.rename(model)
+
+
+def _assemble(candidate: Candidate, run: Path) -> Path:
+    """The model with its export in ``openvino/``, not yet under its own name."""
+    from raylm.compression.exporters import openvino
+
+    partial = run / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(candidate.directory, partial, ignore=shutil.ignore_patterns("openvino"))
+    if candidate.export is not None:
+        shutil.copytree(candidate.export, partial / "openvino")
+        return partial
+    with Activity("compress: exporting for OpenVINO"), insistent():
+        openvino.export_model(partial, partial / "openvino", candidate.head, None)
+    return partial
+
+
+def sized(variant: Variant, figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures with what the files of a variant say: weights on disk, and parameters."""
+    path = Path(variant.path)
+    folder, pattern = (path / "openvino", EXPORT_WEIGHTS) if variant.engine == "openvino" else (path, WEIGHTS)
     return {
-        "tokens_before_first_difference": same / sum(len(one) for one in before),
-        "identical_outputs": statistics.mean(one == other for one, other in zip(before, after, strict=True)),
+        "engine": variant.describe,
+        "parameters": _parameters(path),
+        "weight_bytes": sum(found.stat().st_size for found in folder.glob(pattern)),
+        **figures,
     }
 
 
-def _compare_logits(model, directory: Path, prompts: list[list[int]]) -> tuple[Any, float]:
-    import torch
+def _parameters(directory: Path) -> int:
+    """Numbers in the weights of a Hugging Face directory; reads none of them."""
+    import math
 
-    from raylm.compression.exporters.openvino import OpenVINOScorer
+    from safetensors import safe_open
 
-    scorer = OpenVINOScorer(directory, os.cpu_count() or 1)
-    ids = np.array(prompts, dtype=np.int64)
-    with torch.inference_mode():
-        expected = model.eval()(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
-    found = scorer.logits(ids)
-    centred = [x - x.mean(axis=-1, keepdims=True) for x in (expected, found)]
-    cosine = float((centred[0] * centred[1]).sum() / np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
-    if not cosine >= LEAST_COSINE:
-        raise RunFailure(f"the export's logits do not agree with the model's: cosine {cosine:.4f} < {LEAST_COSINE}")
-    return scorer, cosine
-
-
-def _measure(models: dict[str, str], prompts: list[list[int]], new_tokens: int, threads: int) -> dict[str, Any]:
-    """Medians of interleaved rounds, each in a fresh process."""
-    rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in models}
-    with _measuring(models) as bar:
-        for _ in range(ROUNDS):
-            for engine, path in models.items():
-                job = {
-                    "engine": engine, "model": path, "prompts": prompts, "new_tokens": new_tokens, "threads": threads,
-                }  # fmt: skip
-                rounds[engine].append(_measure_once(job))
-                bar.update(bar.done + 1)
-    return {
-        engine: {
-            "resident_bytes": statistics.median(r["resident_bytes"] for r in found),
-            "peak_bytes": statistics.median(r["peak_bytes"] for r in found),
-            "tokens_per_second": {
-                batch: statistics.median(r["tokens_per_second"][batch] for r in found)
-                for batch in map(str, BATCH_SIZES)
-            },
-            "outputs": found[0]["outputs"],
-        }
-        for engine, found in rounds.items()
-    }
-
-
-def _measure_once(job: dict[str, Any], module: str = "raylm.compression.measure") -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "job.json"
-        path.write_text(json.dumps(job))
-        environment = inherited_environment() | {
-            "OMP_NUM_THREADS": str(job["threads"]),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        result = subprocess.run(
-            [sys.executable, "-m", module, str(path)],
-            env=environment, capture_output=True, text=True, timeout=MEASURE_SECONDS,
-        )  # fmt: skip
-    if result.returncode:
-        raise RunFailure(f"measuring {job['engine']} failed: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
-
-
-def _size(directory: Path, pattern: str) -> int:
-    return sum(path.stat().st_size for path in directory.glob(pattern))
+    total = 0
+    for path in directory.glob(WEIGHTS):
+        with safe_open(path, framework="np") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total

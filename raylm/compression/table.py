@@ -16,6 +16,13 @@ BITS_PER_BYTE = Measure("bits_per_byte", "loss, bits per byte", "smaller", 4)
 # Quality that changes by less than this share reads as "the same": a hundredth of it is noise of the measurement.
 SAME = 0.001
 
+# As users wait for them; of a report of an older raylm the first alone.
+SPEEDS = {
+    "tokens_per_second": "speed",
+    "prefill_tokens_per_second": "of the prompt",
+    "decode_tokens_per_second": "of the answer",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -54,26 +61,23 @@ def rows(report: dict[str, Any]) -> list[Row]:
     def add(name: str, better: Better, decimals: int, read: Callable[[dict[str, Any]], float]) -> None:
         found.append(Row(name, better, read(report["before"]), read(report["after"]), decimals))
 
+    before = report["before"]
+    if "parameters" in before and before["parameters"] != report["after"]["parameters"]:
+        add("parameters, millions", "smaller", 2, lambda side: side["parameters"] / 1e6)
     add("weights on disk, MB", "smaller", 2, lambda side: side["weight_bytes"] / 1e6)
     add("memory after loading, MB", "smaller", 0, lambda side: side["resident_bytes"] / 1e6)
     add("peak memory, MB", "smaller", 0, lambda side: side["peak_bytes"] / 1e6)
-    before = report["before"]
-    for batch in before.get("tokens_per_second", ()):
-        add(f"speed, {_at_a_time(batch)}, tokens/s", "larger", 0, lambda side, b=batch: side["tokens_per_second"][b])
+    for key, name in SPEEDS.items():
+        for batch in before.get(key, ()):
+            add(f"{name}, {_at_a_time(batch)}, tokens/s", "larger", 0, lambda side, k=key, b=batch: side[k][b])
     for batch in before.get("latency_milliseconds", ()):
         name = f"time for {batch} x {report['sequence_length']} tokens, ms"
         add(name, "smaller", 1, lambda side, b=batch: side["latency_milliseconds"][b])
-    for measure in (BITS_PER_BYTE, *_task_measures()):
-        if measure.key in before:
-            add(measure.name, measure.better, measure.decimals, lambda side, key=measure.key: side[key])
+    for place, where in (("", ""), ("outside_", "outside: ")):
+        for measure in _quality_measures():
+            if (key := f"{place}{measure.key}") in before:
+                add(f"{where}{measure.name}", measure.better, measure.decimals, lambda side, k=key: side[k])
     return found
-
-
-def _task_measures() -> list[Measure]:
-    """What the tasks whose models are scored on examples count."""
-    from raylm.tasks import all_tasks
-
-    return [measure for task in all_tasks() if task.evaluation is not None for measure in task.evaluation.measures]
 
 
 def _at_a_time(batch: str) -> str:
@@ -82,7 +86,9 @@ def _at_a_time(batch: str) -> str:
 
 def notes(report: dict[str, Any]) -> list[str]:
     """What no column says: how alike the two models answer, one sentence each."""
-    if (agreed := report.get("greedy_agreement")) is not None and agreed["identical_outputs"] == 1:
+    # Reports of an older raylm have it at the top.
+    agreed = report["after"].get("greedy_agreement") or report.get("greedy_agreement")
+    if agreed is not None and agreed["identical_outputs"] == 1:
         return ["Greedy output: both models continue every prompt with the same text."]
     if agreed is not None:
         return [
@@ -109,8 +115,32 @@ def _compared(report: dict[str, Any]) -> str:
 def table(report: dict[str, Any]) -> str:
     """Before and after as lines of text."""
     before, after = report["before"]["engine"], report["after"]["engine"]
-    lines = [f"  {'':<34}{before:>18}{after:>16}  {'change':<14}better is"]
+    lines = [f"  {'':<38}{before:>18}{after:>18}  {'change':<14}better is"]
     for row in rows(report):
         values = f"{row.before:,.{row.decimals}f}", f"{row.after:,.{row.decimals}f}"
-        lines.append(f"  {row.name:<34}{values[0]:>18}{values[1]:>16}  {row.change:<14}{row.better}")
-    return "\n".join([*lines, *(f"  {note}" for note in notes(report))])
+        lines.append(f"  {row.name:<38}{values[0]:>18}{values[1]:>18}  {row.change:<14}{row.better}")
+    return "\n".join([*lines, *(f"  {note}" for note in [*notes(report), *chain(report)])])
+
+
+def chain(report: dict[str, Any]) -> list[str]:
+    """What each step of several made of the model, a line each."""
+    shown = {"parameters, millions", "weights on disk, MB", *(measure.name for measure in _quality_measures())}
+    found = []
+    for step in report.get("steps", ()):
+        if (figures := step.get("figures")) is None:
+            continue
+        parts = [
+            f"{row.name} {row.after:,.{row.decimals}f}"
+            for row in rows(report | {"after": figures})
+            if row.name in shown or row.name.startswith(("speed, 1 ", "time for 1 "))
+        ]
+        found.append(f"after {step['describe']}: {'; '.join(parts)}")
+    return found
+
+
+def _quality_measures() -> list[Measure]:
+    """Bits per byte, and what the tasks whose models are scored on examples count."""
+    from raylm.tasks import all_tasks
+
+    tasks = [task.evaluation.measures for task in all_tasks() if task.evaluation is not None]
+    return [BITS_PER_BYTE, *(measure for measures in tasks for measure in measures)]

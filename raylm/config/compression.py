@@ -3,23 +3,34 @@ and ``raylm/compression/methods/KEY.py``."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from raylm.config.base import Count, Section
+from raylm.config.data import DataSection
+from raylm.config.distillation import SequencesSection, StudentSection
+from raylm.config.pruning import PruneSection
+from raylm.config.quantization import QuantizeSection
+from raylm.config.recovery import RecoverySection
 
 
-class QuantizeSection(Section):
-    """``compression.steps: [{quantize: ...}]``: fewer bits for each weight."""
+class DistillSection(RecoverySection):
+    """``compression.steps: [{distill: ...}]``: a smaller model learns what the teacher says."""
 
-    bits: Literal[8] = 8
-    """Bits of a weight in the export for OpenVINO."""
+    student: StudentSection = StudentSection()
+    """The model that learns."""
+    sequences: SequencesSection | None = None
+    """Train on texts that the teacher writes, instead of the training text."""
 
 
 class StepSection(Section):
     """One of ``compression.steps``: a method by its name."""
 
+    distill: DistillSection | None = None
+    """A smaller model learns from the original."""
+    prune: PruneSection | None = None
+    """Fewer layers, heads, neurons or weights."""
     quantize: QuantizeSection | None = None
     """Fewer bits for each weight."""
 
@@ -37,11 +48,30 @@ class StepSection(Section):
         return next((name, found) for name in type(self).model_fields if (found := getattr(self, name)) is not None)
 
 
+class TargetSection(Section):
+    """``compression.target``: what a model has to keep to."""
+
+    megabytes: float | None = Field(default=None, gt=0, le=1e9)
+    """Weights on disk."""
+    p50_milliseconds: float | None = Field(default=None, gt=0, le=1e9)
+    """Median time of a token of one answer, or of one text."""
+
+    @model_validator(mode="after")
+    def _something(self) -> TargetSection:
+        if self.megabytes is None and self.p50_milliseconds is None:
+            raise ValueError("found nothing, allowed: megabytes, p50_milliseconds, or both")
+        return self
+
+
 class CompressionSection(Section):
     """``compression``: how to compress the model, and how to compare it with the original."""
 
     steps: list[StepSection] = Field(default_factory=lambda: [StepSection(quantize=QuantizeSection())], min_length=1)
     """Methods, applied in this order."""
+    target: TargetSection | None = None
+    """tune: takes the best model that keeps to it. compress: a chain that cannot keep to its size is refused."""
+    outside: DataSection | None = None
+    """Other data that quality is measured on as well, to see what is lost outside of the domain of ``data``."""
     prompt_tokens: Count = 32
     """Tokens of a prompt when speed is measured."""
     new_tokens: Count = 64
@@ -59,8 +89,13 @@ class CompressionSection(Section):
         return values
 
     @model_validator(mode="after")
-    def _each_once(self) -> CompressionSection:
+    def _quantized_last(self) -> CompressionSection:
         names = [step.chosen[0] for step in self.steps]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"steps: found {twice} {names.count(twice)} times, allowed: once")
+        if (count := names.count("quantize")) > 1:
+            raise ValueError(f"steps: found quantize {count} times, allowed: once")
+        if "quantize" in names[:-1]:
+            after = names[names.index("quantize") + 1]
+            raise ValueError(
+                f"steps: found {after} after quantize, allowed: quantize as the last, as it rounds weights"
+            )
         return self

@@ -96,6 +96,12 @@ def splitting_refusal(config: TrainConfig, model_parallel: int) -> str:
         return ""
     if config.training.optimizer == "muon":
         return f"training.optimizer: found muon, {ABOVE_ONE}: adamw, sgd, as muon needs whole matrices"
+    for name, found, reason in (
+        ("distillation", config.distillation, "a teacher computes beside the whole model"),
+        ("rounding", config.rounding, "weights are rounded before they are cut"),
+    ):
+        if found is not None:
+            return f"{name}: allowed with parallel.tensor and parallel.pipeline 1, as {reason}"
     if (found := config.objective.document_boundaries) != "ignore":
         return (
             f"objective.document_boundaries: found {found}, {ABOVE_ONE}: ignore, as pipeline stages do not pass "

@@ -91,18 +91,33 @@ def apply_override(parsed: Parsed, override: str) -> None:
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set the dotted ``key`` in nested dictionaries, making the sections on the way."""
+    """Set the dotted ``key`` in nested dictionaries, making the sections on the way; a number is a place in a list.
+
+    Raises:
+        UserError: there is no such place, or the key goes on below a value.
+    """
     *parents, last = key.split(".")
     if len(parents) >= DEEPEST:
         raise UserError(f"override {shown(key)}: found {len(parents) + 1} keys, allowed: at most {DEEPEST}")
-    section = values
+    section: Any = values
     for parent in parents:
-        if section.get(parent) is None:
-            section[parent] = {}
-        section = section[parent]
-        if not isinstance(section, dict):
+        place = _place(section, parent, key)
+        if not isinstance(section, list) and section.get(place) is None:
+            section[place] = {}
+        section = section[place]
+        if not isinstance(section, dict | list):
             raise UserError(f"override {shown(key)}: {shown(parent)} is a value and has no keys of its own")
-    section[last] = value
+    section[_place(section, last, key)] = value
+
+
+def _place(section: dict[str, Any] | list[Any], part: str, key: str) -> Any:
+    """What a ``part`` of a dotted key is in a section: its key, or a place in the list that it is."""
+    if not isinstance(section, list):
+        return part
+    if not (part.isascii() and part.isdigit() and int(part) < len(section)):
+        many = f"0 to {len(section) - 1}" if section else "none, as the list is empty"
+        raise UserError(f"override {shown(key)}: found {shown(part)} in a list, allowed: {many}")
+    return int(part)
 
 
 def validate(

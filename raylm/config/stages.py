@@ -9,15 +9,17 @@ from pydantic import model_validator
 from raylm.config.base import MayChange, Section
 from raylm.config.compression import CompressionSection
 from raylm.config.data import DataSection, TokenizerSection
+from raylm.config.distillation import DistillationSection
 from raylm.config.evaluation import EvaluationSection
 from raylm.config.families import FAMILIES, is_counted
 from raylm.config.layout import layout_refusal
 from raylm.config.model import ModelSection, ObjectiveSection
+from raylm.config.quantization import RoundingSection
 from raylm.config.run import LocalRunSection, ResourcesSection, RunSection
 from raylm.config.serving import ServingSection
 from raylm.config.tasks import TASKS
 from raylm.config.training import CheckpointSection, ParallelSection, TrainingSection
-from raylm.config.tuning import TuningSection
+from raylm.config.tuning import OBJECTIVES, TuningSection
 
 
 class PrepareConfig(Section):
@@ -39,6 +41,8 @@ class TrainConfig(Section):
     objective: ObjectiveSection = ObjectiveSection()
     parallel: Annotated[ParallelSection, MayChange()] = ParallelSection()
     training: TrainingSection
+    distillation: DistillationSection | None = None
+    rounding: RoundingSection | None = None
     checkpoint: Annotated[CheckpointSection, MayChange()] = CheckpointSection()
     resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
@@ -106,7 +110,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _layout(self) -> TrainConfig:
-        if refusal := layout_refusal(self):
+        if self.training is not None and self.training.keep_zeros and self.model.path is None:
+            raise ValueError("training.keep_zeros: found true, allowed with model.path, whose zeros they are")
+        if self.distillation is not None and self.distillation.teacher is None:
+            raise ValueError("distillation.teacher: missing; allowed: the path of a model with the same tokenizer")
+        if self.training is not None and (refusal := layout_refusal(self)):
             raise ValueError(refusal)
         return self
 
@@ -128,10 +136,31 @@ class FinetuneConfig(TrainConfig):
 
 
 class TuneConfig(FinetuneConfig):
-    """``raylm tune``: a search over fine-tuning runs."""
+    """``raylm tune``: a search over fine-tuning runs, over ways to compress a model, or over both together."""
 
     run: LocalRunSection
+    training: TrainingSection | None = None  # type: ignore[assignment]
+    compression: CompressionSection | None = None
+    evaluation: EvaluationSection = EvaluationSection()
     tuning: TuningSection
+
+    @model_validator(mode="after")
+    def _searched(self) -> TuneConfig:
+        tuning = self.tuning
+        if self.compression is None:
+            if self.training is None:
+                raise ValueError("training: missing; tune searches training, or with a section compression that")
+            if tuning.searcher in ("tpe", "nsga2"):
+                raise ValueError(f"tuning.searcher: found {tuning.searcher}, allowed without compression: random, grid")
+            if tuning.metric != "validation_loss":
+                raise ValueError(f"tuning.metric: found {tuning.metric}, allowed without compression: validation_loss")
+        elif tuning.metric == "validation_loss":
+            tuning.metric = list(OBJECTIVES)
+        for key in tuning.space:
+            section = key.partition(".")[0]
+            if section != "objective" and getattr(self, section) is None:
+                raise ValueError(f"tuning.space: found '{key}', allowed with a section {section} only")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -150,8 +179,12 @@ class CompressConfig(Section):
     run: LocalRunSection
     data: DataSection
     model: ModelSection
+    objective: ObjectiveSection = ObjectiveSection()
     compression: CompressionSection = CompressionSection()
     evaluation: EvaluationSection = EvaluationSection()
+    parallel: Annotated[ParallelSection, MayChange()] = ParallelSection()
+    checkpoint: Annotated[CheckpointSection, MayChange()] = CheckpointSection()
+    resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
 
 class ServeConfig(Section):

@@ -78,6 +78,8 @@ class TrainingSection(Section):
     compile: Annotated[bool, MayChange()] = False
     """Run the model through torch.compile: the first step takes a minute or so longer, the others less; needs a C++
     compiler on every node."""
+    keep_zeros: bool = False
+    """Weights of matrices that are zero in the model at model.path stay zero."""
     log_every_steps: Annotated[Count, MayChange()] = 10
     """Steps between two lines of metrics.jsonl."""
     evaluate_every_steps: Annotated[Count | None, MayChange()] = None

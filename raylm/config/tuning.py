@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from raylm.config.base import Count, CountOrAuto, Section
 
+Objective = Literal["quality", "megabytes", "p50_milliseconds"]
+OBJECTIVES: tuple[Objective, ...] = ("quality", "megabytes", "p50_milliseconds")
 # A search keeps every candidate, and its layout is planned before it starts.
 MOST_TRIALS = 10_000
 
@@ -48,10 +50,13 @@ class TuningSection(Section):
     """Dotted key, for example training.learning_rate, to a distribution."""
     trials: int = Field(default=8, ge=1, le=MOST_TRIALS)
     """Draws from the space; with a grid, draws for each of its points."""
-    searcher: Literal["random", "grid"] = "random"
-    """random draws from the space; grid tries every combination of its values once, whatever ``trials`` says."""
-    metric: Literal["validation_loss"] = "validation_loss"
-    """Metric to minimise."""
+    searcher: Literal["random", "grid", "tpe", "nsga2"] = "random"
+    """random draws from the space; grid tries every combination of its values once, whatever ``trials`` says. Where the
+    file has a section compression also Optuna's tpe (Ozaki et al. 2020) and nsga2 (Deb et al. 2002)."""
+    metric: Literal["validation_loss"] | list[Objective] = Field(default="validation_loss", min_length=1)
+    """Metric to minimise. Where the file has a section compression one or more of quality (bits per byte, or the task's
+    own figure), megabytes (weights on disk) and p50_milliseconds (of a token of one answer, or of one text); by default
+    all three."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops trials early that are worse than others at the same step (Li et al. 2020, arXiv:1810.05934)."""
     grace_evaluations: Count = 1
@@ -65,8 +70,8 @@ class TuningSection(Section):
     @classmethod
     def _inside_training(cls, value: dict[str, Distribution]) -> dict[str, Distribution]:
         for key in value:
-            if not key.startswith(("training.", "objective.")):
-                raise ValueError(f"space: found '{key}', allowed: keys of training and objective")
+            if not key.startswith(("training.", "objective.", "compression.steps.")):
+                raise ValueError(f"space: found '{key}', allowed: keys of training, objective and compression.steps")
         return value
 
     @property

@@ -103,6 +103,13 @@ class TransformersScorer:
     def __init__(self, model) -> None:
         self.model = model.eval()
 
+    def logits(self, input_ids: np.ndarray) -> np.ndarray:
+        """``input_ids`` int64 [rows, time] to logits fp32 [rows, time, vocabulary]."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model(input_ids=torch.from_numpy(input_ids), use_cache=False).logits.float().numpy()
+
     def __call__(self, input_ids: np.ndarray, targets: np.ndarray) -> float:
         """Summed negative log-likelihood, nats, of ``targets`` [windows, time] after ``input_ids``."""
         import torch

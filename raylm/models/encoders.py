@@ -18,7 +18,7 @@ from raylm.errors import UserError, first_line
 from raylm.models.checks import check_weights
 from raylm.models.heads import NONE, Head
 from raylm.models.loading import load_config, load_model
-from raylm.models.openvino import EXPORT_MODEL, check_export, find_export
+from raylm.models.openvino import EXPORT_MODEL, check_export, engine_properties, find_export
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -127,9 +127,7 @@ class OpenVinoEncoder:
         export = check_export(directory, key)
         import openvino
 
-        # Activations in fp32: left to itself the plugin computes in bf16 where the CPU can.
-        properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(export / EXPORT_MODEL, "CPU", properties)
+        compiled = openvino.Core().compile_model(export / EXPORT_MODEL, "CPU", engine_properties(export, threads))
         self._inputs = {name for port in compiled.inputs for name in port.get_names()}
         given = {name for port in compiled.outputs for name in port.get_names()}
         self._outputs = head.outputs

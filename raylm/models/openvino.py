@@ -6,8 +6,10 @@ pipeline is opened without a tokenizer of its own. Needs the extra ``cpu``, whic
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raylm.errors import UserError, first_line
 
@@ -21,6 +23,14 @@ EXPORT_TOKENIZER, EXPORT_DETOKENIZER = "openvino_tokenizer.xml", "openvino_detok
 # Tokens of one step. Prompts are cut into steps of this size, so that a long one does not hold up the other requests,
 # and of many that came together the first need not wait for the last. With half of it the weights are read too often.
 TOKENS_PER_STEP = 256
+
+
+# How an export wants to be run, beside its model.
+SETTINGS = "raylm.json"
+# Inputs of a matrix product that share a scale when they are rounded to 8 bits, so that the product with 8 or 4 bit
+# weights is one of integers; 0 leaves them in fp32. OpenVINO does so by default on some CPUs and not on others.
+ACTIVATION_GROUP = 32
+CACHE_TYPES = {8: "u8", 16: "f16", 32: "f32"}
 
 
 def find_export(directory: str | Path) -> Path | None:
@@ -64,6 +74,69 @@ def check_export(directory: str | Path, key: str = "model.path") -> Path:
     return export
 
 
+def engine_properties(export: Path, threads: int, *, cached: bool = False) -> dict[str, object]:
+    """What OpenVINO is told of how to run an ``export``, wherever that happens: in serving, scoring and measuring.
+
+    Args:
+        export: the folder.
+        threads: threads to compute with.
+        cached: whether keys and values are kept in a cache.
+    """
+    settings = read_settings(export)
+    # Left to itself the plugin computes in bf16 where the CPU can, which turns near ties the other way from one
+    # batch to the next. fp32 activations were as fast on AVX-512 with int8 weights, and give the same text anywhere.
+    found: dict[str, object] = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": settings.get("activation_group", ACTIVATION_GROUP),
+    }
+    if cached and "cache_bits" in settings:
+        found["KV_CACHE_PRECISION"] = CACHE_TYPES[settings["cache_bits"]]
+    return found
+
+
+def how_it_runs(compiled: Any) -> dict[str, str]:
+    """What a compiled graph says of how it computes, and what the CPU has for that."""
+    names = {
+        "precision": "INFERENCE_PRECISION_HINT",
+        "activation_group": "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+        "cache": "KV_CACHE_PRECISION",
+    }
+    found = {}
+    for key, name in names.items():
+        with contextlib.suppress(RuntimeError):
+            value = compiled.get_property(name)
+            found[key] = value.get_type_name() if hasattr(value, "get_type_name") else str(value)
+    return found | cpu_kind()
+
+
+def cpu_kind() -> dict[str, str]:
+    """The CPU by name, and its widest instructions for products of integers; where Linux tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = values.get("flags", "").split()
+    known = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
+    kind = next((flag for flag in known if flag in flags), "")
+    return {"cpu": values.get("model name", ""), "instructions": kind}
+
+
+def read_settings(export: Path) -> dict[str, int]:
+    """How an export wants to be run; nothing in one of an older raylm."""
+    try:
+        found = json.loads((export / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: found[name] for name in ("activation_group", "cache_bits") if isinstance(found.get(name), int)}
+
+
+def write_settings(export: Path, settings: dict[str, int]) -> None:
+    """Note how an export wants to be run."""
+    (export / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
 def open_pipeline(
     directory: str | Path, cache_gigabytes: int, threads: int, *, sequences: int = 64, prefix_caching: bool = True
 ) -> ContinuousBatchingPipeline:
@@ -91,9 +164,7 @@ def open_pipeline(
     scheduler.max_num_batched_tokens = TOKENS_PER_STEP
     scheduler.dynamic_split_fuse = True
     scheduler.enable_prefix_caching = prefix_caching
-    # Left to itself the plugin computes in bf16 where the CPU can, which turns near ties the other way from one
-    # batch to the next. fp32 activations were as fast on AVX-512 with int8 weights, and give the same text anywhere.
-    properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    properties = engine_properties(export, threads, cached=True)
     try:
         return openvino_genai.ContinuousBatchingPipeline(export, scheduler, "CPU", properties)
     except RuntimeError as error:

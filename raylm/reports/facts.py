@@ -5,9 +5,10 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from raylm.compression.table import notes, rows
+from raylm.compression.table import chain, notes, rows
 from raylm.pages import folded, number, size, table
 from raylm.reports.runs import Run, scalar
+from raylm.reports.trade_offs import forms, search
 from raylm.training.reports.summary import clock, facts, interval_seconds, peak_memory, utilisation, validation_losses
 
 MOST_ROWS = 64
@@ -80,6 +81,11 @@ def _counted_headline(report: dict[str, Any]) -> dict[str, str]:
 
 def _tune_headline(report: dict[str, Any]) -> dict[str, str]:
     best, trials = report["best"], report["trials"]
+    if "front" in report:
+        names, original = report["objectives"], report["original"]
+        found = {f"{name} (original {original[name]:.4g})": f"{best[name]:.4g}" for name in names}
+        counts = {"trial taken": best["trial"], "trials": len(trials), "on the front": len(report["front"])}
+        return found | {name: str(count) for name, count in counts.items()}
     found = {"best validation loss, nats a target": f"{best['validation_loss']:.4f}", "best trial": str(best["trial"])}
     keys = [key for key in best if key not in ("trial", "step", "validation_loss", "status")]
     found |= {f"best {key}": _value(best[key]) for key in keys}
@@ -135,9 +141,9 @@ def sections(run: Run) -> dict[str, str]:
     if run.report is None:
         return found
     if run.stage == "tune":
-        found = {"Trials": _trials(run.report)} | found
+        found = {"Trials": search(run.report) if "front" in run.report else _trials(run.report)} | found
     elif run.stage == "compress":
-        found = {"Before and after": _comparison(run.report)} | found
+        found = {"Before and after": _comparison(run.report), "Quality, size and speed": forms(run.report)} | found
     elif run.stage == "evaluate":
         found = {"By label": _labels(run.report), "Answerable and unanswerable": _sides(run.report)} | found
     return found
@@ -197,7 +203,8 @@ def _comparison(report: dict[str, Any]) -> str:
             {"figure": row.name, report["before"]["engine"]: f"{row.before:,.{row.decimals}f}",
              report["after"]["engine"]: f"{row.after:,.{row.decimals}f}", "change": row.change, "better is": row.better}
         )  # fmt: skip
-    return table(listed) + "".join(f"<p>{html.escape(note)}</p>" for note in notes(report))
+    shown = [*notes(report), *chain(report)]
+    return table(listed) + "".join(f"<p>{html.escape(note)}</p>" for note in shown)
 
 
 def _labels(report: dict[str, Any]) -> str:

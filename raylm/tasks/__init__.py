@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from raylm.config.distillation import DistillationSection
 from raylm.config.families import ENCODERS, FAMILIES
 from raylm.config.model import ObjectiveSection
 from raylm.config.tasks import TASKS, tasks_of
@@ -35,8 +36,13 @@ def task_of(config: PretrainedConfig) -> Task:
     return find_task("embedding" if config.model_type in ENCODERS else "causal")
 
 
-def make_objective(section: ObjectiveSection, model_type: str) -> Objective:
+def make_objective(
+    section: ObjectiveSection, model_type: str, distillation: DistillationSection | None = None
+) -> Objective:
     """The objective of ``section`` for a model of transformers' ``model_type``; auto is the family's own.
+
+    Args:
+        distillation: what the model learns from a teacher, where it has one.
 
     Raises:
         UserError: a model of that type cannot be trained so.
@@ -55,4 +61,6 @@ def make_objective(section: ObjectiveSection, model_type: str) -> Objective:
         )
     objective = find_task(name).objective
     assert objective is not None
-    return objective(section)
+    made = objective(section)
+    made.distillation = distillation
+    return made

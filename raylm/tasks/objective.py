@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from raylm.config.distillation import DistillationSection
 from raylm.config.model import ObjectiveSection
 from raylm.data.samples.token_samples import IGNORED, Samples
 from raylm.data.sources.documents import Split
@@ -64,6 +65,8 @@ class Objective(ABC):
 
     def __init__(self, section: ObjectiveSection | None = None) -> None:
         self.section = section or ObjectiveSection()
+        # What the model learns from a teacher, where it has one.
+        self.distillation: DistillationSection | None = None
 
     @abstractmethod
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
@@ -113,8 +116,14 @@ class Objective(ABC):
         return self.loss(self.logits(model, batch), batch["targets"])
 
     def referred_loss(self, model: PreTrainedModel, reference: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """The same for an objective that compares with a second model (a teacher), whose pass has no gradient."""
-        raise NotImplementedError(f"{self.name} compares with no other model")
+        """The summed loss of a model with a teacher, whose pass has no gradient."""
+        from raylm.tasks.distillation import distilled_loss
+
+        return distilled_loss(self, model, reference, batch)
+
+    def choices(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each thing that is predicted as a row: logits [rows, choices] and targets [rows]."""
+        return logits.flatten(0, 1), targets.flatten()
 
     def loss(
         self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: CrossEntropy = summed_cross_entropy

@@ -39,7 +39,7 @@ def trial_config(config: TuneConfig, candidate: dict[str, Any], origin: str = "t
     Raises:
         UserError: a key does not exist or a value is not allowed.
     """
-    values = config.model_dump(mode="json", exclude={"tuning"})
+    values = config.model_dump(mode="json", include=set(FinetuneConfig.model_fields))
     for key, value in candidate.items():
         if key in ("training.steps", "training.tokens", "training.epochs"):
             for length in ("steps", "tokens", "epochs"):

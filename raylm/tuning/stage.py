@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import functools
 import os
 import pickle
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +16,10 @@ from raylm.config.run_directory import RunDirectory, read_object
 from raylm.config.stages import TuneConfig
 from raylm.data.prepare.inputs import note_inputs, run_stamps
 from raylm.errors import RunFailure, UserError
-from raylm.interrupts import Deferred, deferred, ended_at_once
+from raylm.interrupts import deferred, ended_at_once
 from raylm.progress import Activity
-from raylm.tuning.progress import SearchProgress
+from raylm.tuning.ending import ended_in_order
+from raylm.tuning.progress import SearchProgress, trained_steps
 from raylm.tuning.search import (
     HEAD_NODE_SHARE,
     Planner,
@@ -43,8 +39,6 @@ if TYPE_CHECKING:
     from raylm.training.checkpoints.mirror import Mirror
     from raylm.training.inputs import Checked
     from raylm.training.loop.worker import TrainingJob
-
-WATCH_SECONDS = 0.2
 
 
 def tune(config: TuneConfig) -> None:
@@ -161,7 +155,8 @@ def _search(planner: Planner, base: TrainingJob, trials: int, at_a_time: int) ->
     # The setting of Tune's newer output prints its tables whatever ``verbose`` says; the older one keeps silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     tuner = _tuner(planner, base, at_a_time)
-    with deferred() as signals, _ended_in_order(signals), SearchProgress(base.directory / "trials", trials):
+    look = functools.partial(trained_steps, base.directory / "trials", trials)
+    with deferred() as signals, ended_in_order(signals), SearchProgress(trials, "steps", look):
         results = tuner.fit()
     rows = []
     for result in results:
@@ -176,40 +171,6 @@ def _search(planner: Planner, base: TrainingJob, trials: int, at_a_time: int) ->
             }
         )
     return sorted(rows, key=lambda row: row["trial"])
-
-
-@contextlib.contextmanager
-def _ended_in_order(signals: Deferred) -> Iterator[None]:
-    """Have Ray Tune save the search and end it when a signal is noticed; it goes on with the same command.
-
-    Ray Tune itself takes SIGINT for the user's wish to have the results so far, which are none of a whole search. What
-    it does then it does on SIGUSR1 as well, from the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(WATCH_SECONDS):
-            # Before Ray Tune is there to take it, it would end the process.
-            if signals.received is not None and signal.getsignal(signal.SIGUSR1) is not before:
-                logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-                text = "saving the search, then ending; Ctrl-C once more ends at once"
-                print(f"tune: {text}", file=sys.stderr, flush=True)
-                signal.raise_signal(signal.SIGUSR1)
-                return
-
-    before = signal.getsignal(signal.SIGUSR1)
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    watcher = threading.Thread(target=watch, name="raylm-search-end", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        signal.signal(signal.SIGUSR1, before)
 
 
 def _tuner(planner: Planner, base: TrainingJob, at_a_time: int) -> Tuner:
@@ -295,8 +256,12 @@ def table(rows: list[dict[str, Any]], keys: list[str]) -> str:
     """The trials as lines of text, best first; a stopped one's loss is the last that it reached."""
     columns = ["trial", *keys, "step", "validation_loss", "status"]
     heads = ["trial", *keys, "steps", "validation loss", "status"]
-    cells = [heads, *[[_cell(row.get(column)) for column in columns] for row in best_first(rows)]]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return aligned([heads, *[[cell(row.get(column)) for column in columns] for row in best_first(rows)]])
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """Lines of cells as columns of text."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
     )
@@ -309,7 +274,8 @@ def best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return "-" if value is None else str(value)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from transformers import AutoModelForSequenceClassification
 
+from raylm.compression import measuring
 from raylm.compression import stage as compression
 from raylm.config import load_config
 from raylm.evaluation.stage import evaluate
@@ -78,7 +79,7 @@ def test_from_encoder_to_labels(
     rows = [json.loads(line) for line in (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines()]
     assert 100 * np.mean([row["label"] == row["found"] for row in rows]) == pytest.approx(report["accuracy"])
 
-    monkeypatch.setattr(compression, "ROUNDS", 1)
+    monkeypatch.setattr(measuring, "ROUNDS", 1)
     path.write_text(yaml.safe_dump(measured | {"run": {"name": "small", "storage": str(tmp_path)}}))
     compression.compress(load_config("compress", path))
     shown = capsys.readouterr().out

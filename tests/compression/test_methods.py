@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
+from transformers import LlamaConfig
 
 from raylm.compression.methods import Steps
-from raylm.compression.methods.base import Candidate
 from raylm.config.compression import CompressionSection, StepSection
 from raylm.config.loading import validate
 from raylm.config.stages import CompressConfig
@@ -18,15 +20,19 @@ def config(**compression: object) -> CompressConfig:
     return validate(CompressConfig, values, "file.yaml")
 
 
-def test_every_method_has_its_module(tmp_path: object) -> None:
-    assert set(StepSection.model_fields) == {"quantize"}
-    steps = Steps(config(steps=[{"quantize": {"bits": 8}}]).compression.steps)
-    steps.check(CAUSAL)
-    candidate = Candidate(tmp_path, CAUSAL)
-    assert steps.apply(candidate) == [{"quantize": {"bits": 8}}]
-    assert (candidate.weight_bits, steps.describe()) == (8, "8-bit weights")
+def test_every_method_has_its_module() -> None:
+    for name in StepSection.model_fields:
+        method = importlib.import_module(f"raylm.compression.methods.{name}").METHOD
+        assert isinstance(method.exports, bool)
+
+
+def test_the_chain_is_checked() -> None:
+    steps = Steps(config(steps=[{"quantize": {"bits": 8}}]))
+    llama = LlamaConfig()
+    assert steps.check(llama, CAUSAL) is llama
+    assert (steps.describe(), [step.folder for step in steps]) == ("8-bit weights", ["01-quantize"])
     with pytest.raises(UserError, match="quantize has no export of a masked language model"):
-        steps.check(MASKED)
+        steps.check(llama, MASKED)
 
 
 def test_runs_of_version_0_2_are_read() -> None:
@@ -38,9 +44,9 @@ def test_runs_of_version_0_2_are_read() -> None:
     ("steps", "expected"),
     [
         ([], "compression.steps"),
-        ([{}], "found none, allowed: one method, of quantize"),
+        ([{}], "found none, allowed: one method, of distill, prune, quantize"),
         ([{"prune": {}}], "compression.steps"),
-        ([{"quantize": {"bits": 3}}], "bits: found 3, allowed: 8"),
+        ([{"quantize": {"bits": 3}}], "bits: found 3, allowed: 8 or 4"),
         ([{"quantize": {}}, {"quantize": {}}], "steps: found quantize 2 times, allowed: once"),
     ],
 )

@@ -12,7 +12,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raylm.compression.exporters.openvino import OpenVINOScorer
-from raylm.compression.stage import agreement, compress
+from raylm.compression.generators import agreement
+from raylm.compression.stage import compress
 from raylm.config import load_config
 from raylm.errors import UserError
 from raylm.models.openvino import has_tokenizer

@@ -51,7 +51,7 @@ def test_numbers_with_exponent_are_numbers(pretrain_file: Path) -> None:
         ("model.family=gpt9", "model.family: found 'gpt9', allowed: gpt2, llama"),
         ("resources.workers=0", "resources.workers: found 0, allowed: 1 or more, or auto"),
         ("data.fields.foo=1", "data.fields.foo: unknown key; allowed: answer, context, label, messages, prompt, text"),
-        ("foo=1", "foo: unknown key; allowed: checkpoint, data, model"),
+        ("foo=1", "foo: unknown key; allowed: checkpoint, data, distillation, model"),
         ("training.early_stopping.pa=1", "training.early_stopping.pa: unknown key; allowed: metric, minimum_change"),
         ("resources.elastic=[2, 1]", "resources.elastic: found [2, 1], allowed: [least, most]"),
         ("resources={elastic: [1, 2], workers: 2}", "resources.workers: found 2, allowed with elastic: auto"),
@@ -123,7 +123,8 @@ def test_every_number_of_every_section_is_bounded() -> None:
                         {"minimum", "exclusiveMinimum"} & set(branch),
                         {"maximum", "exclusiveMaximum"} & set(branch),
                     )
-                    if branch.get("type") in ("integer", "number") and "const" not in branch and not all(limits):
+                    listed = {"const", "enum"} & set(branch)
+                    if branch.get("type") in ("integer", "number") and not listed and not all(limits):
                         unbounded.append(f"{stage} {name}.{key}")
     assert {entry.split(".")[-1] for entry in unbounded} == {
         # Checked in the section: 1 or more, or auto; 0, 1 or auto; ordered bounds of a search, within the key's own.

@@ -272,7 +272,7 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen) -> None:
     ("override", "expected"),
     [
         ("tuning.space={training.learnin_rate: {grid: [1.0]}}", "training.learnin_rate: unknown key"),
-        ("tuning.space={run.name: {grid: [a]}}", "found 'run.name', allowed: keys of training and objective"),
+        ("tuning.space={run.name: {grid: [a]}}", "found 'run.name', allowed: keys of training, objective and"),
         ("tuning.space={training.learning_rate: {uniform: [2.0, 1.0]}}", "allowed: [low, high] with low < high"),
         ("tuning.space={training.learning_rate: {grid: [-1.0]}}", "training.learning_rate: found -1.0"),
         ("tuning={searcher: tpe, space: {training.steps: {grid: [1]}}}", "tuning.searcher"),

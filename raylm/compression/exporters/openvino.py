@@ -9,21 +9,30 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from raylm import telemetry
+from raylm.config.quantization import QuantizeSection
 from raylm.data.loading import load_tokenizer
 from raylm.models.heads import CAUSAL, Head
-from raylm.models.openvino import EXPORT_DETOKENIZER, EXPORT_MODEL, EXPORT_TOKENIZER, find_export
+from raylm.models.openvino import (
+    EXPORT_DETOKENIZER,
+    EXPORT_MODEL,
+    EXPORT_TOKENIZER,
+    engine_properties,
+    find_export,
+    how_it_runs,
+)
 
 # The last one, which nncf imports, warns where there is a CUDA compiler and no GPU.
 EXPORT_LIBRARIES = ("nncf", "optimum", "transformers", "torch.utils.cpp_extension")
 
 
-def describe(weight_bits: int | None) -> str:
+def describe(quantized: QuantizeSection | None) -> str:
     """The engine and what it computes with, in words."""
-    return f"OpenVINO {f'int{weight_bits}' if weight_bits else 'fp32'}"
+    return f"OpenVINO {f'int{quantized.bits}' if quantized else 'fp32'}"
 
 
 def export_model(model_directory: str | Path, output: Path, head: Head = CAUSAL, weight_bits: int | None = 8) -> None:
@@ -88,30 +97,33 @@ def _export_tokenizer(model_directory: str, output: Path) -> None:
         openvino.save_model(part, output / name)
 
 
-class OpenVINOScorer:
-    """Scores batches like :class:`~raylm.evaluation.perplexity.TransformersScorer`, with an OpenVINO export."""
+def graph_inputs(input_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What the graph of a causal model takes beside ``input_ids``, int64 [rows, time]; a graph may lack some."""
+    rows, time = input_ids.shape
+    return {
+        "input_ids": input_ids,
+        "attention_mask": np.ones_like(input_ids),
+        "position_ids": np.broadcast_to(np.arange(time), (rows, time)).copy(),
+        "beam_idx": np.arange(rows, dtype=np.int32),
+    }
 
-    def __init__(self, directory: str | Path, threads: int) -> None:
-        import openvino
 
-        export = find_export(directory)
-        assert export is not None
-        # Activations in fp32, as the serving engine has them (raylm.models.openvino).
-        properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(export / EXPORT_MODEL, "CPU", properties)
+def input_names(graph: Any) -> set[str]:
+    """Names of the inputs of a graph, compiled or not."""
+    return {name for port in graph.inputs for name in port.get_names()}
+
+
+class GraphScorer:
+    """Scores batches like :class:`~raylm.evaluation.perplexity.TransformersScorer`, with a compiled causal graph."""
+
+    def __init__(self, compiled: Any) -> None:
         self._request = compiled.create_infer_request()
-        self._inputs = {name for port in compiled.inputs for name in port.get_names()}
+        self._inputs = input_names(compiled)
 
     def logits(self, input_ids: np.ndarray) -> np.ndarray:
         """``input_ids`` int64 [rows, time] to logits fp32 [rows, time, vocabulary]."""
-        rows, time = input_ids.shape
-        values = {
-            "input_ids": input_ids,
-            "attention_mask": np.ones_like(input_ids),
-            "position_ids": np.broadcast_to(np.arange(time), (rows, time)).copy(),
-            "beam_idx": np.arange(rows, dtype=np.int32),
-        }
         self._request.reset_state()
+        values = graph_inputs(input_ids)
         result = self._request.infer({name: value for name, value in values.items() if name in self._inputs})
         return result["logits"]
 
@@ -123,3 +135,20 @@ class OpenVINOScorer:
         top = chosen.max(axis=1, keepdims=True)
         normalizer = top[:, 0] + np.log(np.exp(chosen - top).sum(axis=1))
         return float((normalizer - chosen[np.arange(len(rows)), targets[rows, columns]]).sum())
+
+
+class OpenVINOScorer(GraphScorer):
+    """A :class:`GraphScorer` of the export in a model ``directory``, which runs as it is served.
+
+    Attributes:
+        ran: the engine's own word of how it computes.
+    """
+
+    def __init__(self, directory: str | Path, threads: int) -> None:
+        import openvino
+
+        export = find_export(directory)
+        assert export is not None
+        compiled = openvino.Core().compile_model(export / EXPORT_MODEL, "CPU", engine_properties(export, threads))
+        super().__init__(compiled)
+        self.ran = how_it_runs(compiled)

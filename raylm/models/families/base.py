@@ -101,6 +101,30 @@ class Outline:
 
 
 @dataclass(frozen=True)
+class Units:
+    """Heads or neurons of a block: patterns (fnmatch) of the names, in the block, of the modules they lie between.
+
+    Attributes:
+        key: configuration key of their number.
+        sources: whose outputs they are, with biases.
+        sinks: whose inputs they are.
+        shared_sources: of heads, whose outputs groups of them share (keys and values).
+        shared_key: configuration key of the number of groups; None where each head is a group.
+        size_key: configuration key of the outputs of a head; None where width / heads is assumed, so that heads go only
+            together with width.
+        tables: embeddings with a number for each of them.
+    """
+
+    key: str
+    sources: tuple[str, ...]
+    sinks: tuple[str, ...]
+    shared_sources: tuple[str, ...] = ()
+    shared_key: str | None = None
+    size_key: str | None = None
+    tables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class OwnFamily:
     """What raylm has of a family that transformers has not.
 
@@ -132,6 +156,8 @@ class Family:
         network: what kind of network it is, and so which heads it takes (:mod:`raylm.models.heads`).
         plain_head: whether the logits are the last hidden states times the output embedding, and nothing else.
         fused_matrices: suffix of a weight's name -> number of matrices side by side in its last dimension.
+        blocks: path of a list of blocks in a model -> configuration key of its length.
+        heads, neurons: what a block can lose and still be one; None where that is not known.
         reads_encoder: parts of the names of a decoder's weights that are multiplied with the encoder's tokens.
         outline: how its models are split over ranks; None for a family that trains with data parallelism only.
         own: what raylm has of a family that transformers has not.
@@ -146,6 +172,9 @@ class Family:
     network: Network = "decoder"
     plain_head: bool = False
     fused_matrices: dict[str, int] = field(default_factory=dict)
+    blocks: dict[str, str] = field(default_factory=dict)
+    heads: Units | None = None
+    neurons: Units | None = None
     reads_encoder: tuple[str, ...] = ()
     outline: Outline | None = None
     own: OwnFamily | None = None

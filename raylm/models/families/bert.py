@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from raylm.models.families.base import Family, Layer, Outline, Split, Step, Steps
+from raylm.models.families.base import Family, Layer, Outline, Split, Step, Steps, Units
 from raylm.models.families.steps import ends, positions_of, read_out_weight
 
 
@@ -49,6 +49,9 @@ FAMILY = Family(
     positions_key="max_position_embeddings",
     defaults={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     network="encoder",
+    blocks={"encoder.layer": "num_hidden_layers"},
+    heads=Units("num_attention_heads", ("attention.self.[qkv]*",), ("attention.output.dense",)),
+    neurons=Units("intermediate_size", ("intermediate.dense",), ("output.dense",)),
     outline=Outline(
         splits={
             "word_embeddings": Split("vocabulary"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from raylm.models.families.base import Family, Layer, Outline, Split, Step, Steps
+from raylm.models.families.base import Family, Layer, Outline, Split, Step, Steps, Units
 from raylm.models.families.steps import causal_mask, ends, normalize, positions_of
 
 
@@ -41,6 +41,9 @@ FAMILY = Family(
     },
     plain_head=True,
     fused_matrices={"attn.c_attn.weight": 3},
+    blocks={"transformer.h": "n_layer"},
+    heads=Units("n_head", ("attn.c_attn",), ("attn.c_proj",)),
+    neurons=Units("n_inner", ("mlp.c_fc",), ("mlp.c_proj",)),
     outline=Outline(
         splits={
             "wte": Split("vocabulary"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from raylm.models.families.base import Family, Layer, Outline, Split, Step, Steps
+from raylm.models.families.base import Family, Layer, Outline, Split, Step, Steps, Units
 from raylm.models.families.steps import causal_mask, ends, normalize, positions_of
 
 
@@ -36,6 +36,16 @@ FAMILY = Family(
     head_width_key="head_dim",
     defaults={"attention_dropout": 0.0},
     plain_head=True,
+    blocks={"model.layers": "num_hidden_layers"},
+    heads=Units(
+        "num_attention_heads",
+        ("self_attn.q_proj",),
+        ("self_attn.o_proj",),
+        ("self_attn.[kv]_proj",),
+        "num_key_value_heads",
+        "head_dim",
+    ),
+    neurons=Units("intermediate_size", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
     outline=Outline(
         splits={
             "embed_tokens": Split("vocabulary"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from raylm.models.families.base import Family, Layer, Outline, Split, Step, Steps
+from raylm.models.families.base import Family, Layer, Outline, Split, Step, Steps, Units
 from raylm.models.families.steps import causal_mask, ends, positions_of
 
 # Between T5's steps pass (text, target, position bias of the attention in this stack; none before its first block).
@@ -70,6 +70,15 @@ FAMILY = Family(
     network="encoder_decoder",
     # Keys and values of the cross-attention.
     reads_encoder=(".EncDecAttention.k.", ".EncDecAttention.v."),
+    blocks={"encoder.block": "num_layers", "decoder.block": "num_decoder_layers"},
+    heads=Units(
+        "num_heads",
+        ("layer.*.*Attention.[qkv]",),
+        ("layer.*.*Attention.o",),
+        size_key="d_kv",
+        tables=("layer.*.SelfAttention.relative_attention_bias",),
+    ),
+    neurons=Units("d_ff", ("layer.*.DenseReluDense.wi*",), ("layer.*.DenseReluDense.wo",)),
     outline=Outline(
         splits={
             "shared": Split("vocabulary"),

@@ -66,6 +66,10 @@ class ClassificationObjective(EncoderObjective):
         """``logits`` [batch, labels] and ``targets`` [batch, 1] to the summed cross-entropy in nats."""
         return functional.cross_entropy(logits.float(), targets[:, 0], ignore_index=IGNORED, reduction="sum")
 
+    def choices(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`Objective`; a text is a row."""
+        return logits, targets[:, 0]
+
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Texts whose likeliest class is the right one."""
         return (logits.argmax(dim=1) == batch["targets"][:, 0]).sum().double()[None]

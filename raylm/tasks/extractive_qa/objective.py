@@ -78,6 +78,10 @@ class ExtractiveQaObjective(EncoderObjective):
         """``logits`` [batch, time, 2] and ``targets`` [batch, 2] to the summed cross-entropy in nats."""
         return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 
+    def choices(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`Objective`; the first and the last token of a window's answer are rows."""
+        return logits.transpose(1, 2).flatten(0, 1), targets.flatten()
+
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Windows whose span is right, and the F1 of tokens between span and target, each averaged over windows later.
 

@@ -21,13 +21,11 @@ from raylm.errors import RunFailure
 from raylm.models.families.build import build_config
 from raylm.models.loading import load_config
 from raylm.models.weights import DrawnWeights, Weights, make_outline, saved_weights
-from raylm.parallel.engines.base import Engine, EngineSettings, StepResult, seed_step
+from raylm.parallel.engines.base import StepResult, seed_step
 from raylm.parallel.engines.compilation import check_compilation
-from raylm.parallel.engines.data_parallel import DataParallelEngine
 from raylm.parallel.engines.environment import limit_collectives
-from raylm.parallel.engines.pipeline import PipelineTensorEngine
 from raylm.tasks import make_objective
-from raylm.tasks.objective import Batch, ObjectiveModule
+from raylm.tasks.objective import Batch
 from raylm.training.checkpoints.export import export_model, largest_difference
 from raylm.training.checkpoints.mirror import BOARD, METRICS, Mirror
 from raylm.training.checkpoints.storage import Storage
@@ -36,17 +34,15 @@ from raylm.training.loop.agreement import Agreement, gather_names
 from raylm.training.loop.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.loop.batches import (
     evaluation_batches,
-    micro_batches,
     step_batches,
     to_tensors,
     total_steps,
 )
+from raylm.training.loop.engine import make_engine
 from raylm.training.loop.flops import flops_per_token, peak_flops
-from raylm.training.loop.measured_stages import MeasuredStages
 from raylm.training.loop.sample_log import SampleLog
 from raylm.training.loop.schedules import learning_rate_factor
 from raylm.training.loop.worker import TrainingJob, Worker
-from raylm.training.optimizers.build import make_optimizer
 from raylm.training.ray_train.preemption import Notice
 from raylm.training.reports.metrics import MetricsRecorder
 
@@ -75,7 +71,7 @@ class TrainingLoop:
             self.device = torch.device("cpu")
         self.bf16 = training.precision == "bf16"
         self.model_config = self._model_config()
-        self.objective = make_objective(self.config.objective, self.model_config.model_type)
+        self.objective = make_objective(self.config.objective, self.model_config.model_type, self.config.distillation)
         self.model_config.update(self.objective.settings(job.data_directory))
         self.samples, self.validation = (
             self.objective.samples(job.data_directory, split, training.sequence_length, run.seed)
@@ -86,7 +82,7 @@ class TrainingLoop:
         self.model_config = model.config
         self.flops = flops_per_token(model, *self.objective.lengths(training.sequence_length))
         self.micro_batch_size = int(self.config.parallel.micro_batch_size)
-        self.engine = self._engine(model, weights)
+        self.engine = make_engine(job, worker, self.objective, model, weights, self.samples, self.device)
         limit_collectives(self.config.resources.collective_timeout_seconds)
         self.peak = peak_flops(self.device)
         self.mirror = Mirror(Storage(job.storage), job.directory)
@@ -127,39 +123,6 @@ class TrainingLoop:
         if self.config.parallel.activation_checkpointing:
             outline.model.gradient_checkpointing_enable({"use_reentrant": False})
         return outline.model, weights
-
-    def _engine(self, model: PreTrainedModel, weights: Weights) -> Engine:
-        training, parallel = self.config.training, self.config.parallel
-        replicas = self.worker.world_size // parallel.model_parallel
-        settings = EngineSettings(
-            zero_stage=parallel.zero_stage,
-            micro_batch_size=self.micro_batch_size,
-            accumulation=micro_batches(training.batch_size, replicas, self.micro_batch_size),
-            clipping=training.gradient_clipping,
-            bf16=self.bf16,
-            device=self.device,
-            weights=weights,
-            compiled=training.compile,
-        )
-
-        def optimizer(named):
-            return make_optimizer(training, named, model)
-
-        if parallel.model_parallel == 1:
-            return DataParallelEngine(ObjectiveModule(model, self.objective), optimizer, settings)
-        timing, stages = {}, MeasuredStages(self.job.directory, self.config, self.model_config)
-        if parallel.pipeline > 1 and parallel.balance == "time":
-            timing = {
-                "time_batch": to_tensors(self.samples, np.arange(self.micro_batch_size), self.device),
-                "stage_bounds": stages.known(),
-            }
-        engine = PipelineTensorEngine(
-            model, self.objective, optimizer, settings,
-            tensor=parallel.tensor, pipeline=parallel.pipeline, **timing,
-        )  # fmt: skip
-        if timing and self.worker.rank == 0:
-            stages.note(engine.stage_bounds)
-        return engine
 
     def run(self) -> dict[str, Any]:
         """Train to the end and export; returns the final metrics (the same on every rank).

@@ -1,0 +1,185 @@
+"""``compress`` for models that generate text: how well each form of the model predicts text, how alike it writes, how
+fast and how large it is.
+
+In: the forms as directories. Out: the figures of each for ``report.json``.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylm.compression.intervals import ratio_interval
+from raylm.compression.measuring import Variant, in_rounds, medians, run_fresh
+from raylm.config.stages import CompressConfig
+from raylm.errors import RunFailure, UserError
+from raylm.evaluation.perplexity import TextStream, TransformersScorer, window_batches
+from raylm.progress import Activity
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Weights of few bits move the logits a little; a broken export moves them altogether.
+LEAST_COSINE = {8: 0.98, 4: 0.8}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that the forms are measured on.
+
+    Attributes:
+        name: before ``bits_per_byte`` in the report; empty for the run's own text.
+        stream: its tokens.
+    """
+
+    name: str
+    stream: TextStream
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all forms of the model are measured on.
+
+    Attributes:
+        texts: the run's own first.
+        prompts: token ids, all of one length.
+        window: length, stride and batch size of the windows over a text.
+        new_tokens: that are generated for each prompt.
+        threads: of every engine.
+    """
+
+    texts: list[Text]
+    prompts: list[list[int]]
+    window: tuple[int, int, int]
+    new_tokens: int
+    threads: int
+
+    def figures(self, variants: Sequence[Variant], rounds: int | None = None) -> list[dict[str, Any]]:
+        """Of each variant, the first of which is the original: quality and agreement with that, memory and speed."""
+        qualities = self._qualities(variants)
+        rounds = in_rounds(variants, "raylm.compression.measure", self._speed_job, rounds)
+        outputs = [found[0].pop("outputs") for found in rounds]
+        figures = []
+        for place, found in enumerate(rounds):
+            alike = {} if place == 0 else {"greedy_agreement": agreement(outputs[0], outputs[place])}
+            figures.append({**medians(found), **qualities[place], **alike})
+        return figures
+
+    def _speed_job(self, variant: Variant, number: int) -> dict[str, Any]:
+        return {
+            "engine": variant.engine, "model": variant.path, "prompts": self.prompts, "new_tokens": self.new_tokens,
+            "threads": self.threads, "outputs": number == 0,
+        }  # fmt: skip
+
+    def _qualities(self, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+        length, stride, batch_size = self.window
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            Activity("compress: measuring bits per byte") as activity,
+        ):
+            texts = []
+            for number, text in enumerate(self.texts):
+                path = Path(directory) / f"{number}.npy"
+                np.save(path, text.stream.tokens)
+                texts.append({"tokens": str(path), "length": length, "stride": stride, "batch_size": batch_size})
+            found = []
+            for place, variant in enumerate(variants):
+                activity.change(f"compress: measuring bits per byte, {variant.name}")
+                job = {
+                    "engine": variant.engine, "model": variant.path, "texts": texts, "threads": self.threads,
+                    "reference": None if place == 0 else variants[0].path,
+                }  # fmt: skip
+                found.append(self._quality(run_fresh("raylm.compression.quality", job)))
+        return found
+
+    def _quality(self, scored: dict[str, Any]) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        for text, nats in zip(self.texts, scored["nats"], strict=True):
+            windows = window_batches(len(text.stream.tokens), *self.window)
+            counts = [sum(stop + 1 - first for _, stop, first in batch) for batch in windows]
+            # From nats a target to bits a byte.
+            scale = (len(text.stream.tokens) - 1) / math.log(2) / text.stream.byte_count
+            name = f"{text.name}bits_per_byte"
+            figures[name] = math.fsum(nats) / sum(counts) * scale
+            figures[f"{name}_interval"] = [scale * end for end in ratio_interval(nats, counts)]
+        if scored["divergence"] is not None:
+            figures["divergence"] = scored["divergence"]
+        if scored["ran"] is not None:
+            figures["ran"] = scored["ran"]
+        return figures
+
+
+def open_comparison(config: CompressConfig, source: str, model_config: PretrainedConfig, threads: int) -> Comparison:
+    """Read the texts and choose the prompts.
+
+    Raises:
+        UserError: there is too little text, or what is asked for is longer than the model's positions.
+    """
+    from raylm.data.loading import load_tokenizer
+    from raylm.evaluation.stage import open_text, window_of
+    from raylm.models.families.build import check_positions
+
+    compression = config.compression
+    tokenizer, window = load_tokenizer(source), window_of(config.evaluation, model_config)
+    check_positions(
+        model_config,
+        compression.prompt_tokens + compression.new_tokens,
+        "compression.prompt_tokens + compression.new_tokens",
+    )
+    texts = [Text("", open_text(config.data, config.evaluation.split, tokenizer))]
+    if compression.outside is not None:
+        texts.append(Text("outside_", open_text(compression.outside, config.evaluation.split, tokenizer)))
+    prompts = take_prompts(texts[0].stream, compression.prompts, compression.prompt_tokens)
+    return Comparison(texts, prompts, window, compression.new_tokens, threads)
+
+
+def take_prompts(stream: TextStream, count: int, length: int) -> list[list[int]]:
+    """``count`` prompts of ``length`` tokens, evenly spaced over the text.
+
+    Raises:
+        UserError: the text is too short.
+    """
+    room = len(stream.tokens) - length
+    if room < count:
+        raise UserError(
+            f"compression.prompts: found {count} prompts of {length} tokens, allowed: fewer or "
+            f"shorter ones, as the text has {len(stream.tokens)} tokens"
+        )
+    starts = np.linspace(0, room, count, dtype=np.int64)
+    return [stream.tokens[start : start + length].tolist() for start in starts]
+
+
+def agreement(before: list[list[int]], after: list[list[int]]) -> dict[str, float]:
+    """How greedy outputs agree: share of equal tokens up to the first difference, and of identical outputs."""
+    same = 0
+    for one, other in zip(before, after, strict=True):
+        same += next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return {
+        "tokens_before_first_difference": same / sum(len(one) for one in before),
+        "identical_outputs": statistics.mean(one == other for one, other in zip(before, after, strict=True)),
+    }
+
+
+def check_export(model: Path, export: Path, prompts: list[list[int]], bits: int, threads: int) -> float:
+    """Cosine between the logits of an export and of the ``model`` that it was made from.
+
+    Raises:
+        RunFailure: they do not agree.
+    """
+    from raylm.compression.exporters.openvino import OpenVINOScorer
+    from raylm.models.loading import load_model
+
+    ids = np.array(prompts, dtype=np.int64)
+    logits = [TransformersScorer(load_model(model)).logits(ids), OpenVINOScorer(export, threads).logits(ids)]
+    centred = [x - x.mean(axis=-1, keepdims=True) for x in logits]
+    cosine = float((centred[0] * centred[1]).sum() / np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
+    if not cosine >= (least := LEAST_COSINE[bits]):
+        raise RunFailure(f"the export's logits do not agree with the model's: cosine {cosine:.4f} < {least}")
+    return cosine

@@ -1,0 +1,154 @@
+"""The data of a ``compress`` run as training samples: for calibration, and for the training that follows a step.
+
+In: the ``data`` section. Out: batches of the objective that the model's task has, and the configuration of a training
+run on the same data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raylm.cluster.session import ray_session
+from raylm.config.distillation import DistillationSection
+from raylm.config.model import ModelSection
+from raylm.config.run import RunSection
+from raylm.config.stages import CompressConfig, FinetuneConfig
+from raylm.config.training import TrainingSection
+from raylm.errors import UserError
+
+if TYPE_CHECKING:
+    from raylm.data.sources.documents import Split
+    from raylm.tasks.base import Task
+    from raylm.tasks.objective import Batch, Objective
+    from raylm.training.inputs import Checked
+
+# Training with fewer sequences a batch says less of each; memory is bounded by the sequences' length.
+BATCH_SIZE = 8
+
+
+@dataclass
+class Material:
+    """The run's data.
+
+    Attributes:
+        config: the file.
+        task: of the model.
+        source: directory of the model that the run began with, with whose tokenizer everything is read.
+    """
+
+    config: CompressConfig
+    task: Task
+    source: str
+    _checked: Checked | None = field(default=None, repr=False)
+    _directory: Path | None = None
+
+    def check(self, sections: list[TrainingSection]) -> None:
+        """Read all of the data and refuse what cannot be trained on; write nothing.
+
+        Args:
+            sections: the training of the steps.
+
+        Raises:
+            UserError: one line.
+        """
+        from raylm.training.inputs import validate
+
+        if self.task.objective is None:
+            raise UserError(
+                f"compression.steps: found a step that reads training samples, allowed for a {self.task.head.what}: "
+                "quantize to 8 bits alone, as it has no objective to train by"
+            )
+        for section in sections or [TrainingSection(steps=1)]:
+            self._checked = validate(self.training(self.source, section, self.config.run.directory))
+
+    def prepare(self) -> None:
+        """Have the samples on disk, where they are not; needs :meth:`check` before."""
+        from raylm.training.inputs import ensure_data
+
+        assert self._checked is not None
+        config = self.training(self.source, TrainingSection(steps=1), self.config.run.directory)
+        with ray_session():
+            self._directory, _ = ensure_data(config, self.config.run.directory, self._checked)
+
+    def use(self, directory: Path) -> None:
+        """Take a set that is prepared already."""
+        self._directory = directory
+
+    @property
+    def directory(self) -> Path:
+        """Where the samples are."""
+        assert self._directory is not None
+        return self._directory
+
+    @property
+    def objective(self) -> Objective:
+        """Of the model's task."""
+        from raylm.models.loading import load_config
+        from raylm.tasks import make_objective
+
+        return make_objective(self._objective, load_config(self.source).model_type)
+
+    @property
+    def _objective(self) -> Any:
+        section = self.config.objective
+        return section if section.type != "auto" else section.model_copy(update={"type": self.task.name})
+
+    def batches(self, count: int, sequence_length: int, split: Split = "train") -> list[Batch]:
+        """``count`` samples, or all where there are fewer, in batches on the CPU.
+
+        Raises:
+            UserError: the data does not fit ``sequence_length``.
+        """
+        import numpy as np
+        import torch
+
+        from raylm.training.loop.batches import to_tensors
+
+        samples = self.objective.samples(self.directory, split, sequence_length, self.config.run.seed)
+        numbers = np.arange(min(count, samples.count))
+        return [
+            to_tensors(samples, numbers[first : first + BATCH_SIZE], torch.device("cpu"))
+            for first in range(0, len(numbers), BATCH_SIZE)
+        ]
+
+    def training(
+        self,
+        model: str | Path,
+        section: TrainingSection,
+        directory: Path,
+        keys: dict[str, dict[str, Any]] | None = None,
+        distillation: DistillationSection | None = None,
+        data: Path | None = None,
+    ) -> FinetuneConfig:
+        """The configuration of a training run in ``directory``.
+
+        Args:
+            keys: of further sections, or of those that are here.
+            data: a prepared set instead of the run's.
+
+        Raises:
+            UserError: keys do not fit together.
+        """
+        from raylm.config.loading import validate
+
+        run = self.config.run
+        sections = {
+            "run": RunSection(name=directory.name, storage=str(directory.parent), seed=run.seed),
+            "data": self.config.data, "model": ModelSection(path=str(model)), "objective": self._objective,
+            "parallel": self.config.parallel, "training": section, "checkpoint": self.config.checkpoint,
+            "resources": self.config.resources, "distillation": distillation,
+        }  # fmt: skip
+        values = {name: found.model_dump(mode="json") for name, found in sections.items() if found is not None}
+        if (prepared := data or self._prepared) is not None:
+            values["data"] |= {"train": str(prepared), "validation": None}
+        for name, more in (keys or {}).items():
+            values[name] = values.get(name, {}) | more
+        return validate(FinetuneConfig, values, "compression.steps")
+
+    @property
+    def _prepared(self) -> Path | None:
+        """The set that is there by now; rows of examples are read by each run itself."""
+        rows = self.task.objective is not None and self.task.objective.rows is not None
+        return None if rows else self._directory

@@ -1,0 +1,97 @@
+"""Figures of models as a fresh process finds them: the artifact is loaded again, and nothing of another is in memory.
+
+In: jobs for :mod:`raylm.compression.measure`, :mod:`raylm.compression.measure_encoder` and
+:mod:`raylm.compression.quality`. Out: what they print. Speed is measured in rounds over all models, so that a machine
+that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from raylm.cluster.environment import inherited_environment
+from raylm.errors import RunFailure
+from raylm.progress import ProgressBar
+
+ROUNDS = 3
+MEASURE_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of the model.
+
+    Attributes:
+        name: in reports.
+        engine: that runs it.
+        path: its directory.
+        describe: engine and numbers, in words.
+    """
+
+    name: str
+    engine: Literal["transformers", "openvino"]
+    path: str
+    describe: str
+
+
+def in_rounds(
+    variants: Sequence[Variant], module: str, job: Callable[[Variant, int], dict[str, Any]], rounds: int | None = None
+) -> list[Any]:
+    """Of each variant what all rounds found.
+
+    Args:
+        job: of a variant in a round, from 0.
+        rounds: how many, :data:`ROUNDS` by default.
+
+    Raises:
+        RunFailure: a process failed.
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in variants]
+    rounds = rounds or ROUNDS
+    with ProgressBar("compress: measuring speed and memory", rounds * len(variants), "measurements") as bar:
+        for number in range(rounds):
+            for place, variant in enumerate(variants):
+                found[place].append(run_fresh(module, job(variant, number)))
+                bar.update(bar.done + 1)
+    return found
+
+
+def run_fresh(module: str, job: dict[str, Any]) -> dict[str, Any]:
+    """What ``python -m module`` prints of the ``job``, which names ``engine`` and ``threads``.
+
+    Raises:
+        RunFailure: it failed; its last line.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "job.json"
+        path.write_text(json.dumps(job))
+        environment = inherited_environment() | {
+            "OMP_NUM_THREADS": str(job["threads"]),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        result = subprocess.run(
+            [sys.executable, "-m", module, str(path)],
+            env=environment, capture_output=True, text=True, timeout=MEASURE_SECONDS,
+        )  # fmt: skip
+    if result.returncode:
+        raise RunFailure(f"measuring {job['engine']} failed: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def medians(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One variant's rounds as their medians: of numbers, and of numbers by batch."""
+    merged: dict[str, Any] = {}
+    for name, value in found[0].items():
+        if isinstance(value, dict):
+            merged[name] = {batch: statistics.median(one[name][batch] for one in found) for batch in value}
+        elif isinstance(value, int | float):
+            merged[name] = statistics.median(one[name] for one in found)
+    return merged

@@ -1,0 +1,1 @@
+"""What is cut out of a model, and how that is chosen."""

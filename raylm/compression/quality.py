@@ -1,0 +1,80 @@
+"""How well one form of a text generator predicts text, found in a process of its own.
+
+``python -m raylm.compression.quality JOB.json`` reads the job, scores, and prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raylm.evaluation.perplexity import TransformersScorer, batch_arrays, window_batches
+
+# Positions on which whole distributions are compared; there are as many numbers in each as the vocabulary has tokens.
+DIVERGENCE_TOKENS = 2048
+
+
+def score(job: dict[str, Any]) -> dict[str, Any]:
+    """Score ``job``: engine, model, reference (a model directory or null), texts, threads.
+
+    A text is ``tokens`` (an .npy file, int64 [N]), ``length``, ``stride`` and ``batch_size`` of its windows.
+
+    Returns:
+        ``nats``, for each text the summed loss of each batch of windows; ``divergence``, the mean over positions of the
+        first text of KL(reference || model), nats, or None without a reference; ``ran``, how an engine computed.
+    """
+    logits = _open(job["engine"], job["model"], job["threads"])
+    divergence, texts = None, [(np.load(text["tokens"]), text) for text in job["texts"]]
+    if job["reference"] is not None:
+        divergence = _divergence(logits, _open("transformers", job["reference"], job["threads"]), *texts[0])
+    nats = [_nats(logits, tokens, text) for tokens, text in texts]
+    return {"divergence": divergence, "nats": nats, "ran": getattr(logits, "ran", None)}
+
+
+def _open(engine: str, model: str, threads: int) -> Any:
+    if engine == "openvino":
+        from raylm.compression.exporters.openvino import OpenVINOScorer
+
+        return OpenVINOScorer(model, threads)
+    import torch
+
+    from raylm.models.loading import load_model
+
+    torch.set_num_threads(threads)
+    return TransformersScorer(load_model(model))
+
+
+def _batches(tokens: np.ndarray, text: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+    windows = window_batches(len(tokens), text["length"], text["stride"], text["batch_size"])
+    return [batch_arrays(tokens, batch) for batch in windows]
+
+
+def _nats(scorer: Any, tokens: np.ndarray, text: dict[str, Any]) -> list[float]:
+    return [scorer(*batch) for batch in _batches(tokens, text)]
+
+
+def _divergence(model: Any, reference: Any, tokens: np.ndarray, text: dict[str, Any]) -> float:
+    """Mean of KL(reference || model) over the first positions, nats."""
+    total, count = 0.0, 0
+    for input_ids, targets in _batches(tokens, text | {"batch_size": 1}):
+        counted = targets >= 0
+        found, expected = (_log_softmax(one.logits(input_ids)[counted]) for one in (model, reference))
+        total += math.fsum((np.exp(expected) * (expected - found)).sum(axis=-1))
+        count += int(counted.sum())
+        if count >= DIVERGENCE_TOKENS:
+            break
+    return total / max(1, count)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+if __name__ == "__main__":
+    print(json.dumps(score(json.loads(Path(sys.argv[1]).read_text()))))

@@ -1,0 +1,78 @@
+"""What a run trains beside its data and its model: a teacher, rounded weights, zeros that stay.
+
+In: the job. Out: the second model that the loss compares with, and the engine's hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raylm.models.weights import Weights
+from raylm.parallel.layout.fragments import Fragment
+from raylm.training.loop.zeros import KeepZeros
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from raylm.config.stages import TrainConfig
+    from raylm.models.heads import Head
+
+
+@dataclass(frozen=True)
+class Additions:
+    """See the module.
+
+    Attributes:
+        reference: the teacher, on the device.
+        transform, after_step: of :class:`raylm.parallel.engines.base.EngineSettings`.
+    """
+
+    reference: PreTrainedModel | None = None
+    transform: Callable[[nn.Module, str], None] | None = None
+    after_step: Callable[[list[Fragment]], None] | None = None
+
+
+def additions_of(
+    config: TrainConfig, model: PreTrainedModel, weights: Weights, head: Head, device: torch.device
+) -> Additions:
+    """What ``config`` adds to training ``model``.
+
+    Args:
+        weights: what the model begins with.
+        head: of the model, and of its teacher.
+    """
+    reference = transform = None
+    if config.distillation is not None:
+        reference = _teacher(config, head, device)
+        if config.distillation.attention:
+            # The others give no probabilities.
+            model.set_attn_implementation("eager")
+    if config.rounding is not None:
+        transform = functools.partial(_round, group_size=config.rounding.group_size)
+    return Additions(reference, transform, KeepZeros(weights) if config.training.keep_zeros else None)
+
+
+def _teacher(config: TrainConfig, head: Head, device: torch.device) -> PreTrainedModel:
+    import torch
+
+    from raylm.data.loading import resolve_model
+    from raylm.models.loading import load_model
+
+    section = config.distillation
+    assert section is not None and section.teacher is not None
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    teacher = load_model(resolve_model(section.teacher), dtype, "distillation.teacher", head)
+    if section.attention:
+        teacher.set_attn_implementation("eager")
+    return teacher.to(device)
+
+
+def _round(module: nn.Module, name: str, group_size: int) -> None:
+    from raylm.models.rounding import kept_whole, round_in_training
+
+    round_in_training(module, group_size, kept_whole(module))
