@@ -53,7 +53,7 @@ def _run_step(step: Step, candidate: Candidate, work: Path) -> dict[str, Any]:
         "settings": step.section.model_dump(mode="json", exclude_none=True),
         "describe": step.describe(),
     }
-    recovery = step.method.recovery(step.section, candidate)
+    recovery = step.method.recovery(step.section, candidate, work)
     if recovery is not None and step.method.exports:
         report |= {"training": _train(candidate, recovery, work), "model": str(below / "training" / "model")}
         candidate.directory = work / "training" / "model"

@@ -120,13 +120,13 @@ class Material:
         directory: Path,
         keys: dict[str, dict[str, Any]] | None = None,
         distillation: DistillationSection | None = None,
-        data: Path | None = None,
+        data: dict[str, Any] | None = None,
     ) -> FinetuneConfig:
         """The configuration of a training run in ``directory``.
 
         Args:
             keys: of further sections, or of those that are here.
-            data: a prepared set instead of the run's.
+            data: the section, instead of the run's.
 
         Raises:
             UserError: keys do not fit together.
@@ -141,7 +141,9 @@ class Material:
             "resources": self.config.resources, "distillation": distillation,
         }  # fmt: skip
         values = {name: found.model_dump(mode="json") for name, found in sections.items() if found is not None}
-        if (prepared := data or self._prepared) is not None:
+        if data is not None:
+            values["data"] = data
+        elif (prepared := self._prepared) is not None:
             values["data"] |= {"train": str(prepared), "validation": None}
         for name, more in (keys or {}).items():
             values[name] = values.get(name, {}) | more

@@ -23,6 +23,8 @@ BATCH_SIZES = (1, 8)
 # Medians are taken over the rounds of several processes as well.
 REPEATS = 2
 WARM_UP_TOKENS = 8
+# Of the time of an answer, what decoding takes at least.
+LEAST_SHARE = 0.05
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -68,13 +70,13 @@ def _seconds(generate: Generate, prompts: list[list[int]], count: int) -> float:
 def _speeds(job: dict[str, Any], batch: int, whole: list[float], first: list[float]) -> dict[str, float]:
     """Tokens a second from the seconds of answers, and of answers of one token."""
     new_tokens, seconds, prefill = job["new_tokens"], statistics.median(whole), statistics.median(first)
-    found = {
+    # Of a tiny model both are noise.
+    decoding = max(seconds - prefill, LEAST_SHARE * seconds)
+    return {
         "tokens_per_second": batch * new_tokens / seconds,
         "prefill_tokens_per_second": batch * len(job["prompts"][0]) / prefill,
+        "decode_tokens_per_second": batch * max(1, new_tokens - 1) / decoding,
     }
-    if new_tokens > 1 and seconds > prefill:
-        found["decode_tokens_per_second"] = batch * (new_tokens - 1) / (seconds - prefill)
-    return found
 
 
 def _rotated(prompts: list[list[int]], first: int, count: int) -> list[list[int]]:

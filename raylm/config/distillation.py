@@ -30,17 +30,11 @@ class DistillationSection(Section):
     layer_map: list[CountFromZero] | None = Field(default=None, min_length=1)
     """For each layer of the model, the teacher's layer that it learns from, from 0; by default evenly spread, the last
     from the last."""
-    top_k: Count | None = None
-    """Compute the teacher's most likely tokens and their log-probabilities once, on Ray Data workers, and keep so many
-    for each target. By default the teacher computes beside the model, and all its logits count."""
 
     @model_validator(mode="after")
     def _something(self) -> DistillationSection:
         if not any((self.logits, self.targets, self.hidden, self.attention)):
             raise ValueError("found no weight above 0, allowed: one or more of logits, targets, hidden and attention")
-        if self.top_k is not None and (self.hidden or self.attention):
-            name = "hidden" if self.hidden else "attention"
-            raise ValueError(f"top_k: found {self.top_k} with {name}, allowed with logits and targets only")
         if self.layer_map is not None and not (self.hidden or self.attention):
             raise ValueError("layer_map: leave it out, or give hidden or attention a weight")
         return self

@@ -48,6 +48,7 @@ def validate(config: TrainConfig) -> Checked:
     from raylm.parallel.plan.planning import check_model
     from raylm.tasks import make_objective
     from raylm.training.counting import refuse_counted
+    from raylm.training.teacher import check_teacher, check_tokenizers
 
     if config.training.compile:
         check_compilation(config.parallel.zero_stage)
@@ -60,8 +61,14 @@ def validate(config: TrainConfig) -> Checked:
         check_head(loaded, objective.head, config.model.path)
         _, tokenizer = load_parts(config.model.path)
         objective.check_tokenizer(tokenizer, config.training.sequence_length, config.model.path)
+        if config.distillation is not None:
+            check_teacher(config.distillation, loaded, objective.head)
+            check_tokenizers(config.distillation.teacher, config.model.path, "distillation.teacher")
     # CPUs, GPUs and memory of the cluster are looked at once it is joined.
-    return Checked(check_model(config, loaded), data)
+    model = check_model(config, loaded)
+    if config.distillation is not None and loaded is None:
+        check_teacher(config.distillation, model.config, objective.head)
+    return Checked(model, data)
 
 
 def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfig | None) -> Input | Rows | None:

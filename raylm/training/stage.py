@@ -201,6 +201,7 @@ def _make_job(config: TrainConfig, checked: Checked, start: Start) -> tuple[Trai
     from raylm.training.loop.worker import TrainingJob
     from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
     from raylm.training.ray_train.sharing import check_shared
+    from raylm.training.teacher import check_tokenizers
 
     stage, run, mirror, resources = start.stage, start.run, start.mirror, config.resources
     model_config, resumed = checked.model.config, run.saved() is not None
@@ -221,6 +222,8 @@ def _make_job(config: TrainConfig, checked: Checked, start: Start) -> tuple[Trai
         note_precision(run, precision)
         # Before the configuration reaches the storage, as it may be taken back here.
         data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
+        if config.distillation is not None and config.model.path is None:
+            check_tokenizers(config.distillation.teacher, tokenizer_directory, "distillation.teacher")
     mirror.check_owner(start.attempt)
     run.keep()
     mirror.send("config.yaml", FILE)

@@ -86,6 +86,16 @@ def step_data(family: str, step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids[:, :-1], "targets": targets[:, TIME // 4 :].contiguous() if family == "t5" else targets}
 
 
+def build_teacher(family: str) -> PreTrainedModel:
+    """Another model of the same shape, larger weights and so surer of what comes."""
+    teacher = build(family)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return teacher.eval()
+
+
 def plain_loss(model: PreTrainedModel, data: dict[str, torch.Tensor]) -> torch.Tensor:
     if model.config.is_encoder_decoder:
         # transformers' own shift and loss.
@@ -109,12 +119,14 @@ def plain_loop(
     *,
     prepare: Callable[[PreTrainedModel], Any] = lambda model: None,
     after_step: Callable[[PreTrainedModel], Any] = lambda model: None,
+    trained_loss: Callable[[PreTrainedModel, dict[str, torch.Tensor]], torch.Tensor] = plain_loss,
 ) -> dict[str, Any]:
     """Losses and gradient norms of one process, and the loss of evaluation at the end.
 
     Args:
         prepare: changes the model before its optimizer is made.
         after_step: changes it after each step.
+        trained_loss: of a model and a batch, a mean over the targets.
     """
     section = training_section(optimizer_name)
     model = build(family)
@@ -130,7 +142,7 @@ def plain_loop(
         optimizer = torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum)
     losses, norms = [], []
     for step in range(steps):
-        loss = plain_loss(model, step_data(family, step))
+        loss = trained_loss(model, step_data(family, step))
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clipping or 1e9)))

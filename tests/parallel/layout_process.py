@@ -2,9 +2,9 @@
 
 A case is an object: ``family``, ``data``, ``tensor``, ``pipeline``, ``zero``, ``optimizer``, and optionally ``steps``
 ([first, stop]), ``save`` (directory: a checkpoint is written at the end) and ``load`` (directory: goes on from its
-newest checkpoint), ``dropout`` (of everything that has it), ``balance`` (time), ``compile`` and ``poison`` (a step
-before which the last rank's weights are spoilt). For each case OUTPUT gets the losses, the gradient norms, and the
-samples that were taken.
+newest checkpoint), ``dropout`` (of everything that has it), ``balance`` (time), ``compile``, ``teach`` (keys of
+``distillation``) and ``poison`` (a step before which the last rank's weights are spoilt). For each case OUTPUT gets the
+losses, the gradient norms, and the samples that were taken.
 Processes are forked from one that has imported everything, anew where the number of processes or the engine changes.
 """
 
@@ -24,8 +24,9 @@ import torch.multiprocessing as multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from families import BATCH, DOCUMENTS, build, step_data, training_section
+from families import BATCH, DOCUMENTS, build, build_teacher, step_data, training_section
 
+from raylm.config.distillation import DistillationSection
 from raylm.config.model import ObjectiveSection
 from raylm.parallel.engines.environment import prepare_deepspeed
 
@@ -41,7 +42,7 @@ def start(case: dict[str, Any]) -> tuple[int, bool]:
 
 def hooks(case: dict[str, Any]) -> dict[str, Any]:
     """What a case asks of the engine's places for later work: ``train`` (names end so), ``halve`` (names of weights
-    that are halved before training), ``mask`` (whose first row stays 0)."""
+    that are halved before training), ``mask`` (whose first row stays 0), ``round`` (group size of rounded weights)."""
     found: dict[str, Any] = {}
     if "train" in case:
         found["trained"] = lambda name: name.endswith(case["train"])
@@ -62,6 +63,10 @@ def hooks(case: dict[str, Any]) -> dict[str, Any]:
                     fragment.tensors["weight"][0].zero_()
 
         found["after_step"] = mask
+    if "round" in case:
+        from raylm.models.rounding import kept_whole, round_in_training
+
+        found["transform"] = lambda module, place: round_in_training(module, case["round"], kept_whole(module))
     return found
 
 
@@ -78,7 +83,10 @@ def make_engine(case: dict[str, Any]):
     whole = build(case["family"], case.get("dropout", 0.0))
     model_type = whole.config.model_type
     boundaries = "attention" if case["family"].endswith(DOCUMENTS) else "ignore"
-    objective = make_objective(ObjectiveSection(document_boundaries=boundaries), model_type)
+    teacher, distillation = None, None
+    if "teach" in case:
+        teacher, distillation = build_teacher(case["family"]), DistillationSection(**case["teach"])
+    objective = make_objective(ObjectiveSection(document_boundaries=boundaries), model_type, distillation)
     model = make_outline(whole.config, objective.head).model
     # Two micro-batches for each stage, as far as the batch goes.
     share = BATCH // case["data"]
@@ -94,7 +102,7 @@ def make_engine(case: dict[str, Any]):
         return make_optimizer(section.model_copy(update=precision), named, model)
 
     if case["tensor"] * case["pipeline"] == 1:
-        return DataParallelEngine(ObjectiveModule(model, objective), optimizer, settings), accumulation
+        return DataParallelEngine(ObjectiveModule(model, objective, teacher), optimizer, settings), accumulation
     if case.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sizes = {"tensor": case["tensor"], "pipeline": case["pipeline"]}

@@ -60,12 +60,12 @@ class Recovery:
     Attributes:
         section: how long, and from what the model learns.
         keys: what the training's configuration has beside that, section by section.
-        data: a prepared set to train on instead of the run's.
+        data: keys of ``data``, to train on instead of the run's.
     """
 
     section: RecoverySection
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
-    data: Path | None = None
+    data: dict[str, Any] | None = None
 
 
 class Method(Protocol):
@@ -98,8 +98,12 @@ class Method(Protocol):
             what the report has of it.
         """
 
-    def recovery(self, section: Section, candidate: Candidate) -> Recovery | None:
-        """The training that belongs to the step; None without one."""
+    def recovery(self, section: Section, candidate: Candidate, work: Path) -> Recovery | None:
+        """The training that belongs to the step; None without one.
+
+        Args:
+            work: the step's directory.
+        """
 
     def describe(self, section: Section) -> str:
         """What the method makes, in a few words."""

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from raylm.compression.methods.base import Candidate, Outlook, Recovery
 from raylm.compression.models import open_model, parameters_of, save_model
+from raylm.compression.sequences import write_texts, written_data
 from raylm.config.compression import DistillSection
 from raylm.config.distillation import StudentSection
 from raylm.errors import UserError
+from raylm.models.heads import CAUSAL
 from raylm.models.layers import evenly, find_blocks, keep_layers, with_layers
+from raylm.training.teacher import check_layers, check_tokenizers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -40,11 +43,13 @@ class Distill:
         teacher = section.distillation.teacher
         taught = outlook.original if teacher is None else load_config(teacher, f"{KEY}.distillation.teacher")
         check_pair(student, taught, outlook.head)
+        if section.sequences is not None and outlook.head != CAUSAL:
+            raise UserError(f"{KEY}.sequences: allowed for a text generator; found a {outlook.head.what}")
         if section.student.path is not None:
             check_tokenizers(section.student.path, str(outlook.run.model.path), f"{KEY}.student.path")
         if teacher is not None:
             check_tokenizers(teacher, str(outlook.run.model.path), f"{KEY}.distillation.teacher")
-        check_layers(section.distillation, student, taught, outlook.head)
+        check_layers(section.distillation, student, taught, outlook.head, f"{KEY}.")
         return student
 
     def needs_material(self, section: DistillSection) -> bool:
@@ -54,6 +59,9 @@ class Distill:
     def apply(self, section: DistillSection, candidate: Candidate, output: Path) -> dict[str, Any]:
         """Make the student."""
         student = section.student
+        if section.sequences is not None:
+            teacher = section.distillation.teacher or str(candidate.original)
+            write_texts(section.sequences, teacher, candidate.material, output.parent)
         if student.path is not None:
             from raylm.data.loading import resolve_model
 
@@ -72,9 +80,9 @@ class Distill:
         save_model(model, candidate.directory, output)
         return {"layers": numbers} | ({"drawn_weights": len(drawn)} if drawn else {})
 
-    def recovery(self, section: DistillSection, candidate: Candidate) -> Recovery:
+    def recovery(self, section: DistillSection, candidate: Candidate, work: Path) -> Recovery:
         """All of it is training."""
-        return Recovery(section)
+        return Recovery(section, data=None if section.sequences is None else written_data(work))
 
     def describe(self, section: DistillSection) -> str:
         """``distillation into 20 layers``."""
@@ -166,46 +174,6 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, head: Head)
         raise UserError(
             f"{KEY}.student: found {sizes[0]:,} parameters, allowed: at most {sizes[1]:,}, which the teacher has"
         )
-
-
-def check_tokenizers(one: str, other: str, key: str) -> None:
-    """Refuse two models whose tokens have other numbers.
-
-    Raises:
-        UserError: one line.
-    """
-    from raylm.data.loading import load_tokenizer, resolve_model
-
-    if load_tokenizer(resolve_model(one)).get_vocab() != load_tokenizer(resolve_model(other)).get_vocab():
-        raise UserError(f"{key}: found {one}, whose tokenizer is another than that of {other}; allowed: the same one")
-
-
-def check_layers(section: Any, student: PretrainedConfig, teacher: PretrainedConfig, head: Head) -> None:
-    """Refuse to compare layers that cannot be.
-
-    Raises:
-        UserError: one line.
-    """
-    from raylm.models.weights import make_outline
-
-    if section.hidden and student.hidden_size != teacher.hidden_size:
-        raise UserError(
-            f"{KEY}.distillation.hidden: found {section.hidden:g} with widths of {student.hidden_size} and "
-            f"{teacher.hidden_size}, allowed with the teacher's width only; compare logits or attention"
-        )
-    heads = [config.num_attention_heads for config in (student, teacher)]
-    if section.attention and heads[0] != heads[1]:
-        raise UserError(
-            f"{KEY}.distillation.attention: found {section.attention:g} with {heads[0]} and {heads[1]} heads, allowed "
-            "with the teacher's number of heads only"
-        )
-    if section.layer_map is not None:
-        counts = [len(find_blocks(make_outline(config, head).model)[0].modules) for config in (student, teacher)]
-        if len(section.layer_map) != counts[0] or max(section.layer_map) >= counts[1]:
-            raise UserError(
-                f"{KEY}.distillation.layer_map: found {section.layer_map}, allowed: {counts[0]} numbers from 0 to "
-                f"{counts[1] - 1}"
-            )
 
 
 METHOD = Distill()

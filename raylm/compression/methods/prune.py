@@ -42,7 +42,7 @@ class Prune:
         after = sum(parameter.numel() for parameter in model.parameters())
         return {"parameters_before": before, "parameters_after": after, **told}
 
-    def recovery(self, section: PruneSection, candidate: Candidate) -> Recovery | None:
+    def recovery(self, section: PruneSection, candidate: Candidate, work: Path) -> Recovery | None:
         """Training afterwards, where the file has it; zeros stay."""
         if section.recovery is None:
             return None

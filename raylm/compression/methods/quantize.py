@@ -69,7 +69,7 @@ class Quantize:
         write_settings(output, {"activation_group": ACTIVATION_GROUP, **settings})
         return told
 
-    def recovery(self, section: QuantizeSection, candidate: Candidate) -> Recovery | None:
+    def recovery(self, section: QuantizeSection, candidate: Candidate, work: Path) -> Recovery | None:
         """Training with rounded weights, where the file has it."""
         if section.recovery is None:
             return None

@@ -9,10 +9,11 @@ chooses scales by the error of the outputs.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _compressed(plain: Path, section: QuantizeSection, way: str, samples: GraphS
     aware: dict[str, Any] = {}
     if samples is not None and (WAYS[way] or ratio < 1.0):
         aware = {"dataset": nncf.Dataset(samples.calibration), "subset_size": len(samples.calibration), **WAYS[way]}
-    with _reference_rounding():
+    with _reference_rounding(), contextlib.redirect_stdout(io.StringIO()):
         return nncf.compress_weights(
             _read(plain),
             mode=nncf.CompressWeightsMode.INT4_ASYM,
@@ -113,7 +114,7 @@ def _compressed(plain: Path, section: QuantizeSection, way: str, samples: GraphS
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _reference_rounding() -> Iterator[None]:
     before = os.environ.get(REFERENCE)
     os.environ[REFERENCE] = "1"

@@ -6,6 +6,8 @@ are fixed by what samples have.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,16 @@ def to_int8_activations(plain: Path, output: Path, samples: GraphSamples) -> dic
     graph = openvino.Core().read_model(plain / EXPORT_MODEL)
     names = input_names(graph)
     items = [{name: value for name, value in row.items() if name in names} for row in samples.calibration]
-    quantized = nncf.quantize(
-        graph,
-        nncf.Dataset(items),
-        subset_size=len(items),
-        model_type=nncf.ModelType.TRANSFORMER,
-        preset=nncf.QuantizationPreset.MIXED,
-        fast_bias_correction=True,
-    )
+    # Its bars.
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantized = nncf.quantize(
+            graph,
+            nncf.Dataset(items),
+            subset_size=len(items),
+            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,
+            fast_bias_correction=True,
+        )
     shutil.copytree(plain, output)
     openvino.save_model(quantized, output / EXPORT_MODEL, compress_to_fp16=False)
     return {"way": "smooth_quant"}
