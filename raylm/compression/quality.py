@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from raylm.evaluation.perplexity import TransformersScorer, batch_arrays, window_batches
 
 # Positions on which whole distributions are compared; there are as many numbers in each as the vocabulary has tokens.
-DIVERGENCE_TOKENS = 2048
+DIVERGENCE_TOKENS = 1024
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:
@@ -63,17 +62,20 @@ def _divergence(model: Any, reference: Any, tokens: np.ndarray, text: dict[str, 
     total, count = 0.0, 0
     for input_ids, targets in _batches(tokens, text | {"batch_size": 1}):
         counted = targets >= 0
-        found, expected = (_log_softmax(one.logits(input_ids)[counted]) for one in (model, reference))
-        total += math.fsum((np.exp(expected) * (expected - found)).sum(axis=-1))
+        found, expected = (model.logits(input_ids)[counted], reference.logits(input_ids)[counted])
+        total += summed_divergence(found, expected)
         count += int(counted.sum())
         if count >= DIVERGENCE_TOKENS:
             break
     return total / max(1, count)
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+def summed_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Sum over rows of KL(reference || model), nats, of logits fp32 [rows, vocabulary]."""
+    import torch
+
+    found, expected = (torch.from_numpy(one).log_softmax(dim=-1) for one in (logits, reference))
+    return float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
 
 
 if __name__ == "__main__":

@@ -97,6 +97,18 @@ def figures(stream: TextStream, nats: float) -> dict[str, float]:
     }
 
 
+def summed_nats(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Negative log-likelihood, nats, of ``targets`` [windows, time] by ``logits`` fp32 [windows, time, vocabulary]."""
+    import torch
+    from torch.nn import functional
+
+    losses = functional.cross_entropy(
+        torch.from_numpy(logits).flatten(0, 1), torch.from_numpy(targets).flatten(), ignore_index=IGNORED,
+        reduction="none",
+    )  # fmt: skip
+    return float(losses.double().sum())
+
+
 class TransformersScorer:
     """Scores batches with a transformers model in fp32."""
 
@@ -112,12 +124,4 @@ class TransformersScorer:
 
     def __call__(self, input_ids: np.ndarray, targets: np.ndarray) -> float:
         """Summed negative log-likelihood, nats, of ``targets`` [windows, time] after ``input_ids``."""
-        import torch
-        from torch.nn import functional
-
-        with torch.inference_mode():
-            logits = self.model(input_ids=torch.from_numpy(input_ids), use_cache=False).logits.float()
-            losses = functional.cross_entropy(
-                logits.flatten(0, 1), torch.from_numpy(targets).flatten(), ignore_index=IGNORED, reduction="none"
-            )
-        return float(losses.double().sum())
+        return summed_nats(self.logits(input_ids), targets)

@@ -43,7 +43,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: torch.Tensor, group_size: int) -> torch.Tensor:
-        return rounded(weight, group_size)
+        # The export of a model in bf16 rounds what it has in fp32.
+        return rounded(weight.float(), group_size).to(weight.dtype)
 
     @staticmethod
     def setup_context(context: object, inputs: tuple, output: torch.Tensor) -> None:

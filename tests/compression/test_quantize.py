@@ -198,3 +198,41 @@ def test_the_matrices_of_gpt2_lie_the_other_way() -> None:
     layers = rounded_layers(model, kept_whole(model))
     assert sorted(layer.inputs for layer in layers) == [64, 64, 64, 256]
     assert all(layer.transposed for layer in layers)
+
+
+def on_a_grid(directory: Path) -> Path:
+    """The tiny model with the weights that a Q4_1 file would have: minimum + scale x code, both in half precision."""
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(directory))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in rounded_layers(model, kept_whole(model)):
+            groups = layer.module.weight.unflatten(1, (-1, GROUP))
+            codes = torch.randint(0, 16, groups.shape, generator=generator).float()
+            codes[..., 0], codes[..., 1] = 0, 15
+            scale = (0.01 + 0.1 * torch.rand(*groups.shape[:2], 1, generator=generator)).half().float()
+            # Of both signs, as weights are.
+            low = (-15 * scale * torch.rand(*groups.shape[:2], 1, generator=generator)).half().float()
+            layer.module.weight.copy_((low + scale * codes).flatten(1))
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_weights_of_four_bits_are_kept_as_they_are(tmp_path: Path, llama: Path, plain: Path) -> None:
+    model = on_a_grid(tmp_path / "grid")
+    exporter.export_model(model, tmp_path / "fp32", CAUSAL, None)
+    section = QuantizeSection(bits=4, group_size=GROUP, method="keep")
+    told = to_four_bits(tmp_path / "fp32", tmp_path / "kept", section, None, 1)
+    assert told["matrices"] == 2 * 7
+    rounded_again = section.model_copy(update={"method": "data_free"})
+    to_four_bits(tmp_path / "fp32", tmp_path / "again", rounded_again, None, 1)
+    ids = np.arange(5, 37)[None]
+    # Exact activations, so that only the weights differ.
+    write_settings(tmp_path / "fp32", {"activation_group": 0})
+    found = {}
+    for name in ("fp32", "kept", "again"):
+        write_settings(tmp_path / name, {"activation_group": 0})
+        found[name] = exporter.OpenVINOScorer(tmp_path / name, 1).logits(ids)
+    error = {name: float(np.abs(found[name] - found["fp32"]).mean()) for name in ("kept", "again")}
+    assert error["kept"] < 0.1 * error["again"]
+    with pytest.raises(UserError, match=r"quantize.method: found keep, allowed for weights that have 16"):
+        to_four_bits(plain, tmp_path / "no", section, None, 1)

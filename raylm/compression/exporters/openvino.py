@@ -16,6 +16,7 @@ import numpy as np
 from raylm import telemetry
 from raylm.config.quantization import QuantizeSection
 from raylm.data.loading import load_tokenizer
+from raylm.evaluation.perplexity import summed_nats
 from raylm.models.heads import CAUSAL, Head
 from raylm.models.openvino import (
     EXPORT_DETOKENIZER,
@@ -129,12 +130,7 @@ class GraphScorer:
 
     def __call__(self, input_ids: np.ndarray, targets: np.ndarray) -> float:
         """Summed negative log-likelihood, nats, of ``targets`` (-100 not counted)."""
-        logits = self.logits(input_ids).astype(np.float64)
-        rows, columns = np.nonzero(targets >= 0)
-        chosen = logits[rows, columns]
-        top = chosen.max(axis=1, keepdims=True)
-        normalizer = top[:, 0] + np.log(np.exp(chosen - top).sum(axis=1))
-        return float((normalizer - chosen[np.arange(len(rows)), targets[rows, columns]]).sum())
+        return summed_nats(self.logits(input_ids), targets)
 
 
 class OpenVINOScorer(GraphScorer):

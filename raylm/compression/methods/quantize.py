@@ -52,7 +52,8 @@ class Quantize:
 
     def needs_material(self, section: QuantizeSection) -> bool:
         """Whether activations are looked at, or the model is trained first."""
-        aware = section.bits == 4 and (section.method != "data_free" or section.megabytes is not None)
+        blind = section.method in ("data_free", "keep") and section.megabytes is None
+        aware = section.bits == 4 and not blind
         return aware or section.activations == "int8" or section.recovery is not None
 
     def apply(self, section: QuantizeSection, candidate: Candidate, output: Path) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _apply_to_graph(section: QuantizeSection, candidate: Candidate, output: Path
     samples = None
     # What training has got used to is rounded to the nearest.
     data_free = section.model_copy(update={"method": "data_free"}) if section.recovery is not None else section
-    if data_free.method != "data_free" or data_free.megabytes is not None or section.bits == 8:
+    if data_free.method not in ("data_free", "keep") or data_free.megabytes is not None or section.bits == 8:
         samples = graph_samples(candidate.material, candidate.head, section)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         plain = Path(scratch) / "fp32"

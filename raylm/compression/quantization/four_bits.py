@@ -28,6 +28,8 @@ WAYS: dict[str, dict[str, bool]] = {
     "awq": {"awq": True},
     "awq_scale_estimation": {"awq": True, "scale_estimation": True},
     "gptq": {"gptq": True},
+    "gptq_scale_estimation": {"gptq": True, "scale_estimation": True},
+    "awq_gptq": {"awq": True, "gptq": True},
 }
 # Of the weights, how closely the share with 8 bits is found; a matrix has more.
 FINEST_SHARE = 1 / 32
@@ -51,6 +53,8 @@ def to_four_bits(
         UserError: ``section.megabytes`` is less than all in 4 bits take.
     """
     shutil.copytree(plain, output)
+    if section.method == "keep":
+        return _kept(plain, output, section)
     names = list(WAYS) if section.method == "auto" else [section.method]
     if samples is None:
         _save(_compressed(plain, section, "data_free", None, 1.0), output)
@@ -70,6 +74,16 @@ def to_four_bits(
             _save(graph, output)
     ratio = _fit(plain, output, section, best, samples) if section.megabytes else 1.0
     return {"way": best, "losses": losses, "eight_bit_share": 1.0 - ratio}
+
+
+def _kept(plain: Path, output: Path, section: QuantizeSection) -> dict[str, Any]:
+    """Keep the codes that the weights have."""
+    from raylm.compression.quantization.kept import constants, keep_codes
+
+    graph = _compressed(plain, section, "data_free", None, 1.0)
+    matrices = keep_codes(graph, constants(_read(plain)))
+    _save(graph, output)
+    return {"way": "keep", "matrices": matrices, "eight_bit_share": 0.0}
 
 
 def _fit(plain: Path, output: Path, section: QuantizeSection, way: str, samples: GraphSamples | None) -> float:
