@@ -233,6 +233,7 @@ def test_weights_of_four_bits_are_kept_as_they_are(tmp_path: Path, llama: Path, 
         write_settings(tmp_path / name, {"activation_group": 0})
         found[name] = exporter.OpenVINOScorer(tmp_path / name, 1).logits(ids)
     error = {name: float(np.abs(found[name] - found["fp32"]).mean()) for name in ("kept", "again")}
-    assert error["kept"] < 0.1 * error["again"]
+    # What is left is the embedding, of 8 bits.
+    assert error["kept"] < 0.2 * error["again"]
     with pytest.raises(UserError, match=r"quantize.method: found keep, allowed for weights that have 16"):
         to_four_bits(plain, tmp_path / "no", section, None, 1)
