@@ -198,7 +198,7 @@ def write_config(directory: Path, model: Path, stage: str) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("stage", "at"), [
-    ("compress", "importing libraries"), ("compress", "making 8-bit weights"), ("evaluate", "reading the model"),
+    ("compress", "importing libraries"), ("compress", "step 1, 8-bit weights"), ("evaluate", "reading the model"),
 ])  # fmt: skip
 def test_a_stage_ends_in_one_line(
     tiny_model: Path, tmp_path: Path, stage: str, at: str, number: signal.Signals

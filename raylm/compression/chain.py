@@ -72,7 +72,7 @@ def _make(step: Step, candidate: Candidate, work: Path) -> dict[str, Any]:
         return told
     for leftover in (partial, made):
         shutil.rmtree(leftover, ignore_errors=True)
-    with Activity(f"compress: {step.describe()}"):
+    with Activity(f"compress: step {step.number}, {step.describe()}"):
         told = step.method.apply(step.section, candidate, partial)
     partial.rename(made)
     write_atomically(work / MADE, json.dumps(told, indent=2) + "\n")

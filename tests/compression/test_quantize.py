@@ -9,12 +9,20 @@ import numpy as np
 import openvino
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
 
 from raylm.compression.exporters import openvino as exporter
 from raylm.compression.exporters.openvino import graph_inputs
 from raylm.compression.methods import Steps
 from raylm.compression.quantization.four_bits import WAYS, to_four_bits
+from raylm.compression.quantization.int8_activations import to_int8_activations
 from raylm.compression.quantization.samples import GraphSamples
 from raylm.config.loading import validate
 from raylm.config.quantization import QuantizeSection
@@ -237,3 +245,27 @@ def test_weights_of_four_bits_are_kept_as_they_are(tmp_path: Path, llama: Path, 
     assert error["kept"] < 0.2 * error["again"]
     with pytest.raises(UserError, match=r"quantize.method: found keep, allowed for weights that have 16"):
         to_four_bits(plain, tmp_path / "no", section, None, 1)
+
+
+def test_products_in_eight_bits_altogether(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_labels=3,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    exporter.export_model(tmp_path / "model", tmp_path / "fp32", CLASSIFIER, None)
+    generator = np.random.default_rng(0)
+    rows = []
+    for _ in range(12):
+        ids = generator.integers(5, 100, (1, 16))
+        rows.append({"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)})
+    held = GraphSamples(CLASSIFIER, rows[:8], rows[8:])
+    assert to_int8_activations(tmp_path / "fp32", tmp_path / "int8", held) == {"way": "smooth_quant"}
+    graphs = {name: openvino.Core().read_model(tmp_path / name / EXPORT_MODEL) for name in ("fp32", "int8")}
+    # Activations are rounded by a node, weights are stored in 8 bits.
+    assert any(op.get_type_name() == "FakeQuantize" for op in graphs["int8"].get_ops())
+    compiled = {name: openvino.Core().compile_model(graph, "CPU") for name, graph in graphs.items()}
+    reference = held.outputs(compiled["fp32"])
+    assert held.loss(compiled["fp32"], reference) == 0
+    assert 0 < held.loss(compiled["int8"], reference) < 0.05

@@ -9,8 +9,10 @@ inputs' second moments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -40,6 +42,27 @@ def linear_names(model: PreTrainedModel) -> list[list[str]]:
     return found
 
 
+@dataclass
+class _Call:
+    """How a block was called with one batch: its hidden states change as the blocks before it do, the rest stays."""
+
+    arguments: tuple
+    named: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """What comes out of the block before."""
+        return self.arguments[0] if self.arguments else self.named["hidden_states"]
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's new hidden states."""
+        if self.arguments:
+            made = block(hidden, *self.arguments[1:], **self.named)
+        else:
+            made = block(**{**self.named, "hidden_states": hidden})
+        return made[0] if isinstance(made, tuple) else made
+
+
 @torch.no_grad()
 def set_zeros(
     model: PreTrainedModel,
@@ -56,25 +79,57 @@ def set_zeros(
         sparsities: share of each block's weights.
         pattern: unstructured, or 2:4.
     """
-    for names, sparsity in zip(linear_names(model), sparsities, strict=True):
-        if not names:
-            continue
-        moments = {} if criterion == "weight" else _moments(model, names, criterion, objective, batches)
-        for name in names:
-            module = model.get_submodule(name)
-            # [outputs, inputs] from here on.
-            weight = module.weight.data if dimension(module, "inputs") == 1 else module.weight.data.t()
-            if criterion == "sparsegpt":
-                weight.copy_(sparse_gpt(weight.float(), moments[name], sparsity, pattern))
-            else:
-                scale = moments[name].sqrt() if criterion == "wanda" else None
-                weight.masked_fill_(lowest(weight, scale, sparsity, pattern), 0.0)
+    names = iter(zip(linear_names(model), sparsities, strict=True))
+    for blocks in find_blocks(model):
+        calls = _calls(model, blocks.modules, objective, batches) if criterion != "weight" else []
+        hidden = [call.hidden for call in calls[0]] if calls else []
+        for number, block in enumerate(blocks.modules):
+            (linear, sparsity), moments = next(names), {}
+            if calls:
+                with _measured(model, linear, criterion) as moments:
+                    for call, given in zip(calls[number], hidden, strict=True):
+                        call.run(block, given)
+            for name in linear:
+                _set_zeros(model.get_submodule(name), criterion, sparsity, pattern, moments.get(name))
+            if calls:
+                hidden = [call.run(block, given) for call, given in zip(calls[number], hidden, strict=True)]
 
 
-def _moments(
-    model: PreTrainedModel, names: Sequence[str], criterion: str, objective: Objective, batches: Sequence[Batch]
-) -> dict[str, torch.Tensor]:
-    """Of the inputs of each layer the mean squares, [inputs], or for SparseGPT all second moments, [inputs, inputs]."""
+def _set_zeros(module: nn.Module, criterion: str, sparsity: float, pattern: str, moments: torch.Tensor | None) -> None:
+    """Set weights of one matrix to zero."""
+    # [outputs, inputs] from here on.
+    weight = module.weight.data if dimension(module, "inputs") == 1 else module.weight.data.t()
+    if criterion == "sparsegpt":
+        assert moments is not None
+        weight.copy_(sparse_gpt(weight.float(), moments, sparsity, pattern))
+    else:
+        scale = None if moments is None else moments.sqrt()
+        weight.masked_fill_(lowest(weight, scale, sparsity, pattern), 0.0)
+
+
+def _calls(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], objective: Objective, batches: Sequence[Batch]
+) -> list[list[_Call]]:
+    """How each block is called with each batch, by one pass of the whole model."""
+    found: list[list[_Call]] = [[] for _ in blocks]
+
+    def note(number: int) -> Any:
+        return lambda module, arguments, named: found[number].append(_Call(arguments, dict(named)))
+
+    hooks = [block.register_forward_pre_hook(note(n), with_kwargs=True) for n, block in enumerate(blocks)]
+    try:
+        for batch in batches:
+            objective.logits(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextmanager
+def _measured(model: PreTrainedModel, names: Sequence[str], criterion: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Of the inputs of each layer the mean squares, [inputs], or for SparseGPT all second moments, [inputs, inputs];
+    there after the block."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -84,10 +139,10 @@ def _moments(
         sums[name] = sums[name] + found if name in sums else found
         counts[name] = counts.get(name, 0) + len(flat)
 
+    moments: dict[str, torch.Tensor] = {}
     with watched(model, names, watch):
-        for batch in batches:
-            objective.logits(model, batch)
-    return {name: sums[name] / counts[name] for name in names}
+        yield moments
+    moments |= {name: sums[name] / counts[name] for name in sums}
 
 
 def lowest(weight: torch.Tensor, scale: torch.Tensor | None, sparsity: float, pattern: str) -> torch.Tensor:
