@@ -83,12 +83,14 @@ def _train(candidate: Candidate, recovery: Recovery, work: Path) -> dict[str, An
     """Train the candidate in ``work/training``; the run's last figures."""
     from raylm.training.stage import run_training
 
-    section = recovery.section
-    teacher = section.distillation.teacher or str(candidate.original)
+    section, learned = recovery.section, recovery.section.distillation
+    distillation = None
+    # Without anything to learn from it, a teacher would compute for nothing.
+    if learned.logits or learned.hidden or learned.attention:
+        distillation = learned.model_copy(update={"teacher": learned.teacher or str(candidate.original)})
     config = candidate.material.training(
-        candidate.directory, section.training, work / "training", recovery.keys,
-        section.distillation.model_copy(update={"teacher": teacher}), recovery.data,
-    )  # fmt: skip
+        candidate.directory, section.training, work / "training", recovery.keys, distillation, recovery.data
+    )
     run_training("finetune", config)
     report = read_object(work / "training" / "report.json") or {}
     return {name: report.get(name) for name in ("step", "tokens", "validation_loss")}
