@@ -161,3 +161,27 @@ def test_a_chain_killed_half_way_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert report["steps"][0]["figures"]["bits_per_byte"] == pytest.approx(report["after"]["bits_per_byte"], rel=0.01)
     assert "distillation into 1 layers" in (tmp_path / "chain" / "model" / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "chain" / "model").config.num_hidden_layers == 1
+
+
+@pytest.mark.slow
+def test_training_with_rounded_weights_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "ROUNDS", 1)
+    model = make_tiny_model(tmp_path / "model")
+    path = write(tmp_path, model, "rounded")
+    values = yaml.safe_load(path.read_text())
+    training = values["compression"]["steps"][0]["distill"]["training"]
+    prune = {"sparsity": 0.5, "importance": "weight", "recovery": {"training": training}}
+    quantize = {"bits": 4, "group_size": 32, "recovery": {"training": training}}
+    values["compression"]["steps"] = [{"prune": prune}, {"quantize": quantize}]
+    path.write_text(yaml.safe_dump(values))
+    compress(load_config("compress", path))
+    run = tmp_path / "rounded"
+    report = json.loads((run / "report.json").read_text())
+    assert [one["method"] for one in report["steps"]] == ["prune", "quantize"]
+    assert report["steps"][1]["way"] == "data_free" and report["steps"][1]["training"]["step"] == 12
+    # Zeros of the first step stayed through its own training.
+    pruned = AutoModelForCausalLM.from_pretrained(run / report["steps"][0]["model"])
+    weight = pruned.model.layers[0].mlp.up_proj.weight
+    assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    # The model that training ended with, rounded, is what the export computes.
+    assert report["after"]["bits_per_byte"] == pytest.approx(report["steps"][1]["figures"]["bits_per_byte"], rel=0.05)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -85,7 +86,19 @@ def _write_weights(reader: CheckpointReader, output: Path, dtype: torch.dtype) -
 
 
 @torch.no_grad()
-def largest_difference(output: Path, objective: Objective, batch: Batch, expected: torch.Tensor) -> float:
-    """Largest absolute difference of the reloaded model's logits from ``expected`` on a ``batch`` of ``objective``."""
+def largest_difference(
+    output: Path,
+    objective: Objective,
+    batch: Batch,
+    expected: torch.Tensor,
+    transform: Callable[[torch.nn.Module, str], None] | None = None,
+) -> float:
+    """Largest absolute difference of the reloaded model's logits from ``expected`` on a ``batch`` of ``objective``.
+
+    Args:
+        transform: what the engine did to the model before it was trained.
+    """
     model = load_model(output, head=objective.head).eval()
+    if transform is not None:
+        transform(model, "")
     return float((objective.logits(model, batch) - expected).abs().max())

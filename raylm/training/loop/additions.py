@@ -46,15 +46,20 @@ def additions_of(
         weights: what the model begins with.
         head: of the model, and of its teacher.
     """
-    reference = transform = None
+    reference = None
     if config.distillation is not None:
         reference = _teacher(config, head, device)
         if config.distillation.attention:
             # The others give no probabilities.
             model.set_attn_implementation("eager")
-    if config.rounding is not None:
-        transform = functools.partial(_round, group_size=config.rounding.group_size)
-    return Additions(reference, transform, KeepZeros(weights) if config.training.keep_zeros else None)
+    return Additions(reference, rounding_of(config), KeepZeros(weights) if config.training.keep_zeros else None)
+
+
+def rounding_of(config: TrainConfig) -> Callable[[nn.Module, str], None] | None:
+    """What makes a model compute with rounded weights, where ``config`` has that."""
+    if config.rounding is None:
+        return None
+    return functools.partial(_round, group_size=config.rounding.group_size)
 
 
 def _teacher(config: TrainConfig, head: Head, device: torch.device) -> PreTrainedModel:

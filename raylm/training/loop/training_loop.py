@@ -30,6 +30,7 @@ from raylm.training.checkpoints.export import export_model, largest_difference
 from raylm.training.checkpoints.mirror import BOARD, METRICS, Mirror
 from raylm.training.checkpoints.storage import Storage
 from raylm.training.checkpoints.store import CheckpointReader, CheckpointWriter, newest_whole, whole_best
+from raylm.training.loop.additions import rounding_of
 from raylm.training.loop.agreement import Agreement, gather_names
 from raylm.training.loop.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.loop.batches import (
@@ -328,7 +329,7 @@ class TrainingLoop:
             output = self.job.directory / "model"
             export_model(source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head)
             probe = {name: values.cpu() for name, values in probe.items()}
-            difference = largest_difference(output, self.objective, probe, expected)
+            difference = largest_difference(output, self.objective, probe, expected, rounding_of(self.config))
             if not difference <= LOGITS_TOLERANCE[dtype]:
                 raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
             self.mirror.send("model", METRICS, BOARD)
