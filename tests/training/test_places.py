@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from raylm.training.ray_train.places import (
     LOGS,
     Loss,
     Place,
+    answering,
     check_tensor_groups,
     describe_losses,
     gone_nodes,
@@ -22,6 +24,11 @@ from raylm.training.ray_train.places import (
 
 def place(node: str, worker: str = "w", logs: str = "/nowhere") -> Place:
     return Place(node, f"host-{node} (10.0.0.{len(node)})", worker, 7, logs)
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as once:
+        return once.getsockname()[1]
 
 
 def test_tensor_parallel_ranks_on_several_nodes_are_refused() -> None:
@@ -38,6 +45,16 @@ def test_a_lost_node_is_named_with_its_ranks() -> None:
     assert describe_losses(losses, {"bb"}) == "node host-bb (10.0.0.2) was lost with ranks 1, 2"
     assert describe_losses(losses[2:], set()) == "rank 2 on host-bb (10.0.0.2): the worker process died"
     assert describe_losses([Loss("g", 3, None, "died")], set()) == "rank 3: the worker process died"
+
+
+def test_a_node_that_takes_no_connection_is_lost_before_the_cluster_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as open_port:
+        nodes = [
+            {"NodeID": name, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+            for name, port in (("there", open_port.getsockname()[1]), ("gone", closed_port()))
+        ]
+        assert answering(nodes) == {"there"}
+    assert answering([]) == set()
 
 
 def test_logs_of_lost_ranks_are_kept(ray_instance: object, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raylm.errors import RunFailure
 
@@ -20,6 +22,8 @@ LOGS = "logs"
 MOST_LOG_BYTES = 1 << 20
 MOST_RANKS = 8
 ANSWER_SECONDS = 30.0
+CONNECT_SECONDS = 2.0
+MOST_CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,30 @@ def gone_nodes(places: Sequence[Place]) -> set[str]:
     """The ids of those nodes that the cluster has lost."""
     import ray
 
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return {place.node for place in places} - alive
+    wanted = {place.node for place in places}
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in wanted]
+    return wanted - answering(alive)
+
+
+def answering(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The ids of those ``nodes``, entries of ``ray.nodes()``, where Ray's own process takes connections.
+
+    The cluster calls a node alive until it has missed its health checks for some 15 s, and in that time workers may
+    have started again on a spare one.
+    """
+
+    def answers(node: Mapping[str, Any]) -> bool:
+        try:
+            address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+            socket.create_connection(address, timeout=CONNECT_SECONDS).close()
+        except OSError:
+            return False
+        return True
+
+    if not nodes:
+        return set()
+    with ThreadPoolExecutor(min(len(nodes), MOST_CONNECTIONS)) as pool:
+        return {node["NodeID"] for node, there in zip(nodes, pool.map(answers, nodes), strict=True) if there}
 
 
 def describe_losses(losses: Sequence[Loss], gone: set[str]) -> str:
