@@ -79,6 +79,9 @@ class ResourcesSection(Section):
     memory_per_worker_gb: float | None = Field(default=None, gt=0, le=1e6)
     """Memory of a worker in 10^9 bytes, for raylm plan and auto; by default its GPU's memory, or else its share of the
     node's."""
+    measured: PathText | None = None
+    """JSON file that ``raylm cluster check --workers N --json`` wrote: figures of this hardware, for raylm plan and
+    auto, in place of a data sheet's or of round ones."""
     elastic: list[Workers] | None = Field(default=None, min_length=2, max_length=2)
     """[least, most] workers: training uses as many as the cluster holds and follows its size; off by default."""
     elastic_check_seconds: float = Field(default=60.0, ge=1, le=LONGEST_SECONDS)

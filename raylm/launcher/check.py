@@ -18,7 +18,7 @@ from raylm.launcher.connection import connect
 from raylm.launcher.control import table
 from raylm.launcher.package import code
 from raylm.launcher.preflight.figures import figures
-from raylm.launcher.preflight.judge import NodeFinding, all_reduce_line, judge, rows
+from raylm.launcher.preflight.judge import NodeFinding, all_reduce_line, judge, rows, workers_line
 from raylm.launcher.preflight.probe import PACKAGES
 from raylm.progress import Activity
 
@@ -28,8 +28,14 @@ CHECK_SECONDS = 600.0
 POLL_SECONDS = 1.0
 
 
-def check(path: Path | None, address: str | None, storage: str | None, *, as_json: bool) -> int:
+def check(
+    path: Path | None, address: str | None, storage: str | None, workers: int, threads: int, *, as_json: bool
+) -> int:
     """Look at all nodes and print what was found; 1 where something is broken, else 0.
+
+    Args:
+        workers: of each node, that are timed at once; 0 times none.
+        threads: of each of them.
 
     Raises:
         UserError: the file or the address is wrong.
@@ -40,7 +46,9 @@ def check(path: Path | None, address: str | None, storage: str | None, *, as_jso
     if storage is not None and not Path(storage).is_absolute():
         raise UserError(f"--storage: found {storage}, allowed: the absolute path of a folder on the nodes")
     cluster = read_cluster_file(path) if path is not None else None
-    command = shlex.join(["python", "-m", DRIVER, *([storage] if storage else [])])
+    options = {"--storage": storage, "--workers": workers or None, "--threads": threads if workers else None}
+    given = [word for name, value in options.items() if value for word in (name, str(value))]
+    command = shlex.join(["python", "-m", DRIVER, *given])
     with Activity("cluster check: looking at the nodes, which takes half a minute"):
         said = on_head(cluster, command, CHECK_SECONDS) if cluster else _by_job(address, command)
         record = _read(said)
@@ -112,7 +120,7 @@ def _versions() -> dict[str, str]:
 
 def _print(record: dict[str, Any], findings: list[NodeFinding]) -> None:
     print(table(rows(record)))
-    if line := all_reduce_line(record):
+    for line in filter(None, (all_reduce_line(record), workers_line(record))):
         print(line)
     print()
     same: dict[Finding, list[str]] = {}

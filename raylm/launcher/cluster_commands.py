@@ -45,6 +45,10 @@ def check(
     storage: Annotated[
         str | None, typer.Option(help="Folder that all nodes should share, such as run.storage.", show_default=False)
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Also time so many workers of each node at once, for raylm plan --measured.", min=0)
+    ] = 0,
+    threads: Annotated[int, typer.Option(help="Of each of these workers.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Look at every node of a cluster: packages, storage, disk, clock, ports, network, speed, GPUs.
@@ -58,7 +62,7 @@ def check(
     """
     from raylm.launcher.check import check as run
 
-    raise typer.Exit(run(file, address, storage, as_json=as_json))
+    raise typer.Exit(run(file, address, storage, workers, threads, as_json=as_json))
 
 
 @cluster.command()

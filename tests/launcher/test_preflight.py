@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from raylm.launcher.preflight import worker
 from raylm.launcher.preflight.figures import figures
-from raylm.launcher.preflight.judge import all_reduce_line, judge, rows
+from raylm.launcher.preflight.judge import all_reduce_line, judge, rows, workers_line
 from raylm.launcher.preflight.probe import NodeProbe
 
 GB = 10**9
@@ -156,6 +157,48 @@ def test_figures_for_a_plan() -> None:
     # 2 (n - 1) / n of 64 MiB in 0.1 s, shared by eight CPUs.
     assert found["far_bandwidth"] == pytest.approx(4 / 3 * 67108864 / 0.1 / 8)
     assert found["collective_seconds"] == 1e-3
+
+
+def test_figures_of_workers_that_computed_at_once() -> None:
+    record = sound()
+    names = ("matrix_flops", "attention_flops", "memory_bandwidth", "launch_seconds")
+    rates = {
+        f"{address} {n}": dict(zip(names, (rate, rate / 2, 5e9, 1e9 / rate), strict=True))
+        for address, speeds in zip(ADDRESSES, ((50e9, 70e9), (20e9, 40e9), (90e9, 90e9)), strict=True)
+        for n, rate in enumerate(speeds)
+    }
+    near = {"1024": 2e-4, "4194304": 0.004}
+    record["workers"] = {
+        "count": 2, "threads": 1, "rates": rates, "near": dict.fromkeys(ADDRESSES, near) | {"10.0.0.3": {
+            "1024": 3e-4, "4194304": 0.008}}, "far": {"1024": 5e-4, "4194304": 0.02},
+    }  # fmt: skip
+    found = figures(record)
+    # The slowest node's mean.
+    assert found["matrix_flops"] == pytest.approx(30e9)
+    assert found["attention_flops"] == pytest.approx(15e9)
+    assert found["launch_seconds"] == pytest.approx((1 / 20 + 1 / 40) / 2)
+    assert found["near_bandwidth"] == pytest.approx(4194304 / 0.008)
+    # 2 (n - 1) / n of 4 MiB over six workers, two of which share a node's network.
+    assert found["far_bandwidth"] == pytest.approx(10 / 6 * 4194304 / 0.02 / 2)
+    assert found["collective_seconds"] == 3e-4
+    line = workers_line(record)
+    assert line == (
+        "2 workers a node at once, the slowest: products 20 GFLOP/s, attention 10 GFLOP/s, memory 5.00 GB/s"
+    )
+    record["workers"] = {"count": 2, "threads": 1, "error": "its process died"}
+    assert figures(record) == figures(sound())
+    assert workers_line(record) == "2 workers a node at once: its process died"
+
+
+def test_a_worker_is_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "SECONDS", 0.05)
+    one = worker.WorkerProbe()
+    one.start(1)
+    rates = one.rates()
+    assert 1e8 < rates["attention_flops"] < 1e13
+    assert 1e9 < rates["matrix_flops"] < 1e13
+    assert 1e8 < rates["memory_bandwidth"] < 1e12
+    assert 1e-7 < rates["launch_seconds"] < 1e-2
 
 
 def test_the_probe_here(tmp_path: Path) -> None:

@@ -164,8 +164,10 @@ def test_nobody_gets_in_without_the_token(running: Cluster) -> None:
 
 def test_the_preflight_names_each_fault_and_its_node(running: Cluster) -> None:
     arguments = ["cluster", "check", str(running.file), "--storage", str(running.shared), "--json"]
-    sound = json.loads(done(running.raylm(*arguments)))
+    sound = json.loads(done(running.raylm(*arguments, "--workers", "1")))
     assert not sound["broken"], sound["findings"]
+    assert len(sound["workers"]["rates"]) == 3
+    assert {"matrix_flops", "memory_bandwidth", "far_bandwidth", "launch_seconds"} <= sound["figures"].keys()
     assert {len(sound["nodes"]), sound["all_reduce"].get("nodes")} == {3}
 
     _, second, third = running.hosts.hosts

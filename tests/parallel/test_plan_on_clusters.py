@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from raylm.cli import main
+from raylm.cluster.capacity import Capacity, Node
 from raylm.cluster.hardware import GPUS, NETWORK, gpu_figures
 from raylm.errors import UserError
 from raylm.parallel.plan.node_types import NodeType, read_node_types
-from raylm.parallel.plan.on_clusters import Terms, plan_on_cluster, read_terms
-from raylm.parallel.plan.planning import make_plan
+from raylm.parallel.plan.on_clusters import Terms, describe_plan, plan_on_cluster, read_terms
+from raylm.parallel.plan.planning import make_plan, plan_training
 from tests.parallel.test_plan import changed, config  # noqa: F401 - a fixture
 
 CONTAINER = {"name": "ray", "image": "rayproject/ray:2.60.0"}
@@ -173,6 +174,28 @@ def test_measured_figures_replace_those_of_the_data_sheet(tmp_path: Path, config
         measured.write_text(json.dumps(values))
         with pytest.raises(UserError, match=message):
             plan_on_cluster(config, path, read_terms(None, None, [], measured))
+
+
+def test_a_run_reckons_with_what_was_measured(tmp_path: Path, config) -> None:  # noqa: F811
+    """``raylm plan`` with the option and without a cluster, and ``auto`` with the key."""
+    measured = tmp_path / "measured.json"
+    measured.write_text(json.dumps({"broken": False, "figures": {"matrix_flops": 1e9, "launch_seconds": 1e-3}}))
+    plain = describe_plan(config, None, Terms())
+    said = describe_plan(config, None, read_terms(None, None, [], measured))
+    assert f"matrix_flops, launch_seconds from {measured}" in said and "from" not in plain.split("speed")[0]
+    keyed = changed(config, "resources", measured=str(measured))
+    nodes = Capacity((Node(2.0),))
+    assert plan_training(keyed, nodes).space.figures.matrix_flops == 1e9
+    assert plan_training(keyed, nodes).candidates[0].seconds > plan_training(config, nodes).candidates[0].seconds
+    for text, message in (
+        (None, r"^resources\.measured: .*not found, allowed: a JSON file"),
+        ("[1]", r"^resources\.measured: .*found no object"),
+        ("{", r"^resources\.measured: .*not JSON"),
+        ('{"flops": 1}', r"^resources\.measured: .*found 'flops', allowed: matrix_flops"),
+    ):
+        measured.unlink() if text is None else measured.write_text(text)
+        with pytest.raises(UserError, match=message):
+            plan_training(keyed, nodes)
 
 
 def test_a_vocabulary_size_is_enough(tmp_path: Path, config, capsys: pytest.CaptureFixture) -> None:  # noqa: F811

@@ -77,6 +77,17 @@ def test_tensor_parallelism_shares_the_products_and_adds_sums() -> None:
     )
 
 
+def test_zero_3_waits_for_each_weight() -> None:
+    """Four matrices of attention and three of the network are over DeepSpeed's limit in a block of this size."""
+    layout = replace(PLAIN, data=2, zero_stage=3, use_gpu=False)
+    wide = LlamaConfig(vocab_size=512, **SHAPE | {"hidden_size": 512, "intermediate_size": 1024})
+    stages = memory_of(wide).stages(layout)
+    assert [stage.sharded for stage in stages] == [4 * 7 + 2]
+    at_once = replace(CPU, collective_seconds=1e-12)
+    apart = [step_time(stages, layout, figures, 8).data for figures in (CPU, at_once)]
+    assert apart[0] - apart[1] == pytest.approx(2 * layout.accumulation * 30 * CPU.collective_seconds)
+
+
 def test_a_pipeline_waits_less_with_more_chunks() -> None:
     piped = replace(PLAIN, pipeline=4, data=2, micro_batch_size=1, accumulation=8)
     one, four = timed(piped), timed(piped, chunks=4)

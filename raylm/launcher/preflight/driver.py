@@ -1,13 +1,16 @@
-"""``python -m raylm.launcher.preflight.driver [STORAGE]`` on a cluster: calls the probes, prints their record as JSON.
+"""``python -m raylm.launcher.preflight.driver`` on a cluster: calls the probes, prints their record as JSON.
+
+``--storage FOLDER`` has a folder looked at that the nodes should share; ``--workers N --threads T`` has N workers of T
+threads on each node timed, all at once.
 
 Each wait has a bound: a node that does not answer is a finding, not an end.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from typing import Any
 
 from raylm.cluster.session import ray_files, ray_session
 from raylm.launcher.nodes import live_nodes
-from raylm.launcher.preflight import probe
+from raylm.launcher.preflight import probe, worker
 
 # A node's first process of Ray may have to load 2 GB of packages from disk.
 FIRST_SECONDS = 120.0
@@ -24,13 +27,20 @@ CONNECT_SECONDS = 5.0
 SIZES = (1 << 10, 1 << 16, 1 << 20, 1 << 23, 1 << 26)
 
 
-def examine(storage: str | None) -> dict[str, Any]:
-    """The record of all nodes and what is between them. Ray must be connected."""
+def examine(storage: str | None, workers: int = 0, threads: int = 1) -> dict[str, Any]:
+    """The record of all nodes and what is between them. Ray must be connected.
+
+    Args:
+        storage: folder that the nodes should share.
+        workers: of each node, that are timed at once; 0 times none.
+        threads: of each of them.
+    """
     import ray
 
-    ray.cloudpickle.register_pickle_by_value(probe)
+    for module in (probe, worker):
+        ray.cloudpickle.register_pickle_by_value(module)
     nodes = live_nodes()
-    probes = {node["address"]: _start(node["id"]) for node in nodes}
+    probes = {node["address"]: _start(node["id"], probe.NodeProbe) for node in nodes}
     files = str(ray_files())
     record: dict[str, Any] = {"nodes": nodes, "folder": storage, "seconds": {}}
     facts = _all(probes, lambda one: one.facts.remote(storage, files), FIRST_SECONDS)
@@ -44,16 +54,20 @@ def examine(storage: str | None) -> dict[str, Any]:
         began = time.monotonic()
         record[name] = step(probes, record)
         record["seconds"][name] = round(time.monotonic() - began, 1)
+    if workers:
+        began = time.monotonic()
+        record["workers"] = _time_workers({node["address"]: node["id"] for node in nodes}, workers, threads)
+        record["seconds"]["workers"] = round(time.monotonic() - began, 1)
     return record
 
 
-def _start(node_id: str) -> Any:
+def _start(node_id: str, kind: type) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
     # It takes no CPU: a node that has none to give, or gives them to others, is looked at as well.
-    return ray.remote(num_cpus=0, scheduling_strategy=there, max_restarts=0)(probe.NodeProbe).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=there, max_restarts=0)(kind).remote()
 
 
 def _all(probes: dict[str, Any], call: Callable[[Any], Any], seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
@@ -171,18 +185,64 @@ def _all_reduce(probes: dict[str, Any], record: dict[str, Any]) -> dict[str, Any
         return one.all_reduce.remote(ranks[address], len(ranks), (first, port), address, list(SIZES), backend)
 
     answers = _all(probes, call, 2 * ANSWER_SECONDS)
-    wrong = next((answer["error"] for answer in answers.values() if "error" in answer), None)
-    if wrong:
+    if wrong := _first_error(answers):
         return {"error": wrong, "backend": backend}
     seconds = {str(size): max(answer[size] for answer in answers.values()) for size in SIZES}
     return {"backend": backend, "nodes": len(ranks), "seconds": seconds}
 
 
+def _time_workers(nodes: dict[str, str], count: int, threads: int) -> dict[str, Any]:
+    """What each of ``count`` workers on each node gets while all compute, and sums over a node's and over all of them.
+
+    Args:
+        nodes: Ray's ids by address.
+    """
+    started = {f"{address} {n}": _start(nodes[address], worker.WorkerProbe) for address in nodes for n in range(count)}
+    found: dict[str, Any] = {"count": count, "threads": threads}
+    answers = _all(started, lambda one: one.start.remote(threads), FIRST_SECONDS)
+    if wrong := _first_error(answers):
+        return found | {"error": wrong}
+    found["rates"] = _all(started, lambda one: one.rates.remote())
+    groups = {address: [f"{address} {n}" for n in range(count)] for address in nodes} if count > 1 else {}
+    near = {address: _sums({name: started[name] for name in names}) for address, names in groups.items()}
+    found["near"], found["far"] = near, _sums(started) if len(nodes) > 1 else {}
+    wrong = _first_error(found["rates"]) or _first_error(near) or found["far"].get("error")
+    return found | ({"error": wrong} if wrong else {})
+
+
+def _sums(started: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of sums over these workers, by bytes; their keys begin with the addresses of their nodes."""
+    first = next(iter(started))
+    port = _all({first: started[first]}, lambda one: one.free_port.remote())[first]
+    if not isinstance(port, int):
+        return port
+    names = list(started)
+
+    def call(one: Any) -> Any:
+        name = _of(started, one)
+        return one.sums.remote(names.index(name), len(names), (first.split()[0], port), name.split()[0])
+
+    answers = _all(started, call)
+    if wrong := _first_error(answers):
+        return {"error": wrong}
+    sizes = next(iter(answers.values()))
+    return {size: max(answer[size] for answer in answers.values()) for size in sizes}
+
+
+def _first_error(answers: dict[str, Any]) -> str | None:
+    return next((one["error"] for one in answers.values() if isinstance(one, dict) and "error" in one), None)
+
+
 def main() -> None:
     """Print the record of the cluster that this process is on."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--storage")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
     os.environ.setdefault("RAY_ADDRESS", "auto")
     with ray_session():
-        record = examine(sys.argv[1] if len(sys.argv) > 1 else None)
+        record = examine(given.storage, given.workers, given.threads)
     print(json.dumps({"preflight": record}), flush=True)
 
 

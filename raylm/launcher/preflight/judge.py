@@ -266,6 +266,22 @@ def all_reduce_line(record: dict[str, Any]) -> str:
     return f"all-reduce over {measured['nodes']} nodes ({measured['backend']}): {', '.join(times)}"
 
 
+def workers_line(record: dict[str, Any]) -> str:
+    """What workers that compute at once get; empty where they were not timed."""
+    timed = record.get("workers")
+    if not timed:
+        return ""
+    who = f"{timed['count']} workers a node at once"
+    if "error" in timed:
+        return f"{who}: {timed['error']}"
+    rates = timed["rates"].values()
+    least = {name: min(one[name] for one in rates) for name in ("matrix_flops", "attention_flops", "memory_bandwidth")}
+    return (
+        f"{who}, the slowest: products {_flops(least['matrix_flops'])}, attention {_flops(least['attention_flops'])}, "
+        f"memory {_rate(least['memory_bandwidth'])}"
+    )
+
+
 def _size(size: int) -> str:
     return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
 

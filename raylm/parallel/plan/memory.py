@@ -8,6 +8,7 @@ the buffers of its implementation added.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -28,6 +29,8 @@ from raylm.tasks.objective import Batch, Objective, ObjectiveModule
 FP32 = 4
 # ZeRO 3, in elements: stage3_max_live_parameters of DeepSpeed; and its reduce_bucket_size.
 GATHERED_LIMIT, BUCKET_LIMIT = 1_000_000_000, 500_000_000
+# Parameters with no more elements stay whole: its stage3_param_persistence_threshold.
+WHOLE_ELEMENTS = 100_000
 # What an allocator holds beyond what comes and goes, as a share of it; tests/benchmarks/plan_memory.py measures it.
 ALLOCATOR_SHARE = 0.05
 MOMENTS = {"adamw": 2, "muon": 2, "sgd": 1}
@@ -47,6 +50,7 @@ class StageMemory:
         sent: bytes of activations that it sends to the next stage for one micro-batch; as many gradients come back.
         work: of one micro-batch.
         sums: how often it adds something up with the other tensor-parallel ranks for one micro-batch.
+        sharded: how many of its parameters ZeRO 3 shards, each of which is gathered by itself.
     """
 
     parameters: int
@@ -58,6 +62,7 @@ class StageMemory:
     sent: int
     work: Work
     sums: int = 0
+    sharded: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class _Segments:
                     sent=0 if last else passages[-1].made,
                     work=sum((passage.work for passage in passages), Work()),
                     sums=sum(segment.sums for segment in segments),
+                    sharded=_sharded(sizes),
                 )
             )
         return found
@@ -163,7 +169,7 @@ class ModelMemory:
             with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
                 passage, _ = measure(module, tuple(batch.values()), _head_weights(model), _is_causal(model))
                 footprint, work = whole(passage), passage.work
-        return StageMemory(sum(sizes), max(sizes), footprint, 1, 0, 0, 0, work)
+        return StageMemory(sum(sizes), max(sizes), footprint, 1, 0, 0, 0, work, sharded=_sharded(sizes))
 
     def _measure_segments(self, tensor: int, checkpointing: bool) -> _Segments:
         """The parts of the first of ``tensor`` ranks, each different one passed once."""
@@ -202,6 +208,11 @@ class ModelMemory:
                 values = made if isinstance(made, tuple) else (made,)
                 segments.append(segment)
         return _Segments(segments, steps, weights, tied)
+
+
+def _sharded(sizes: Iterable[int]) -> int:
+    """How many parameters of these ``sizes`` ZeRO 3 shards."""
+    return sum(size > WHOLE_ELEMENTS for size in sizes)
 
 
 def _head_weights(model: Any, stage: _Stage | None = None) -> list[torch.Tensor]:

@@ -7,19 +7,18 @@ plans themselves. Nothing is started, and nothing asked of a cloud.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylm.cluster.capacity import SHARE_OF_NODE, Capacity, Node
 from raylm.cluster.hardware import CPU, GPUS, NETWORK, Figures, gpu_figures
-from raylm.config.loading import read_configuration
 from raylm.config.stages import TrainConfig
 from raylm.errors import UserError
 from raylm.parallel.plan.description import digits
+from raylm.parallel.plan.measured import Measured, read_measured
 from raylm.parallel.plan.node_types import NodeType, read_node_types
 from raylm.parallel.plan.planning import Plan, check_model, make_plan, refuse_counted_plan
 
@@ -41,7 +40,7 @@ class Terms:
     gpus: tuple[str, int] | None = None
     network: float | None = None
     prices: Mapping[str, float] = field(default_factory=dict)
-    measured: tuple[dict[str, Any], str] | None = None
+    measured: Measured | None = None
 
 
 def read_terms(gpus: str | None, network: float | None, prices: list[str], measured: Path | None) -> Terms:
@@ -66,18 +65,11 @@ def read_terms(gpus: str | None, network: float | None, prices: list[str], measu
                 f"--price: found '{price[:100]}', allowed: dollars an hour of a node, as 32.77 or NAME=32.77"
             )
         found[name] = float(text)
-    values = None
-    if measured is not None:
-        try:
-            values = json.loads(read_configuration(measured))
-        except ValueError:
-            raise UserError(f"{measured}: not JSON, allowed: a JSON object of measured figures") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{measured}: found no object, allowed: a JSON object of measured figures")
-        # As `raylm cluster check --json` prints them, or they alone.
-        values = values["figures"] if isinstance(values.get("figures"), dict) else values
     return Terms(
-        pair, None if network is None else network * 1e9 / 8, found, None if values is None else (values, str(measured))
+        pair,
+        None if network is None else network * 1e9 / 8,
+        found,
+        None if measured is None else read_measured(measured),
     )
 
 
@@ -92,12 +84,12 @@ def describe_plan(config: TrainConfig, path: Path | None, terms: Terms, vocab_si
         UserError: what is refused, with the reason.
     """
     if path is None and terms.gpus is None:
-        options = {"--network": terms.network, "--price": terms.prices, "--measured": terms.measured}
+        options = {"--network": terms.network, "--price": terms.prices}
         if given := [name for name, value in options.items() if value]:
             raise UserError(f"{given[0]}: found without --cluster and --gpus, allowed with one of them")
         refuse_counted_plan(config)
         model = None if vocab_size is None else check_model(config, vocab_size=vocab_size)
-        return make_plan(config, model=model).describe()
+        return make_plan(config, model=model, measured=terms.measured).describe()
     found = plan_on_cluster(config, path, terms, vocab_size)
     return "\n\n".join("\n".join([one.heading, one.plan.describe(), *_cost_lines(one)]) for one in found)
 
@@ -143,9 +135,8 @@ def plan_on_cluster(
         else:
             per_node = _capacity(nodes).places_per_node(config.resources)
             figures = CPU if network is None else replace(CPU, far_bandwidth=network / per_node)
-        if terms.measured is not None:
-            figures = figures.measured(*terms.measured)
-        plan = make_plan(config, _capacity(nodes), figures, model)
+        plan = make_plan(config, _capacity(nodes), figures, model, terms.measured)
+        figures = plan.space.figures
         needed = -(-plan.layout.workers // plan.space.per_node)
         found.append(PlannedNodes(plan, needed, _heading(nodes, figures, network), _price(needed, nodes, types, terms)))
     return found

@@ -24,6 +24,7 @@ from raylm.models.families.build import build_config, check_positions, parameter
 from raylm.models.loading import load_config
 from raylm.parallel.plan.description import describe
 from raylm.parallel.plan.layout import Layout
+from raylm.parallel.plan.measured import Measured, read_measured
 from raylm.parallel.plan.precision import decide, measure, settled, width_of, with_precision
 from raylm.parallel.plan.refusals import check_splits
 from raylm.tasks import make_objective
@@ -145,13 +146,18 @@ class Plan:
 
 
 def plan_training(
-    config: TrainConfig, capacity: Capacity, model: TrainedModel | None = None, figures: Figures | None = None
+    config: TrainConfig,
+    capacity: Capacity,
+    model: TrainedModel | None = None,
+    figures: Figures | None = None,
+    measured: Measured | None = None,
 ) -> Plan:
     """The plan of a run on a cluster of ``capacity``; starts nothing.
 
     Args:
         model: what :func:`check_model` gave for ``config``, where that is known.
         figures: of a worker's hardware; by default those of an H100, or of a core.
+        measured: figures in place of those; by default those of ``resources.measured``.
 
     Raises:
         UserError: what is refused, with the reason.
@@ -184,7 +190,7 @@ def plan_training(
         use_gpu=use_gpu,
         bf16=_computes_in_bf16(config, use_gpu),
         parameters=parameter_count(model_config, objective.head),
-        figures=figures or (gpu_figures("H100") if use_gpu else CPU),
+        figures=_with_measured(figures or (gpu_figures("H100") if use_gpu else CPU), config, measured),
     )
     for replicas in space.replicas(model_parallel) if "auto" not in (parallel.tensor, parallel.pipeline) else []:
         share = -(-training.batch_size // replicas)
@@ -199,6 +205,13 @@ def plan_training(
             f"parallel.micro_batch_size, with at most {space.places} workers in all"
         )
     return Plan(space, memory, objective, found)
+
+
+def _with_measured(figures: Figures, config: TrainConfig, measured: Measured | None) -> Figures:
+    """``figures`` with measured ones in their place, where there are any."""
+    if measured is None and config.resources.measured is not None:
+        measured = read_measured(Path(config.resources.measured).expanduser(), "resources.measured")
+    return figures if measured is None else figures.measured(*measured)
 
 
 def _computes_in_bf16(config: TrainConfig, use_gpu: bool) -> bool:
@@ -223,6 +236,7 @@ def make_plan(
     capacity: Capacity | None = None,
     figures: Figures | None = None,
     model: TrainedModel | None = None,
+    measured: Measured | None = None,
 ) -> Plan:
     """The plan for this machine, or for the cluster that ``resources`` describes; starts nothing.
 
@@ -232,6 +246,7 @@ def make_plan(
         capacity: of another cluster.
         figures: of its workers' hardware; by default those of this machine's GPU.
         model: what :func:`check_model` gave for ``config``, where that is known.
+        measured: figures in place of those; by default those of ``resources.measured``.
 
     Raises:
         UserError: what is refused, with the reason.
@@ -246,7 +261,7 @@ def make_plan(
     if precision is None:
         tokens = config.training.batch_size * config.training.sequence_length
         precision = decide([measure(width, tokens, max(1, int(config.resources.cpus_per_worker)))])
-    plan = plan_training(with_precision(config, precision), capacity, model, figures)
+    plan = plan_training(with_precision(config, precision), capacity, model, figures, measured)
     return replace(plan, precision_reason=precision.reason)
 
 

@@ -82,6 +82,10 @@ def step_time(
     far = min(figures.near_bandwidth, figures.far_bandwidth * in_ring)
     sent = [traffic_bytes(stage, layout) for stage in stages]
     between_replicas = max(kinds["data"] for kinds in sent) / (figures.near_bandwidth if within else far)
+    if layout.zero_stage == 3:
+        # Weights are gathered one after the other, in each forward and each backward pass.
+        sharded = max(stage.sharded for stage in stages)
+        between_replicas += 2 * micro_batches * sharded * figures.collective_seconds
     near_stages = layout.workers <= per_node
     between_stages = max(kinds["pipeline"] for kinds in sent)
     hidden = min(between_replicas, _window(layout, computing, body))
