@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Beyond what a job has to end, for Ray to write down that it did.
 SPARE_SECONDS = 30.0
+# Of what a run said last, as many characters.
+LAST_LINE = 140
 
 
 def list_jobs(address: str | None) -> None:
@@ -76,7 +78,7 @@ def status(address: str | None) -> None:
         newest.setdefault(job.run, job)
     rows = [("run", "stage", "status", "time", "last line")]
     for job in newest.values():
-        rows.append((job.run, job.stage, shown_status(job), lasted(job), last_line(client, job)[:70]))
+        rows.append((job.run, job.stage, shown_status(job), lasted(job), last_line(client, job)[:LAST_LINE]))
     print(table(rows) if newest else "no runs; raylm submit STAGE CONFIG starts one")
     _print_served(client)
 

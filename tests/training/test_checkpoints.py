@@ -22,6 +22,7 @@ from raylm.training.checkpoints.store import (
     newest_whole,
     whole_best,
 )
+from raylm.training.ray_train.watching import describe_latest
 from raylm.training.reports.events import append_event, read_events
 from raylm.training.reports.metrics import MetricsRecorder, read_metrics
 
@@ -149,9 +150,21 @@ def test_a_writer_that_loses_the_run_takes_back_its_last_checkpoint_and_removes_
             writer.save(3, [Fragment("w", (4, 8), (0, 0), {"weight": torch.ones(4, 8)})], {"step": 3})
             writer.wait()
         assert not (tmp_path / "step-00000003" / MANIFEST).exists()
+        assert writer.committed is None
         assert (tmp_path / "LATEST").read_text() == "step-00000002\n"
         for name in ("step-00000001", "step-00000002"):
             assert damaged_files(Storage(tmp_path / name)) == []
+
+
+def test_the_driver_hears_of_the_newest_checkpoint_that_counts(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, 0, 1, "a", keep=1)
+    assert writer.committed is None
+    writer.save(4, [Fragment("w", (4, 8), (0, 0), {"weight": torch.ones(4, 8)})], {"step": 4})
+    writer.wait()
+    assert writer.committed == 4
+    latest = LINE | {"checkpoint_step": writer.committed}
+    assert describe_latest(latest) == "loss 3.0000, 10 tokens/s, saved at step 4"
+    assert describe_latest(LINE | {"checkpoint_step": None}) == "loss 3.0000, 10 tokens/s"
 
 
 @pytest.mark.parametrize("damage", ["[]", "5", "null", "{}", '{"step": "2"}', '{"step": 2, "lo', "\x00" * 20, "\xff"])

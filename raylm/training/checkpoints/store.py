@@ -118,6 +118,7 @@ class CheckpointWriter:
 
     Attributes:
         stall_seconds: time that training has waited for the writer so far.
+        committed: on rank 0, the step of the newest checkpoint that counts, as far as is known.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class CheckpointWriter:
         self.root = _as_storage(root)
         self.rank, self.world_size, self.generation, self.keep = rank, world_size, generation, keep
         self.stall_seconds = 0.0
+        self.committed: int | None = None
         self._asynchronous, self._scratch = asynchronous, scratch
         self._before_commit, self._check_owner = before_commit, check_owner
         self._thread: threading.Thread | None = None
@@ -231,6 +233,7 @@ class CheckpointWriter:
         self.root.write(f"{folder}/{MANIFEST}", manifest)
         self._still_owned(folder, manifest)
         self.root.write(LATEST, folder + "\n")
+        self.committed = state["step"]
         if best:
             self.root.write(BEST, folder + "\n")
         for name in leftover:

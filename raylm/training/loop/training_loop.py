@@ -161,7 +161,7 @@ class TrainingLoop:
         dist.barrier()
         if found is not None:
             self._load(CheckpointReader(found))
-            self.newest = str(found).rpartition("/")[2]
+            self.newest, self.writer.committed = str(found).rpartition("/")[2], self.state["step"]
             if self.worker.rank == 0:
                 self.job.note("resume", self.state["step"], f"goes on from the checkpoint of step {self.state['step']}")
         elif self.config.training.anomalies.policy != "stop":
@@ -218,7 +218,7 @@ class TrainingLoop:
                     metrics |= self._evaluate()
                 if self.recorder is not None:
                     self.mirror.check_owner_at_times(self.job.attempt)
-                    self.recorder.record(metrics)
+                    self.recorder.record(metrics, self.writer.committed)
                 if evaluated:
                     self.worker.report(metrics)
                 interval = _Interval(self.writer)

@@ -71,7 +71,7 @@ class Watch:
             while fitting.running() and "final" not in self._latest:
                 self._poll(fitting)
                 if "step" in self._latest:
-                    bar.update(self._latest["step"], _note(self._latest))
+                    bar.update(self._latest["step"], describe_latest(self._latest))
 
     def keep_logs(self, losses: int) -> None:
         """Have the logs of the ranks that failed in the run directory, and in its storage.
@@ -163,9 +163,10 @@ def _workers(job: TrainingJob) -> str:
     return "workers" if count == "auto" else f"{count} worker{'s' if count != 1 else ''}"
 
 
-def _note(latest: dict[str, Any]) -> str:
+def describe_latest(latest: dict[str, Any]) -> str:
     """The latest figures, or what is done after the last step."""
     if "finishing" in latest:
         return latest["finishing"]
     validation = f", validation loss {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
-    return f"loss {latest['loss']:.4f}{validation}, {latest['tokens_per_second']:,.0f} tokens/s"
+    saved = f", saved at step {latest['checkpoint_step']}" if latest.get("checkpoint_step") else ""
+    return f"loss {latest['loss']:.4f}{validation}, {latest['tokens_per_second']:,.0f} tokens/s{saved}"

@@ -59,8 +59,13 @@ class MetricsRecorder:
         self._gauges = Gauges(run_name, directory / "checkpoints" / LATEST, labels, PER_PLACE)
         self._progress = progress
 
-    def record(self, metrics: dict[str, Any]) -> None:
-        """Write one line; ``metrics`` has ``step`` and what was measured there."""
+    def record(self, metrics: dict[str, Any], checkpoint: int | None = None) -> None:
+        """Write one line.
+
+        Args:
+            metrics: ``step`` and what was measured there.
+            checkpoint: step of the newest checkpoint, for the driver.
+        """
         line = {**metrics, "time": time.time()}
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
@@ -72,7 +77,7 @@ class MetricsRecorder:
                 self._board.add_scalar(f"{name}/{tag}-{place}", value, metrics["step"])
         self._gauges.show(metrics)
         if self._progress is not None:
-            self._progress.update.remote(line)
+            self._progress.update.remote(line | {"checkpoint_step": checkpoint})
 
     def close(self) -> None:
         """Flush everything."""
