@@ -28,6 +28,7 @@ class Node:
         memory: bytes that processes may hold; None if not known.
         gpu_memory: bytes of each GPU; None if not known.
         there: False of a node that the cluster's autoscaler starts where it is asked for.
+        kind: of its GPUs, a key of :data:`~raylm.cluster.hardware.GPUS`; None if not known.
     """
 
     cpus: float
@@ -35,6 +36,7 @@ class Node:
     memory: float | None = None
     gpu_memory: float | None = None
     there: bool = True
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -184,11 +186,12 @@ def _is_of(node: dict[str, Any], kind: NodeType) -> bool:
 
 def _node(resources: dict[str, float], *, there: bool = True) -> Node:
     gpus = float(resources.get("GPU", 0.0))
-    gpu_memory = _gpu_memory(resources) if gpus else None
-    return Node(float(resources.get("CPU", 0.0)), gpus, resources.get("memory"), gpu_memory, there)
+    kind = _gpu_kind(resources) if gpus else None
+    memory = GPUS[kind].gib * 2.0**30 if kind else None
+    return Node(float(resources.get("CPU", 0.0)), gpus, resources.get("memory"), memory, there, kind)
 
 
-def _gpu_memory(resources: dict[str, float]) -> float | None:
-    """Of a GPU of a node, by the name of it that Ray gives; None if it is not known."""
+def _gpu_kind(resources: dict[str, float]) -> str | None:
+    """Of a node's GPUs, by the name that Ray gives them; None if it is not known."""
     named = (name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
-    return next((GPUS[name].gib * 2.0**30 for name in named if name in GPUS), None)
+    return next((name for name in named if name in GPUS), None)

@@ -10,6 +10,7 @@ import yaml
 
 from raylm.cli import main
 from raylm.cluster.capacity import Capacity, Node
+from raylm.cluster.capacity import _with_cpus as live_nodes
 from raylm.cluster.hardware import GPUS, NETWORK, gpu_figures
 from raylm.errors import UserError
 from raylm.parallel.plan.node_types import NodeType, read_node_types
@@ -174,6 +175,18 @@ def test_measured_figures_replace_those_of_the_data_sheet(tmp_path: Path, config
         measured.write_text(json.dumps(values))
         with pytest.raises(UserError, match=message):
             plan_on_cluster(config, path, read_terms(None, None, [], measured))
+
+
+def test_a_joined_cluster_is_reckoned_with_by_its_slowest_gpu(config) -> None:  # noqa: F811
+    def kind(*kinds: str | None) -> str:
+        nodes = tuple(Node(8.0, 2.0, None, 2.0**36, kind=one) for one in kinds)
+        return plan_training(changed(config, "resources", workers=2), Capacity(nodes)).space.figures.kind
+
+    assert [kind("A100-80G", "L4"), kind("B200"), kind("H100", None)] == ["L4", "B200", "H100"]
+    # Neither has figures for bf16.
+    assert [kind(None), kind("V100")] == ["H100", "H100"]
+    there = live_nodes([{"Resources": {"CPU": 8.0, "GPU": 2.0, "accelerator_type:A100-80G": 1.0}}])
+    assert (there[0].kind, there[0].gpu_memory) == ("A100-80G", 80 * 2.0**30)
 
 
 def test_a_run_reckons_with_what_was_measured(tmp_path: Path, config) -> None:  # noqa: F811

@@ -156,7 +156,8 @@ def plan_training(
 
     Args:
         model: what :func:`check_model` gave for ``config``, where that is known.
-        figures: of a worker's hardware; by default those of an H100, or of a core.
+        figures: of a worker's hardware; by default those of the cluster's slowest GPU (of an H100 where none is known),
+            or of a core.
         measured: figures in place of those; by default those of ``resources.measured``.
 
     Raises:
@@ -190,7 +191,7 @@ def plan_training(
         use_gpu=use_gpu,
         bf16=_computes_in_bf16(config, use_gpu),
         parameters=parameter_count(model_config, objective.head),
-        figures=_with_measured(figures or (gpu_figures("H100") if use_gpu else CPU), config, measured),
+        figures=_with_measured(figures or _usual_figures(config, capacity), config, measured),
     )
     for replicas in space.replicas(model_parallel) if "auto" not in (parallel.tensor, parallel.pipeline) else []:
         share = -(-training.batch_size // replicas)
@@ -205,6 +206,15 @@ def plan_training(
             f"parallel.micro_batch_size, with at most {space.places} workers in all"
         )
     return Plan(space, memory, objective, found)
+
+
+def _usual_figures(config: TrainConfig, capacity: Capacity) -> Figures:
+    """Of the GPU that all others wait for, or of a core."""
+    if not capacity.uses_gpus(config.resources):
+        return CPU
+    kinds = [node.kind for node in capacity.nodes if node.gpus and node.kind and GPUS[node.kind].peak]
+    slowest = min(kinds, key=lambda kind: GPUS[kind].peak or 0.0, default="H100")
+    return gpu_figures(slowest, capacity.places_per_node(config.resources))
 
 
 def _with_measured(figures: Figures, config: TrainConfig, measured: Measured | None) -> Figures:
