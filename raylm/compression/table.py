@@ -97,14 +97,20 @@ def notes(report: dict[str, Any]) -> list[str]:
             "One token that is nearly a tie changes all that follow it, so the loss says more about quality.",
         ]
     if (agreed := report.get("labels_agreement")) is not None:
-        return [f"Both models give {agreed:.1%} of the texts the same label."]
+        return [f"The export gives {agreed:.1%} of the texts the same label as {_made_from(report)}."]
     if "outputs_cosine" not in report or "accuracy" in report["before"]:
         # Older reports have a cosine of a classifier's logits: of few labels 1 or -1 for each text, which says nothing.
         return []
     return [
-        f"Cosine between the {_compared(report)} of both models (1 is the same): {report['outputs_cosine']:.4f} on "
-        f"average, {report['outputs_cosine_least']:.4f} for the text where they differ most."
+        f"Cosine between the {_compared(report)} of the export and of {_made_from(report)} (1 is the same): "
+        f"{report['outputs_cosine']:.4f} on average, {report['outputs_cosine_least']:.4f} for the text where they "
+        "differ most."
     ]
+
+
+def _made_from(report: dict[str, Any]) -> str:
+    """What the export is compared with: where there were steps before it, not the original."""
+    return "the model before the last step" if len(report.get("steps") or []) > 1 else "the original"
 
 
 def _compared(report: dict[str, Any]) -> str:
