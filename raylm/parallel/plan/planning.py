@@ -156,8 +156,7 @@ def plan_training(
 
     Args:
         model: what :func:`check_model` gave for ``config``, where that is known.
-        figures: of a worker's hardware; by default those of the cluster's slowest GPU (of an H100 where none is known),
-            or of a core.
+        figures: of a worker's hardware; by default of the slowest GPU (an H100 where none is known), or of a core.
         measured: figures in place of those; by default those of ``resources.measured``.
 
     Raises:
