@@ -69,7 +69,8 @@ class EncoderComparison:
         found = {}
         for name, examples in self.sets.items():
             figures = examples.figures(_outputs(encoder, examples))
-            found |= {f"{name}{key}": figures[key] for key in keys}
+            kept = [key for key in (*keys, *(f"{key}_interval" for key in keys)) if key in figures]
+            found |= {f"{name}{key}": figures[key] for key in kept}
         return found
 
     def _speed_job(self, variant: Variant, number: int) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylm.compression.intervals import ratio_interval
 from raylm.compression.measuring import Variant, in_rounds, medians, run_fresh
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, window_batches
 from raylm.progress import Activity
+from raylm.tasks.intervals import ratio_interval
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -78,6 +78,8 @@ def test_figures(encoder: Path) -> None:
     # x, y, y, y: precision of y 2/3, recall 1; of x 1 and 1/2; z stands nowhere and does not count.
     found = read.figures([np.eye(3)[[0, 1]], np.eye(3)[[1, 1]]])
     assert found["accuracy"] == 75.0
+    low, high = found["accuracy_interval"]
+    assert 0 <= low < 75 < high <= 100
     assert found["macro_f1"] == pytest.approx(100 * (2 / 3 + 0.8) / 2)
     assert set(found["labels"]) == {"x", "y"}
     with pytest.raises(UserError, match="found the label 'y', allowed: the model's own"):

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, PretrainedConfig, RobertaConfig, T5Config
+from transformers import BertConfig, GPT2Config, PretrainedConfig, RobertaConfig, T5Config
 
 from raylm.cluster.capacity import PROCESS_BYTES, Capacity, Node
 from raylm.config import load_config
+from raylm.config.distillation import DistillationSection
 from raylm.config.model import ObjectiveSection
 from raylm.config.stages import PretrainConfig
 from raylm.config.training import ParallelSection
 from raylm.errors import UserError
-from raylm.models.families.build import build_model
+from raylm.models.families.build import build_model, parameter_count
 from raylm.parallel.plan.layout import Layout
 from raylm.parallel.plan.memory import ModelMemory
 from raylm.parallel.plan.planning import Plan, apply_layout, make_plan, plan_training, recorded
@@ -276,3 +277,16 @@ def test_cuts_share_out_memory_and_add_traffic(config: PretrainConfig) -> None:
     assert [stage.in_flight for stage in pipeline.stages] == [2, 1]
     # Hidden states of three sequences to the second stage, their gradients back, four times.
     assert pipeline.traffic_bytes()["pipeline"] == 2 * 4 * (3 * 64 * 32 * 4)
+
+
+def test_a_teacher_takes_memory_and_time_on_each_worker(config: PretrainConfig, tmp_path: Path) -> None:
+    teacher = GPT2Config(vocab_size=300, n_embd=64, n_layer=4, n_head=4)
+    teacher.save_pretrained(tmp_path / "teacher")
+    given = config.model_copy(update={"distillation": DistillationSection(teacher=str(tmp_path / "teacher"))})
+    alone, beside = planned(config, 2), planned(given, 2)
+    assert "teacher" not in alone.memory_bytes()
+    layout, count = beside.layout, parameter_count(teacher, beside.objective.head)
+    logits = layout.micro_batch_size * 64 * 300
+    assert beside.memory_bytes()["teacher"] == 4 * (count + 2 * logits)
+    assert beside.candidates[0].seconds > 1.5 * alone.candidates[0].seconds
+    assert "teacher" in beside.describe()

@@ -164,22 +164,12 @@ def plan_training(
     """
     from raylm.parallel.plan.memory import ModelMemory
     from raylm.parallel.plan.search import Space, candidates
+    from raylm.parallel.plan.teacher import plan_teacher
 
     model_config, objective = model or check_model(config)
     resources, training, parallel = config.resources, config.training, config.parallel
     use_gpu, places = capacity.uses_gpus(resources), capacity.places(resources)
-    model_parallel = parallel.model_parallel
-    least = (
-        resources.workers
-        if resources.workers != "auto"
-        else model_parallel * (1 if parallel.data == "auto" else parallel.data)
-    )
-    if least > places:
-        unit = "1 GPU and " if use_gpu else ""
-        raise UserError(
-            f"resources.workers: found {least} with {unit}{resources.cpus_per_worker:g} CPUs each, allowed: at most "
-            f"{places}, as the cluster has or can get {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs"
-        )
+    least, bf16 = _least_workers(config, capacity), _computes_in_bf16(config, use_gpu)
     space = Space(
         config=config,
         model_config=model_config,
@@ -188,11 +178,13 @@ def plan_training(
         per_node=capacity.places_per_node(resources),
         limit=capacity.memory_per_worker(resources),
         use_gpu=use_gpu,
-        bf16=_computes_in_bf16(config, use_gpu),
+        bf16=bf16,
         parameters=parameter_count(model_config, objective.head),
         figures=_with_measured(figures or _usual_figures(config, capacity), config, measured),
+        teacher=plan_teacher(config, objective, bf16=bf16),
     )
-    for replicas in space.replicas(model_parallel) if "auto" not in (parallel.tensor, parallel.pipeline) else []:
+    settled = "auto" not in (parallel.tensor, parallel.pipeline)
+    for replicas in space.replicas(parallel.model_parallel) if settled else []:
         share = -(-training.batch_size // replicas)
         refusal = micro_batch_refusal(parallel.micro_batch_size, share)
         if refusal and resources.elastic is None:
@@ -205,6 +197,24 @@ def plan_training(
             f"parallel.micro_batch_size, with at most {space.places} workers in all"
         )
     return Plan(space, memory, objective, found)
+
+
+def _least_workers(config: TrainConfig, capacity: Capacity) -> int:
+    """How many workers the file wants at least.
+
+    Raises:
+        UserError: the cluster does not hold them.
+    """
+    resources, parallel = config.resources, config.parallel
+    replicas = 1 if parallel.data == "auto" else parallel.data
+    least = parallel.model_parallel * replicas if resources.workers == "auto" else resources.workers
+    if least > (places := capacity.places(resources)):
+        unit = "1 GPU and " if capacity.uses_gpus(resources) else ""
+        raise UserError(
+            f"resources.workers: found {least} with {unit}{resources.cpus_per_worker:g} CPUs each, allowed: at most "
+            f"{places}, as the cluster has or can get {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs"
+        )
+    return least
 
 
 def _usual_figures(config: TrainConfig, capacity: Capacity) -> Figures:

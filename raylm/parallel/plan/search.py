@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from raylm.parallel.plan.memory import ModelMemory
+    from raylm.parallel.plan.teacher import Teacher
     from raylm.parallel.plan.timing import StepTime
     from raylm.tasks.objective import Objective
 
@@ -82,6 +83,7 @@ class Space:
         bf16: whether training computes in bf16.
         parameters: of the model.
         figures: what a worker's hardware gives.
+        teacher: that each worker holds beside the model, if there is one.
     """
 
     config: TrainConfig
@@ -94,6 +96,7 @@ class Space:
     bf16: bool
     parameters: int
     figures: Figures
+    teacher: Teacher | None = None
 
     @property
     def budget(self) -> float | None:
@@ -238,6 +241,10 @@ def _weigh(space: Space, memory: ModelMemory, layouts: list[Layout]) -> tuple[li
             return fitting, [*full, Candidate(layout, None, least, bubble(layout))]
         stages = memory.stages(layout)
         held = max((rank_bytes(s, layout) for s in stages), key=lambda kinds: sum(kinds.values()))
+        if space.teacher is not None:
+            held |= {"teacher": space.teacher.bytes(layout)}
+            beside = space.teacher.work.times(layout.micro_batch_size)
+            stages = [replace(stage, work=stage.work + beside) for stage in stages]
         time = step_time(stages, layout, space.figures, space.per_node)
         candidate = Candidate(layout, time, held, bubble(layout))
         if space.budget is not None and candidate.total_bytes > space.budget:

@@ -19,6 +19,7 @@ from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions, label_names
 from raylm.models.loading import load_config
 from raylm.tasks.base import Batches, by_length
+from raylm.tasks.intervals import mean_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ class TextSet:
         return logits
 
     def figures(self, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Accuracy and macro-F1 in percent, and each label's own figures.
+        """Accuracy and macro-F1 in percent, the 95% interval of the first, and each label's own figures.
 
         Macro-F1 is the mean of the F1 of every label that stands in the texts or among the answers.
         """
@@ -88,6 +89,7 @@ class TextSet:
         return {
             "texts": len(self.texts),
             "accuracy": 100.0 * float((found == self.targets).mean()),
+            "accuracy_interval": mean_interval(100.0 * (found == self.targets)),
             "macro_f1": 100.0 * float(f1.mean()),
             "labels": {
                 self.labels[number]: {"precision": 100 * p, "recall": 100 * r, "f1": 100 * f, "texts": count}

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from raylm.data.samples.questions import Question
+from raylm.tasks.intervals import mean_interval
 
 Convention = Literal["squad", "cmrc"]
 
@@ -64,9 +65,9 @@ def _compare_chinese(found: str, text: str) -> tuple[float, float]:
     return exact, 2.0 * common / (len(one) + len(other))
 
 
-def summarize(results: list[tuple[float, float]], questions: list[Question]) -> dict[str, float | int]:
-    """Means in percent, over all questions and over those with and without an answer."""
-    figures: dict[str, float | int] = {"questions": len(questions)}
+def summarize(results: list[tuple[float, float]], questions: list[Question]) -> dict[str, Any]:
+    """Means in percent, over all questions with their 95% intervals, and over those with and without an answer."""
+    figures: dict[str, Any] = {"questions": len(questions)}
     has = [bool(question.answers) for question in questions]
     for name, chosen in (("", [True] * len(has)), ("answerable_", has), ("unanswerable_", [not h for h in has])):
         picked = [result for result, take in zip(results, chosen, strict=True) if take]
@@ -76,4 +77,6 @@ def summarize(results: list[tuple[float, float]], questions: list[Question]) -> 
         figures[f"{name}f1"] = 100.0 * sum(f1 for _, f1 in picked) / len(picked)
         if name:
             figures[f"{name}questions"] = len(picked)
+    for name, values in (("exact_match", [exact for exact, _ in results]), ("f1", [f1 for _, f1 in results])):
+        figures[f"{name}_interval"] = [100.0 * end for end in mean_interval(values)]
     return figures
