@@ -6,7 +6,8 @@ classifier, any texts of another encoder. Out: the figures of each form for ``re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.compression.measuring import Variant, in_rounds, medians
+from raylm.compression.models import same_tokens
 from raylm.models.encoders import Encoder, OpenVinoEncoder, TransformersEncoder
 from raylm.progress import Activity
 
@@ -28,22 +30,39 @@ class EncoderComparison:
     """What all forms of the model are measured on.
 
     Attributes:
-        sets: examples by what stands before their measures in the report; the run's own are under "".
+        source: directory of the original.
+        open: from a model's directory to the examples in its tokens, by what stands before their measures in the
+            report; the run's own are under "".
         threads: of every engine.
     """
 
     task: Task
-    sets: dict[str, ScoredSet]
+    source: str
+    open: Callable[[str], dict[str, ScoredSet]]
     threads: int
+
+    @functools.cached_property
+    def sets(self) -> dict[str, ScoredSet]:
+        """In the original's tokens."""
+        return self.open(self.source)
+
+    def sets_of(self, model: str | Path) -> dict[str, ScoredSet]:
+        """In the tokens of the model in a directory."""
+        return self.sets if same_tokens(model, self.source) else self.open(str(model))
 
     def figures(self, variants: Sequence[Variant], rounds: int | None = None) -> list[dict[str, Any]]:
         """Of each variant quality, latency and memory."""
+        sets = {variant.path: self.sets_of(variant.path) for variant in variants}
         with Activity("compress: measuring quality") as activity:
             qualities = []
             for variant in variants:
                 activity.change(f"compress: measuring quality, {variant.name}")
-                qualities.append(self._quality(self._open(variant)))
-        rounds = in_rounds(variants, "raylm.compression.measure_encoder", self._speed_job, rounds)
+                qualities.append(self._quality(self._open(variant), sets[variant.path]))
+
+        def speed_job(variant: Variant, number: int) -> dict[str, Any]:
+            return self._speed_job(variant, sets[variant.path][""])
+
+        rounds = in_rounds(variants, "raylm.compression.measure_encoder", speed_job, rounds)
         return [{**medians(found), **quality} for found, quality in zip(rounds, qualities, strict=True)]
 
     def check_export(self, model: Path, export: Path) -> dict[str, Any]:
@@ -53,7 +72,7 @@ class EncoderComparison:
             RunFailure: they do not agree.
         """
         assert self.task.evaluation is not None
-        examples = self.sets[""]
+        examples = self.sets_of(model)[""]
         before = _outputs(TransformersEncoder(str(model), self.task.head), examples)
         after = _outputs(OpenVinoEncoder(export, self.task.head, self.threads), examples)
         return {"sequence_length": examples.length, **self.task.evaluation.closeness(examples, before, after)}
@@ -63,18 +82,17 @@ class EncoderComparison:
             return OpenVinoEncoder(variant.path, self.task.head, self.threads)
         return TransformersEncoder(variant.path, self.task.head)
 
-    def _quality(self, encoder: Encoder) -> dict[str, Any]:
+    def _quality(self, encoder: Encoder, sets: dict[str, ScoredSet]) -> dict[str, Any]:
         assert self.task.evaluation is not None
         keys = [measure.key for measure in self.task.evaluation.measures]
         found = {}
-        for name, examples in self.sets.items():
+        for name, examples in sets.items():
             figures = examples.figures(_outputs(encoder, examples))
             kept = [key for key in (*keys, *(f"{key}_interval" for key in keys)) if key in figures]
             found |= {f"{name}{key}": figures[key] for key in kept}
         return found
 
-    def _speed_job(self, variant: Variant, number: int) -> dict[str, Any]:
-        examples = self.sets[""]
+    def _speed_job(self, variant: Variant, examples: ScoredSet) -> dict[str, Any]:
         return {
             "engine": variant.engine,
             "model": variant.path,

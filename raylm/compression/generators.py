@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.compression.measuring import Variant, in_rounds, medians, run_fresh
+from raylm.compression.models import same_tokens
 from raylm.config.stages import CompressConfig
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, window_batches
@@ -44,64 +45,92 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What all forms of the model are measured on.
+class Reading:
+    """What models of one tokenizer read.
 
     Attributes:
         texts: the run's own first.
         prompts: token ids, all of one length.
-        window: length, stride and batch size of the windows over a text.
-        new_tokens: that are generated for each prompt.
-        threads: of every engine.
     """
 
     texts: list[Text]
     prompts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all forms of the model are measured on.
+
+    Attributes:
+        config: of the run, with its data.
+        source: directory of the original.
+        reading: of the original's tokenizer.
+        window: length, stride and batch size of the windows over a text.
+        threads: of every engine.
+    """
+
+    config: CompressConfig
+    source: str
+    reading: Reading
     window: tuple[int, int, int]
-    new_tokens: int
     threads: int
+
+    def reading_of(self, model: str | Path) -> Reading:
+        """What the model in a directory reads: other tokens of the same texts, where its tokenizer is another."""
+        if same_tokens(model, self.source):
+            return self.reading
+        return read_texts(self.config, str(model))
 
     def figures(self, variants: Sequence[Variant], rounds: int | None = None) -> list[dict[str, Any]]:
         """Of each variant, the first of which is the original: quality and agreement with that, memory and speed."""
-        qualities = self._qualities(variants)
-        rounds = in_rounds(variants, "raylm.compression.measure", self._speed_job, rounds)
+        readings = {variant.path: self.reading_of(variant.path) for variant in variants}
+        qualities = self._qualities(variants, readings)
+
+        def speed_job(variant: Variant, number: int) -> dict[str, Any]:
+            return {
+                "engine": variant.engine, "model": variant.path, "prompts": readings[variant.path].prompts,
+                "new_tokens": self.config.compression.new_tokens, "threads": self.threads, "outputs": number == 0,
+            }  # fmt: skip
+
+        rounds = in_rounds(variants, "raylm.compression.measure", speed_job, rounds)
         outputs = [found[0].pop("outputs") for found in rounds]
         figures = []
-        for place, found in enumerate(rounds):
-            alike = {} if place == 0 else {"greedy_agreement": agreement(outputs[0], outputs[place])}
+        for place, (variant, found) in enumerate(zip(variants, rounds, strict=True)):
+            alike = {}
+            # Other tokens are no tokens to compare.
+            if place and readings[variant.path] is self.reading:
+                alike["greedy_agreement"] = agreement(outputs[0], outputs[place])
             figures.append({**medians(found), **qualities[place], **alike})
         return figures
 
-    def _speed_job(self, variant: Variant, number: int) -> dict[str, Any]:
-        return {
-            "engine": variant.engine, "model": variant.path, "prompts": self.prompts, "new_tokens": self.new_tokens,
-            "threads": self.threads, "outputs": number == 0,
-        }  # fmt: skip
-
-    def _qualities(self, variants: Sequence[Variant]) -> list[dict[str, Any]]:
-        length, stride, batch_size = self.window
-        with (
-            tempfile.TemporaryDirectory() as directory,
-            Activity("compress: measuring bits per byte") as activity,
-        ):
-            texts = []
-            for number, text in enumerate(self.texts):
-                path = Path(directory) / f"{number}.npy"
-                np.save(path, text.stream.tokens)
-                texts.append({"tokens": str(path), "length": length, "stride": stride, "batch_size": batch_size})
-            found = []
+    def _qualities(self, variants: Sequence[Variant], readings: Mapping[str, Reading]) -> list[dict[str, Any]]:
+        found = []
+        with Activity("compress: measuring bits per byte") as activity:
             for place, variant in enumerate(variants):
                 activity.change(f"compress: measuring bits per byte, {variant.name}")
+                reading = readings[variant.path]
+                compared = place > 0 and reading is self.reading
                 job = {
-                    "engine": variant.engine, "model": variant.path, "texts": texts, "threads": self.threads,
-                    "reference": None if place == 0 else variants[0].path,
+                    "engine": variant.engine, "model": variant.path, "threads": self.threads,
+                    "reference": variants[0].path if compared else None,
                 }  # fmt: skip
-                found.append(self._quality(run_fresh("raylm.compression.quality", job)))
+                found.append(self._quality(reading.texts, self._scored(reading.texts, job)))
         return found
 
-    def _quality(self, scored: dict[str, Any]) -> dict[str, Any]:
+    def _scored(self, texts: Sequence[Text], job: dict[str, Any]) -> dict[str, Any]:
+        """What a process of its own scores of the texts."""
+        length, stride, batch_size = self.window
+        with tempfile.TemporaryDirectory() as directory:
+            jobs = []
+            for number, text in enumerate(texts):
+                path = Path(directory) / f"{number}.npy"
+                np.save(path, text.stream.tokens)
+                jobs.append({"tokens": str(path), "length": length, "stride": stride, "batch_size": batch_size})
+            return run_fresh("raylm.compression.quality", job | {"texts": jobs})
+
+    def _quality(self, texts: Sequence[Text], scored: dict[str, Any]) -> dict[str, Any]:
         figures: dict[str, Any] = {}
-        for text, nats in zip(self.texts, scored["nats"], strict=True):
+        for text, nats in zip(texts, scored["nats"], strict=True):
             windows = window_batches(len(text.stream.tokens), *self.window)
             counts = [sum(stop + 1 - first for _, stop, first in batch) for batch in windows]
             # From nats a target to bits a byte.
@@ -122,22 +151,32 @@ def open_comparison(config: CompressConfig, source: str, model_config: Pretraine
     Raises:
         UserError: there is too little text, or what is asked for is longer than the model's positions.
     """
-    from raylm.data.loading import load_tokenizer
-    from raylm.evaluation.stage import open_text, window_of
+    from raylm.evaluation.stage import window_of
     from raylm.models.families.build import check_positions
 
-    compression = config.compression
-    tokenizer, window = load_tokenizer(source), window_of(config.evaluation, model_config)
+    compression, window = config.compression, window_of(config.evaluation, model_config)
     check_positions(
         model_config,
         compression.prompt_tokens + compression.new_tokens,
         "compression.prompt_tokens + compression.new_tokens",
     )
+    return Comparison(config, source, read_texts(config, source), window, threads)
+
+
+def read_texts(config: CompressConfig, source: str) -> Reading:
+    """Texts and prompts in the tokens of the model at ``source``.
+
+    Raises:
+        UserError: there is too little text.
+    """
+    from raylm.data.loading import load_tokenizer
+    from raylm.evaluation.stage import open_text
+
+    compression, tokenizer = config.compression, load_tokenizer(source)
     texts = [Text("", open_text(config.data, config.evaluation.split, tokenizer))]
     if compression.outside is not None:
         texts.append(Text("outside_", open_text(compression.outside, config.evaluation.split, tokenizer)))
-    prompts = take_prompts(texts[0].stream, compression.prompts, compression.prompt_tokens)
-    return Comparison(texts, prompts, window, compression.new_tokens, threads)
+    return Reading(texts, take_prompts(texts[0].stream, compression.prompts, compression.prompt_tokens))
 
 
 def take_prompts(stream: TextStream, count: int, length: int) -> list[list[int]]:

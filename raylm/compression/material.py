@@ -113,6 +113,30 @@ class Material:
             for first in range(0, len(numbers), BATCH_SIZE)
         ]
 
+    def used_tokens(self) -> list[int]:
+        """Numbers of the tokens that the training text uses, in order; of the original's tokenizer.
+
+        Raises:
+            UserError: there is no such text.
+        """
+        import numpy as np
+
+        from raylm.data.loading import load_tokenizer
+        from raylm.data.samples.evaluation_texts import evaluation_texts
+
+        evaluation = self.task.evaluation
+        if evaluation is None or self.task.objective is None:
+            tokenizer = load_tokenizer(self.source)
+            texts = evaluation_texts(self.config.data, "train")
+            parts = [np.unique(tokenizer(text, verbose=False)["input_ids"]) for text in texts]
+        else:
+            section = self.config.evaluation.model_copy(update={"split": "train"})
+            opened = evaluation.open(self.config.model_copy(update={"evaluation": section}), self.source)
+            parts = [np.unique(batch["input_ids"]) for batch in opened.batches]
+        if not parts:
+            raise UserError(f"data: {', '.join(self.config.data.train_sources)} has no text in the train split")
+        return np.unique(np.concatenate(parts)).tolist()
+
     def training(
         self,
         model: str | Path,

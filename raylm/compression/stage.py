@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from raylm.compression.encoders import EncoderComparison
     from raylm.compression.generators import Comparison
-    from raylm.tasks.base import Task
+    from raylm.tasks.base import ScoredSet, Task
 
 WEIGHTS, EXPORT_WEIGHTS = "*.safetensors", "openvino_model.bin"
 
@@ -161,10 +161,16 @@ class Work:
             return open_comparison(self.config, self.source, model_config, threads)
         from raylm.compression.encoders import EncoderComparison
 
-        sets = {"": evaluation.open(self.config, self.source)}
-        if outside is not None:
-            sets["outside_"] = evaluation.open(self.config.model_copy(update={"data": outside}), self.source)
-        return EncoderComparison(self.task, sets, threads)
+        def open_sets(source: str) -> dict[str, ScoredSet]:
+            sets = {"": evaluation.open(self.config, source)}
+            if outside is not None:
+                sets["outside_"] = evaluation.open(self.config.model_copy(update={"data": outside}), source)
+            return sets
+
+        comparison = EncoderComparison(self.task, self.source, open_sets, threads)
+        # Bad input is refused now.
+        _ = comparison.sets
+        return comparison
 
     def make(self) -> Made:
         """Take the model through its steps, and export it."""
@@ -220,7 +226,8 @@ class Work:
         if isinstance(comparison, EncoderComparison):
             return comparison.check_export(made.model, made.directory)
         bits = quantized.bits if (quantized := self.quantized) is not None else 8
-        return {"logits_cosine": check_export(made.model, made.directory, comparison.prompts, bits, comparison.threads)}
+        prompts = comparison.reading_of(made.model).prompts
+        return {"logits_cosine": check_export(made.model, made.directory, prompts, bits, comparison.threads)}
 
     @property
     def quantized(self) -> QuantizeSection | None:

@@ -29,6 +29,9 @@ class PruneSection(Section):
     keep: float | None = Field(default=None, gt=0, lt=1)
     """Share of the parameters outside of the embeddings that remain; a scan of what each cut costs spreads it over
     layers, heads and neurons."""
+    vocabulary: Literal["used"] | None = None
+    """used: the tokens that the training text uses remain, and the tokenizer cuts that text as before. A step of its
+    own, behind all that trains or reads samples."""
     sparsity: float | None = Field(default=None, gt=0, lt=1)
     """Share of the weights of matrices that become zero."""
     pattern: Literal["unstructured", "2:4"] = "unstructured"
@@ -51,8 +54,14 @@ class PruneSection(Section):
         shapes = [name for name in SHAPES if getattr(self, name) is not None]
         if self.sparsity is not None and shapes:
             raise ValueError(f"sparsity: leave it out with {shapes[0]}; zeros are a step of their own")
+        if self.vocabulary is not None:
+            if others := [*shapes, *(["sparsity"] if self.sparsity else []), *(["recovery"] if self.recovery else [])]:
+                raise ValueError(f"{others[0]}: leave it out with vocabulary, which is a step of its own")
+            return self
         if self.sparsity is None and not shapes:
-            raise ValueError(f"found nothing to prune, allowed: one or more of {', '.join(SHAPES)}, or sparsity")
+            raise ValueError(
+                f"found nothing to prune, allowed: one or more of {', '.join(SHAPES)}, or sparsity, or vocabulary"
+            )
         if self.keep is not None and len(shapes) > 1:
             other = next(name for name in shapes if name != "keep")
             raise ValueError(f"keep: leave it out with {other}")

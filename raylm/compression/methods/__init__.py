@@ -12,6 +12,7 @@ from raylm.config.base import Section
 from raylm.config.recovery import RecoverySection
 from raylm.config.stages import CompressConfig
 from raylm.config.training import TrainingSection
+from raylm.errors import UserError
 from raylm.models.heads import Head
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ class Steps:
         """
         original = config
         for step in self:
+            if config.vocab_size != original.vocab_size and step.method.needs_material(step.section):
+                raise UserError(
+                    f"compression.steps[{step.number - 1}]: found {step.name} with samples or training behind "
+                    "prune.vocabulary, allowed: before it, as the samples are of the original's tokens"
+                )
             config = step.method.check(step.section, Outlook(config, original, head, self.run))
         return config
 

@@ -25,13 +25,17 @@ class Prune:
         return pruned_config(section, outlook)
 
     def needs_material(self, section: PruneSection) -> bool:
-        """All but the weights' size is measured on samples."""
+        """All but the weights' size is measured on samples; which tokens are used, on the text itself."""
+        if section.vocabulary is not None:
+            return False
         return section.criterion != "weight" or section.recovery is not None or section.spread == "sensitivity"
 
     def apply(self, section: PruneSection, candidate: Candidate, output: Path) -> dict[str, Any]:
         """Write the pruned model."""
         from raylm.compression.pruning.cutting import Cutter
 
+        if section.vocabulary is not None:
+            return _cut_vocabulary(candidate, output)
         model = open_model(candidate.directory, candidate.head)
         before = sum(parameter.numel() for parameter in model.parameters())
         material = candidate.material
@@ -54,11 +58,28 @@ class Prune:
         if section.sparsity is not None:
             kind = "2:4 " if section.pattern == "2:4" else ""
             return f"{section.sparsity:.0%} {kind}zeros ({section.criterion})"
+        if section.vocabulary is not None:
+            return "pruning to the training text's tokens"
         names = ("layers", "heads", "neurons", "width")
         parts = [f"{count} {name}" for name in names if (count := getattr(section, name)) is not None]
         if section.keep is not None:
             parts.append(f"{section.keep:.0%} of the parameters")
         return f"pruning to {', '.join(parts)}"
+
+
+def _cut_vocabulary(candidate: Candidate, output: Path) -> dict[str, Any]:
+    """Write the model and the tokenizer with the tokens that the training text uses."""
+    from raylm.compression.pruning import vocabulary
+
+    tokenizer, model = vocabulary.read_tokenizer(candidate.directory), open_model(candidate.directory, candidate.head)
+    used = candidate.material.used_tokens()
+    kept = vocabulary.kept_tokens(tokenizer, used, vocabulary.special_numbers(model.config))
+    smaller = vocabulary.cut_model(model, candidate.head, kept)
+    save_model(smaller, candidate.directory, output)
+    vocabulary.write_tokenizer(output, vocabulary.cut_tokenizer(tokenizer, kept), kept)
+    counts = [sum(p.numel() for p in one.parameters()) for one in (model, smaller)]
+    told = {"used": len(used), "before": model.config.vocab_size, "after": len(kept)}
+    return {"parameters_before": counts[0], "parameters_after": counts[1], "vocabulary": told}
 
 
 METHOD = Prune()

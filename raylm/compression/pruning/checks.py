@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from raylm.compression.methods.base import Outlook
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from raylm.models.heads import Head
 
 KEY, MULTIPLE = "compression.steps: prune", 64
+LEAST_VOCABULARY = 64
 
 
 def pruned_config(section: PruneSection, outlook: Outlook) -> PretrainedConfig:
@@ -30,6 +32,11 @@ def pruned_config(section: PruneSection, outlook: Outlook) -> PretrainedConfig:
         UserError: one line.
     """
     config, head = outlook.config, outlook.head
+    if section.vocabulary is not None:
+        # How many stay is found in the text: at least the bytes.
+        smaller = copy.deepcopy(config)
+        smaller.vocab_size = min(LEAST_VOCABULARY, config.vocab_size)
+        return smaller
     model = make_outline(config, head).model
     family = find_family(config.model_type)
     blocks = find_blocks(model)
