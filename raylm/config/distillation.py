@@ -27,6 +27,9 @@ class DistillationSection(Section):
     """Weight of the distance between hidden states of layers (DistilBERT, TinyBERT)."""
     attention: Share = 0.0
     """Weight of the distance between attention probabilities of layers (TinyBERT, arXiv:1909.10351)."""
+    top_k: int | None = Field(default=None, ge=1, le=4096)
+    """Ask the teacher once, before training, on Ray Data, and keep so many of its likeliest choices for each target in
+    the run directory, by sample number. By default it computes beside the model, on every worker."""
     layer_map: list[CountFromZero] | None = Field(default=None, min_length=1)
     """For each layer of the model, the teacher's layer that it learns from, from 0; by default evenly spread, the last
     from the last."""
@@ -35,6 +38,11 @@ class DistillationSection(Section):
     def _something(self) -> DistillationSection:
         if not any((self.logits, self.targets, self.hidden, self.attention)):
             raise ValueError("found no weight above 0, allowed: one or more of logits, targets, hidden and attention")
+        if self.top_k is not None and (not self.logits or self.hidden or self.attention):
+            raise ValueError(
+                f"top_k: found {self.top_k}, allowed with logits above 0 and without hidden and attention, for which "
+                "the teacher must be there"
+            )
         if self.layer_map is not None and not (self.hidden or self.attention):
             raise ValueError("layer_map: leave it out, or give hidden or attention a weight")
         return self

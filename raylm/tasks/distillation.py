@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Rows whose distributions are in memory at a time.
 ROWS = 512
+# What is left for all other choices, at least: rounded log-probabilities may add up to more than 1.
+LEAST_LEFT = 1e-6
 
 
 class SoftenedDivergence(torch.autograd.Function):
@@ -55,6 +57,52 @@ class SoftenedDivergence(torch.autograd.Function):
     def backward(context: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = context.saved_tensors
         return gradient * outer, None, None
+
+
+class CoarseDivergence(torch.autograd.Function):
+    """``temperature``^2 times the sum over rows of KL(teacher || model) over some choices and all others as one.
+
+    With e the teacher's probability of a known choice and, of another, the model's own scaled to what the teacher
+    leaves for all of them, the gradient with respect to the logits is temperature x (model - e).
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, logits: torch.Tensor, choices: torch.Tensor, log_probabilities: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """``logits`` [rows, all choices]; ``choices``, int64, and their ``log_probabilities`` [rows, k]."""
+        gradient, total = torch.empty_like(logits), logits.new_zeros((), dtype=torch.float32)
+        for first in range(0, len(logits), ROWS):
+            rows = slice(first, first + ROWS)
+            found = torch.log_softmax(logits[rows].float() / temperature, dim=-1)
+            known, likely = found.gather(1, choices[rows]), log_probabilities[rows].float()
+            probable = likely.exp()
+            left = [(1 - one.sum(dim=1, keepdim=True)).clamp(min=LEAST_LEFT) for one in (probable, known.exp())]
+            total += (probable * (likely - known)).sum() + (left[0] * (left[0] / left[1]).log()).sum()
+            expected = (found.exp() * (left[0] / left[1])).scatter(1, choices[rows], probable)
+            gradient[rows] = ((found.exp() - expected) * temperature).to(gradient.dtype)
+        context.save_for_backward(gradient)
+        return total * temperature**2
+
+    @staticmethod
+    def backward(context: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Gradients of the logits alone."""
+        (gradient,) = context.saved_tensors
+        return gradient * outer, None, None, None
+
+
+def taught_loss(objective: Objective, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """The loss of ``objective.distillation``, a scalar, by the teacher's likeliest choices in ``batch``."""
+    section = objective.distillation
+    assert section is not None
+    logits = objective.logits(model, batch)
+    rows, targets = objective.choices(logits, batch["targets"])
+    counted = targets != IGNORED
+    choices, likely = (batch[f"teacher_{name}"].flatten(0, 1)[counted] for name in ("choices", "log_probabilities"))
+    total = section.logits * CoarseDivergence.apply(rows[counted], choices.long(), likely, section.temperature)
+    if section.targets:
+        total = total + section.targets * objective.loss(logits, batch["targets"])
+    return total
 
 
 def distilled_loss(

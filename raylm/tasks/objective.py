@@ -53,6 +53,7 @@ class Objective(ABC):
         predicts_tokens: whether the logits are of the vocabulary and the loss follows from their cross-entropy alone: a
             model can compute it whose parts are on several ranks.
         counts_text: whether each token of a text is a target once, so that the loss can be told per byte.
+        choices_vary: whether what can be chosen differs from sample to sample.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class Objective(ABC):
     measures: ClassVar[tuple[str, ...]] = ()
     predicts_tokens: ClassVar[bool] = False
     counts_text: ClassVar[bool] = False
+    choices_vary: ClassVar[bool] = False
 
     def __init__(self, section: ObjectiveSection | None = None) -> None:
         self.section = section or ObjectiveSection()
@@ -120,6 +122,12 @@ class Objective(ABC):
         from raylm.tasks.distillation import distilled_loss
 
         return distilled_loss(self, model, reference, batch)
+
+    def taught_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """The summed loss of a model whose teacher has spoken: what it said is in ``batch``."""
+        from raylm.tasks.distillation import taught_loss
+
+        return taught_loss(self, model, batch)
 
     def choices(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each thing that is predicted as a row: logits [rows, choices] and targets [rows]."""
@@ -199,6 +207,8 @@ class ObjectiveModule(nn.Module):
         """
         if self.training and self._reference:
             return self.objective.referred_loss(self.model, *self._reference, batch)
+        if self.training and "teacher_choices" in batch:
+            return self.objective.taught_loss(self.model, batch)
         if self.training or not self.objective.measures:
             return self.objective.summed_loss(self.model, batch)
         logits = self.logits(batch)

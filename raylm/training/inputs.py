@@ -48,7 +48,7 @@ def validate(config: TrainConfig) -> Checked:
     from raylm.parallel.plan.planning import check_model
     from raylm.tasks import make_objective
     from raylm.training.counting import refuse_counted
-    from raylm.training.teacher import check_teacher, check_tokenizers
+    from raylm.training.teacher import check_kept, check_teacher, check_tokenizers
 
     if config.training.compile:
         check_compilation(config.parallel.zero_stage)
@@ -64,6 +64,8 @@ def validate(config: TrainConfig) -> Checked:
         if config.distillation is not None:
             check_teacher(config.distillation, loaded, objective.head)
             check_tokenizers(config.distillation.teacher, config.model.path, "distillation.teacher")
+    if config.distillation is not None and config.distillation.top_k is not None:
+        check_kept(config.distillation.top_k, objective, config.run)
     # CPUs, GPUs and memory of the cluster are looked at once it is joined.
     model = check_model(config, loaded)
     if config.distillation is not None and loaded is None:

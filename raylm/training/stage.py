@@ -202,6 +202,7 @@ def _make_job(config: TrainConfig, checked: Checked, start: Start) -> tuple[Trai
     from raylm.training.precision import FILE, note_precision, run_precision, slower_in_bf16
     from raylm.training.ray_train.sharing import check_shared
     from raylm.training.teacher import check_tokenizers
+    from raylm.training.teacher_rows import keep_rows
 
     stage, run, mirror, resources = start.stage, start.run, start.mirror, config.resources
     model_config, resumed = checked.model.config, run.saved() is not None
@@ -224,6 +225,9 @@ def _make_job(config: TrainConfig, checked: Checked, start: Start) -> tuple[Trai
         data_directory, tokenizer_directory = ensure_data(config, run.path, checked)
         if config.distillation is not None and config.model.path is None:
             check_tokenizers(config.distillation.teacher, tokenizer_directory, "distillation.teacher")
+        if config.distillation is not None and config.distillation.top_k is not None:
+            kind, decided = model_config.model_type, with_precision(config, precision)
+            keep_rows(stage, decided, kind, run.path, data_directory, use_gpu=layout.use_gpu)
     mirror.check_owner(start.attempt)
     run.keep()
     mirror.send("config.yaml", FILE)

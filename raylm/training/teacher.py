@@ -14,7 +14,9 @@ from raylm.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from raylm.config.run import RunSection
     from raylm.models.heads import Head
+    from raylm.tasks.objective import Objective
 
 
 def check_teacher(section: DistillationSection, student: PretrainedConfig, head: Head, key: str = "") -> None:
@@ -48,6 +50,24 @@ def check_tokenizers(one: str | Path, other: str | Path, key: str) -> None:
 
     if load_tokenizer(resolve_model(one)).get_vocab() != load_tokenizer(resolve_model(other)).get_vocab():
         raise UserError(f"{key}: found {one}, whose tokenizer is another than that of {other}; allowed: the same one")
+
+
+def check_kept(top_k: int, objective: Objective, run: RunSection) -> None:
+    """Refuse to keep what the teacher says where it cannot be kept.
+
+    Raises:
+        UserError: one line.
+    """
+    if objective.choices_vary:
+        raise UserError(
+            f"distillation.top_k: found {top_k} for {objective.name}, whose choices are a text's own tokens, allowed: "
+            "null, with which the teacher computes beside the model"
+        )
+    if run.remote:
+        raise UserError(
+            f"distillation.top_k: found {top_k} with run.storage {run.storage}, allowed with a folder that all nodes "
+            "share"
+        )
 
 
 def check_layers(

@@ -26,6 +26,7 @@ def run_jobs(
     *,
     cpus: int | None,
     arguments: dict[str, Any],
+    gpus: int = 0,
     weights: list[int] | None = None,
     unit: str = "jobs",
 ) -> list[dict[str, Any]]:
@@ -37,6 +38,7 @@ def run_jobs(
         jobs: JSON objects.
         cpus: most tasks at a time; None takes all CPUs that there are.
         arguments: what is the same for all jobs.
+        gpus: that a task holds.
         weights: units of work in each job; one each by default.
         unit: what they are.
 
@@ -51,7 +53,7 @@ def run_jobs(
 
     if not jobs:
         return []
-    dataset = _dataset(function, jobs, cpus, arguments)
+    dataset = _dataset(function, jobs, cpus, gpus, arguments)
     weights = weights or [1] * len(jobs)
     results: dict[int, dict[str, Any]] = {}
     done = 0
@@ -70,7 +72,11 @@ def run_jobs(
 
 
 def _dataset(
-    function: Callable[..., dict[str, Any]], jobs: list[dict[str, Any]], cpus: int | None, arguments: dict[str, Any]
+    function: Callable[..., dict[str, Any]],
+    jobs: list[dict[str, Any]],
+    cpus: int | None,
+    gpus: int,
+    arguments: dict[str, Any],
 ) -> ray.data.Dataset:
     """The results as rows, once they are asked for."""
     import ray.data
@@ -86,6 +92,7 @@ def _dataset(
         batch_size=1,
         batch_format="numpy",
         num_cpus=1,
+        num_gpus=gpus,
         compute=ray.data.TaskPoolStrategy(size=cpus and min(cpus, len(rows))),
         fn_kwargs={"function": function, "arguments": arguments},
     )

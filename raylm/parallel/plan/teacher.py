@@ -40,14 +40,15 @@ class Teacher:
 
 
 def plan_teacher(config: TrainConfig, objective: Objective, *, bf16: bool) -> Teacher | None:
-    """The teacher of a run, if it has one; reads its configuration alone."""
+    """The teacher that computes beside the model, if a run has one; reads its configuration alone."""
     from raylm.parallel.plan.footprint import Work
     from raylm.parallel.plan.memory import ModelMemory
 
-    if config.distillation is None or config.distillation.teacher is None:
+    section = config.distillation
+    if section is None or section.teacher is None or section.top_k is not None:
         return None
     name = "distillation.teacher"
-    teacher = load_config(resolve_model(config.distillation.teacher, name), name)
+    teacher = load_config(resolve_model(section.teacher, name), name)
     alone = Layout(1, 1, 1, 0, 1, 1, False, bf16, config.training.optimizer, False)
     (stage,) = ModelMemory(teacher, objective, config.training.sequence_length, bf16=bf16).stages(alone)
     work = stage.work

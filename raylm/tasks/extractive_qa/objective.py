@@ -45,6 +45,7 @@ class ExtractiveQaObjective(EncoderObjective):
     rows: ClassVar[RowReader | None] = RowReader(KIND, "questions", _read)
     measures: ClassVar[tuple[str, ...]] = ("span_exact", "span_f1")
     targets_each: ClassVar[int] = 2
+    choices_vary: ClassVar[bool] = True
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`; the directory is one of questions, whose windows have their length already."""

@@ -47,7 +47,7 @@ def additions_of(
         head: of the model, and of its teacher.
     """
     reference = None
-    if config.distillation is not None:
+    if config.distillation is not None and config.distillation.top_k is None:
         reference = _teacher(config, head, device)
         if config.distillation.attention:
             # The others give no probabilities.

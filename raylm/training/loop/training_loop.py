@@ -46,6 +46,7 @@ from raylm.training.loop.schedules import learning_rate_factor
 from raylm.training.loop.worker import TrainingJob, Worker
 from raylm.training.ray_train.preemption import Notice
 from raylm.training.reports.metrics import MetricsRecorder
+from raylm.training.teacher_rows import TaughtSamples
 
 # Reloaded fp32 weights are the same bits; kernels may still differ with the shape of the batch.
 LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -78,6 +79,8 @@ class TrainingLoop:
             self.objective.samples(job.data_directory, split, training.sequence_length, run.seed)
             for split in ("train", "validation")
         )
+        if self.config.distillation is not None and self.config.distillation.top_k is not None:
+            self.samples = TaughtSamples(self.samples, job.directory)
         self.total_steps = total_steps(training, self.samples.count)
         model, weights = self._model()
         self.model_config = model.config
