@@ -31,7 +31,7 @@ from raylm.training.reports.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from tests.launcher.hosts import Hosts, hosts, why_not  # noqa: E402
+from tests.launcher.hosts import Hosts, fill_in, hosts, why_not  # noqa: E402
 
 STEPS, WARM, SECONDS = 14, 3, 600.0
 TOLERANCE = 0.25
@@ -82,23 +82,6 @@ def configuration(case: Case, shared: Path, name: str) -> Path:
         "checkpoint": {"every_steps": 1000, "every_seconds": None},
     }  # fmt: skip
     path = shared / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def cluster_file(made: Hosts, cpus: int) -> Path:
-    """``cluster/local.yaml`` for these hosts, which have this environment instead of making one."""
-    values = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
-    head, *workers = (host.address for host in made.hosts)
-    values["provider"] |= {"head_ip": head, "worker_ips": workers}
-    values["auth"] = {"ssh_user": "root", "ssh_private_key": str(made.key)}
-    values["setup_commands"] = [f"ln -sfn {sys.prefix} ~/raylm/.venv"]
-    values["file_mounts"]["~/raylm"] = str(ROOT)
-    start = f"ray start --num-cpus={cpus} --object-store-memory=100000000"
-    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-        lines = [line.replace("ray start", start) for line in values[key]]
-        values[key] = [line.replace("node.sh;", f"node.sh; export PYTHONPATH={ROOT};") for line in lines]
-    path = made.directory / "cluster.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
@@ -182,7 +165,7 @@ def on_cluster(cases: list[Case]) -> list[dict[str, Any]]:
         lines = ["".join(letters.choices("abcdefgh ", k=120)) for _ in range(3000)]
         (made.shared / "text.txt").write_text("\n".join(lines))
         groups = limit(made) if count > 1 else []
-        client = Client(made, cluster_file(made, cpus), home)
+        client = Client(made, fill_in(made, f"ray start --num-cpus={cpus} --object-store-memory=100000000"), home)
         try:
             client.raylm("cluster", "up", str(client.file))
             sizes = sorted({case.workers for case in cases})

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 30.0
 NEEDED = ("ip", "nsenter", "unshare", "mount", "ssh", "ssh-keygen", "rsync")
@@ -229,6 +231,26 @@ def hosts(directory: Path, count: int, kept: Sequence[Path] = ()) -> Iterator[Ho
         yield made
     finally:
         made.close()
+
+
+def fill_in(made: Hosts, ray_start: str) -> Path:
+    """``cluster/local.yaml`` for these hosts, which have this environment instead of making one.
+
+    Args:
+        ray_start: what stands in the place of ``ray start``.
+    """
+    values = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
+    head, *workers = (host.address for host in made.hosts)
+    values["provider"] |= {"head_ip": head, "worker_ips": workers}
+    values["auth"] = {"ssh_user": "root", "ssh_private_key": str(made.key)}
+    values["setup_commands"] = [f"ln -sfn {sys.prefix} ~/raylm/.venv"]
+    values["file_mounts"]["~/raylm"] = str(ROOT)
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        lines = [line.replace("ray start", ray_start) for line in values[key]]
+        values[key] = [line.replace("node.sh;", f"node.sh; export PYTHONPATH={ROOT};") for line in lines]
+    path = made.directory / "cluster.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 def _end_with_parent() -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from raylm.training.reports.metrics import read_metrics
 
@@ -101,28 +100,12 @@ def wait_until(what: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> An
     return found
 
 
-def fill_in(hosts: Any, directory: Path) -> Path:
-    """``cluster/local.yaml`` for these hosts; they have the environment of these tests instead of making one."""
-    values = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
-    head, *workers = (host.address for host in hosts.hosts)
-    values["provider"] |= {"head_ip": head, "worker_ips": workers}
-    values["auth"] = {"ssh_user": "root", "ssh_private_key": str(hosts.key)}
-    values["setup_commands"] = [f"ln -sfn {sys.prefix} ~/raylm/.venv"]
-    values["file_mounts"]["~/raylm"] = str(ROOT)
-    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-        lines = [line.replace("ray start", SMALL) for line in values[key]]
-        values[key] = [line.replace("node.sh;", f"node.sh; export PYTHONPATH={ROOT};") for line in lines]
-    path = directory / "cluster.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("hosts")
     home = tmp_path_factory.mktemp("client")
     with HOSTS.hosts(directory / "all", 3) as hosts:
-        file = fill_in(hosts, directory)
+        file = HOSTS.fill_in(hosts, SMALL)
         address = f"http://{hosts.hosts[0].address}:8265"
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment = {**kept, "HOME": str(home), "RAY_API_SERVER_ADDRESS": address, "PYTHONPATH": str(ROOT)}
