@@ -6,7 +6,6 @@ classifier, any texts of another encoder. Out: the figures of each form for ``re
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.compression.measuring import Variant, in_rounds, medians
-from raylm.compression.models import same_tokens
+from raylm.data.loading import same_tokens
 from raylm.models.encoders import Encoder, OpenVinoEncoder, TransformersEncoder
 from raylm.progress import Activity
 
@@ -31,20 +30,16 @@ class EncoderComparison:
 
     Attributes:
         source: directory of the original.
-        open: from a model's directory to the examples in its tokens, by what stands before their measures in the
-            report; the run's own are under "".
+        sets: examples in its tokens, by what stands before their measures in the report; the run's own are under "".
+        open: from another model's directory to the examples in that one's tokens.
         threads: of every engine.
     """
 
     task: Task
     source: str
+    sets: dict[str, ScoredSet]
     open: Callable[[str], dict[str, ScoredSet]]
     threads: int
-
-    @functools.cached_property
-    def sets(self) -> dict[str, ScoredSet]:
-        """In the original's tokens."""
-        return self.open(self.source)
 
     def sets_of(self, model: str | Path) -> dict[str, ScoredSet]:
         """In the tokens of the model in a directory."""

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.compression.measuring import Variant, in_rounds, medians, run_fresh
-from raylm.compression.models import same_tokens
 from raylm.config.stages import CompressConfig
+from raylm.data.loading import same_tokens
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer, window_batches
 from raylm.progress import Activity

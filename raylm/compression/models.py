@@ -29,13 +29,6 @@ def parameters_of(config: PretrainedConfig, head: Head) -> int:
     return sum(parameter.numel() for parameter in make_outline(config, head).model.parameters())
 
 
-def same_tokens(one: str | Path, other: str | Path) -> bool:
-    """Whether two models have the same tokenizer."""
-    from raylm.data.loading import load_tokenizer
-
-    return Path(one) == Path(other) or load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
-
-
 def save_model(model: PreTrainedModel, source: Path, output: Path) -> None:
     """Write ``model`` with the tokenizer and all else of ``source`` into a new directory."""
     shutil.copytree(source, output, ignore=shutil.ignore_patterns(*REPLACED))

@@ -167,10 +167,7 @@ class Work:
                 sets["outside_"] = evaluation.open(self.config.model_copy(update={"data": outside}), source)
             return sets
 
-        comparison = EncoderComparison(self.task, self.source, open_sets, threads)
-        # Bad input is refused now.
-        _ = comparison.sets
-        return comparison
+        return EncoderComparison(self.task, self.source, open_sets(self.source), open_sets, threads)
 
     def make(self) -> Made:
         """Take the model through its steps, and export it."""

@@ -80,6 +80,15 @@ def _check_hub(name: str, key: str) -> None:
     raise UserError(f"{key}: {name} is no directory{_near(Path(name))}, and as a hub name not in the cache: {reason}")
 
 
+def same_tokens(one: str | Path, other: str | Path) -> bool:
+    """Whether the tokens of two models, or tokenizer directories, have the same numbers.
+
+    Raises:
+        UserError: one of them has no tokenizer.
+    """
+    return Path(one) == Path(other) or load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
+
+
 def load_tokenizer(path: str | Path, key: str = "model.path") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model or tokenizer directory.
 

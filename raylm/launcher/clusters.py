@@ -25,6 +25,11 @@ from raylm.progress import Activity
 # Ray's launcher installs packages on the head; then the head does so on the workers.
 UP_SECONDS = 3600.0
 STOP_SECONDS = 120.0
+# `ray stop` does not wait for the dashboard's own processes, which look once a second whether it is gone.
+HELPERS_END = (
+    'for n in $(seq 50); do pgrep -u $(id -u) -f "[f]orkserver import main.*ray[.]dashboard" >/dev/null || break; '
+    "sleep 0.2; done"
+)
 POLL_SECONDS = 2.0
 NODES_SECONDS = 120.0
 
@@ -198,7 +203,7 @@ def _stop_machines(cluster: ClusterFile, log: Path) -> dict[str, str]:
     def stop(address: str) -> Ran:
         # `ray stop` says nothing of what it could not stop.
         stopping = cluster.on_node("ray stop", head=address == cluster.head)
-        ran = cluster.run_on(address, f"{stopping}; ! pgrep -u $(id -u) -x raylet", STOP_SECONDS)
+        ran = cluster.run_on(address, f"{stopping}; {HELPERS_END}; ! pgrep -u $(id -u) -x raylet", STOP_SECONDS)
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{address}: {ran.output}{ran.errors}")
         return ran

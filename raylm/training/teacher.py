@@ -46,9 +46,9 @@ def check_tokenizers(one: str | Path, other: str | Path, key: str) -> None:
     Raises:
         UserError: one line.
     """
-    from raylm.data.loading import load_tokenizer, resolve_model
+    from raylm.data.loading import same_tokens
 
-    if load_tokenizer(resolve_model(one)).get_vocab() != load_tokenizer(resolve_model(other)).get_vocab():
+    if not same_tokens(one, other):
         raise UserError(f"{key}: found {one}, whose tokenizer is another than that of {other}; allowed: the same one")
 
 

@@ -95,8 +95,7 @@ def limit(made: Hosts) -> list[Path]:
         group.mkdir()
         (group / "cpu.cfs_period_us").write_text(str(PERIOD))
         (group / "cpu.cfs_quota_us").write_text(str(int(PERIOD * share)))
-        found = subprocess.run(["pgrep", "-f", host.namespace], capture_output=True, text=True).stdout.split()
-        for pid in dict.fromkeys([*found, *descendants(host.process.pid)]):
+        for pid in descendants(host.process.pid):
             (group / "cgroup.procs").write_text(str(pid))
         groups.append(group)
     return groups

@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from raylm.config import load_config
 from raylm.config.stages import FinetuneConfig
+from raylm.data.loading import load_tokenizer
 from raylm.data.prepare.stage import prepare
 from raylm.errors import UserError
 from raylm.tasks.distillation import ROWS, CoarseDivergence, SoftenedDivergence
 from raylm.training import teacher_rows
 from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import finetune
+from raylm.training.teacher import check_tokenizers
 from raylm.training.teacher_rows import FOLDER, TaughtSamples, score_shard, shard
 from tests.conftest import make_tiny_model
 
@@ -143,3 +145,14 @@ def test_a_run_learns_as_beside_its_teacher(made: Path, monkeypatch: pytest.Monk
 def test_refused_in_the_file(tmp_path: Path, keys: dict[str, object], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         load_config("finetune", write(tmp_path, "refused", **keys))
+
+
+def test_a_teacher_is_compared_with_the_tokenizer_of_a_new_model(tiny_model: Path, tmp_path: Path) -> None:
+    """Which lies in a directory without a model."""
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.save_pretrained(tmp_path / "same")
+    check_tokenizers(tiny_model, tmp_path / "same", "distillation.teacher")
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"^distillation\.teacher: found .*whose tokenizer is another than that of"):
+        check_tokenizers(tiny_model, tmp_path / "other", "distillation.teacher")

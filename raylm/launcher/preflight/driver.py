@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from raylm.cluster.session import ray_files, ray_session
@@ -25,6 +26,9 @@ FIRST_SECONDS = 120.0
 ANSWER_SECONDS = 60.0
 CONNECT_SECONDS = 5.0
 SIZES = (1 << 10, 1 << 16, 1 << 20, 1 << 23, 1 << 26)
+ROUNDS = 6
+# A step sees the mean of sums, of which single ones vary much where CPUs are shared.
+WORKER_SIZES, WORKER_ROUNDS = (1 << 10, 1 << 22), 60
 
 
 def examine(storage: str | None, workers: int = 0, threads: int = 1) -> dict[str, Any]:
@@ -42,22 +46,19 @@ def examine(storage: str | None, workers: int = 0, threads: int = 1) -> dict[str
     nodes = live_nodes()
     probes = {node["address"]: _start(node["id"], probe.NodeProbe) for node in nodes}
     files = str(ray_files())
-    record: dict[str, Any] = {"nodes": nodes, "folder": storage, "seconds": {}}
+    timed = {"count": workers, "threads": threads} if workers else None
+    record: dict[str, Any] = {"nodes": nodes, "folder": storage, "workers": timed, "seconds": {}}
     facts = _all(probes, lambda one: one.facts.remote(storage, files), FIRST_SECONDS)
     for node in nodes:
         node |= facts[node["address"]]
     probes = {address: one for address, one in probes.items() if "error" not in facts[address]}
     for name, step in {
         "clock": _clocks, "storage": _storage, "links": _links, "rates": _rates, "products": _products,
-        "all_reduce": _all_reduce,
+        "all_reduce": _all_reduce, "workers": _workers,
     }.items():  # fmt: skip
         began = time.monotonic()
         record[name] = step(probes, record)
         record["seconds"][name] = round(time.monotonic() - began, 1)
-    if workers:
-        began = time.monotonic()
-        record["workers"] = _time_workers({node["address"]: node["id"] for node in nodes}, workers, threads)
-        record["seconds"]["workers"] = round(time.monotonic() - began, 1)
     return record
 
 
@@ -173,60 +174,58 @@ def _all_reduce(probes: dict[str, Any], record: dict[str, Any]) -> dict[str, Any
     broken = [link for link in record["links"] if link.get("error")]
     if len(probes) < 2 or broken:
         return {"error": "a link is broken" if broken else "there is one node"}
-    gpus = all(node.get("gpus") for node in record["nodes"])
-    backend, first = ("nccl" if gpus else "gloo"), next(iter(probes))
-    port = _all({first: probes[first]}, lambda one: one.free_port.remote())[first]
-    if not isinstance(port, int):
-        return port
-    ranks = {address: rank for rank, address in enumerate(probes)}
-
-    def call(one: Any) -> Any:
-        address = _of(probes, one)
-        return one.all_reduce.remote(ranks[address], len(ranks), (first, port), address, list(SIZES), backend)
-
-    answers = _all(probes, call, 2 * ANSWER_SECONDS)
+    backend = "nccl" if all(node.get("gpus") for node in record["nodes"]) else "gloo"
+    answers = _sums(probes, SIZES, backend, ROUNDS, 2 * ANSWER_SECONDS)
     if wrong := _first_error(answers):
         return {"error": wrong, "backend": backend}
-    seconds = {str(size): max(answer[size] for answer in answers.values()) for size in SIZES}
-    return {"backend": backend, "nodes": len(ranks), "seconds": seconds}
+    seconds = {str(size): max(statistics.median(one[size]) for one in answers.values()) for size in SIZES}
+    return {"backend": backend, "nodes": len(probes), "seconds": seconds}
 
 
-def _time_workers(nodes: dict[str, str], count: int, threads: int) -> dict[str, Any]:
-    """What each of ``count`` workers on each node gets while all compute, and sums over a node's and over all of them.
+def _sums(
+    probes: dict[str, Any], sizes: Sequence[int], backend: str, rounds: int, seconds: float = ANSWER_SECONDS
+) -> dict[str, Any]:
+    """What each of these processes takes for sums over all of them; their keys begin with their nodes' addresses."""
+    names = list(probes)
+    port = _all({names[0]: probes[names[0]]}, lambda one: one.free_port.remote())[names[0]]
+    if not isinstance(port, int):
+        return {names[0]: port}
+    store = (names[0].split()[0], port)
 
-    Args:
-        nodes: Ray's ids by address.
-    """
-    started = {f"{address} {n}": _start(nodes[address], worker.WorkerProbe) for address in nodes for n in range(count)}
+    def call(one: Any) -> Any:
+        name = _of(probes, one)
+        return one.all_reduce.remote(
+            names.index(name), len(names), store, name.split()[0], list(sizes), backend, rounds
+        )
+
+    return _all(probes, call, seconds)
+
+
+def _workers(probes: dict[str, Any], record: dict[str, Any]) -> dict[str, Any] | None:
+    """What each of so many workers on each node gets while all compute, and sums over a node's and over all of them."""
+    if record["workers"] is None:
+        return None
+    count, threads = record["workers"]["count"], record["workers"]["threads"]
+    ids = {node["address"]: node["id"] for node in record["nodes"]}
+    started = {f"{address} {n}": _start(ids[address], worker.WorkerProbe) for address in probes for n in range(count)}
     found: dict[str, Any] = {"count": count, "threads": threads}
     answers = _all(started, lambda one: one.start.remote(threads), FIRST_SECONDS)
     if wrong := _first_error(answers):
         return found | {"error": wrong}
     found["rates"] = _all(started, lambda one: one.rates.remote())
-    groups = {address: [f"{address} {n}" for n in range(count)] for address in nodes} if count > 1 else {}
-    near = {address: _sums({name: started[name] for name in names}) for address, names in groups.items()}
-    found["near"], found["far"] = near, _sums(started) if len(nodes) > 1 else {}
-    wrong = _first_error(found["rates"]) or _first_error(near) or found["far"].get("error")
+    groups = {address: [f"{address} {n}" for n in range(count)] for address in probes} if count > 1 else {}
+    found["near"] = {address: _mean_sums({name: started[name] for name in names}) for address, names in groups.items()}
+    found["far"] = _mean_sums(started) if len(probes) > 1 else {}
+    wrong = _first_error(found["rates"]) or _first_error(found["near"]) or found["far"].get("error")
     return found | ({"error": wrong} if wrong else {})
 
 
-def _sums(started: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of sums over these workers, by bytes; their keys begin with the addresses of their nodes."""
-    first = next(iter(started))
-    port = _all({first: started[first]}, lambda one: one.free_port.remote())[first]
-    if not isinstance(port, int):
-        return port
-    names = list(started)
-
-    def call(one: Any) -> Any:
-        name = _of(started, one)
-        return one.sums.remote(names.index(name), len(names), (first.split()[0], port), name.split()[0])
-
-    answers = _all(started, call)
+def _mean_sums(started: dict[str, Any]) -> dict[str, Any]:
+    """Mean seconds of sums over these workers, by bytes."""
+    answers = _sums(started, WORKER_SIZES, "gloo", WORKER_ROUNDS)
     if wrong := _first_error(answers):
         return {"error": wrong}
-    sizes = next(iter(answers.values()))
-    return {size: max(answer[size] for answer in answers.values()) for size in sizes}
+    return {str(size): max(statistics.fmean(one[size]) for one in answers.values()) for size in WORKER_SIZES}
 
 
 def _first_error(answers: dict[str, Any]) -> str | None:

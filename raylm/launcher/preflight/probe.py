@@ -128,9 +128,9 @@ class NodeProbe:
             return server.getsockname()[1]
 
     def all_reduce(
-        self, rank: int, nodes: int, store: tuple[str, int], address: str, sizes: list[int], backend: str
-    ) -> dict[int, float]:
-        """Seconds of a sum over all nodes, by its size in bytes.
+        self, rank: int, members: int, store: tuple[str, int], address: str, sizes: list[int], backend: str, rounds: int
+    ) -> dict[int, list[float]]:
+        """Seconds of sums over all ``members``, by their size in bytes; the first of ``rounds`` does not count.
 
         Args:
             store: address and port of the first rank's store.
@@ -146,11 +146,11 @@ class NodeProbe:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         limit = datetime.timedelta(seconds=60)
         dist.init_process_group(
-            backend, init_method=f"tcp://{store[0]}:{store[1]}", rank=rank, world_size=nodes, timeout=limit
+            backend, init_method=f"tcp://{store[0]}:{store[1]}", rank=rank, world_size=members, timeout=limit
         )
         try:
             device = "cuda" if backend == "nccl" else "cpu"
-            return {size: _sum_seconds(torch.ones(size // 4, device=device)) for size in sizes}
+            return {size: _sum_seconds(torch.ones(size // 4, device=device), rounds) for size in sizes}
         finally:
             dist.destroy_process_group()
 
@@ -286,16 +286,16 @@ def _product_rate(number_format: Any) -> float:
     return 2 * side**3 / statistics.median(times[1:] or times)
 
 
-def _sum_seconds(tensor: Any) -> float:
+def _sum_seconds(tensor: Any, rounds: int) -> list[float]:
     import torch
     import torch.distributed as dist
 
     times = []
-    for _ in range(6):
+    for _ in range(rounds):
         dist.barrier()
         began = time.perf_counter()
         dist.all_reduce(tensor)
         if tensor.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return times[1:]

@@ -7,22 +7,20 @@ operators, of which only the start counts. Rates are floating-point operations o
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+
+from raylm.launcher.preflight.probe import NodeProbe
 
 # Rounds of each kind go on for this long: a machine that is shared gives and takes within a second.
 SECONDS = 2.0
 ROWS, WIDTH, INNER = 1024, 512, 1536
 HEADS, TIME, HEAD_WIDTH = 8, 256, 64
 SMALL = 64
-SIZES = (1 << 10, 1 << 22)
-ROUNDS = 60
 
 
-class WorkerProbe:
+class WorkerProbe(NodeProbe):
     """A process like one rank's, with as many threads."""
 
     def start(self, threads: int) -> None:
@@ -45,37 +43,6 @@ class WorkerProbe:
             "launch_seconds": _seconds(_small()) / SMALL,
         }
 
-    def sums(self, rank: int, workers: int, store: tuple[str, int], address: str) -> dict[str, float]:
-        """Seconds of a sum over ``workers`` of these processes, by its size in bytes.
-
-        Args:
-            store: address and port of the first one's store.
-            address: of this node, which gloo is to listen at.
-        """
-        import datetime
-
-        import psutil
-        import torch
-        import torch.distributed as dist
-
-        for name, addresses in psutil.net_if_addrs().items():
-            if any(one.address == address for one in addresses):
-                os.environ["GLOO_SOCKET_IFNAME"] = name
-        where = f"tcp://{store[0]}:{store[1]}"
-        limit = datetime.timedelta(seconds=60)
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=workers, timeout=limit)
-        try:
-            return {str(size): _sum_seconds(torch.ones(size // 4)) for size in SIZES}
-        finally:
-            dist.destroy_process_group()
-
-    def free_port(self) -> int:
-        """A port that nobody has."""
-        import socket
-
-        with socket.create_server(("", 0)) as server:
-            return server.getsockname()[1]
-
 
 def _seconds(run: Callable[[], None]) -> float:
     """The mean of as many runs as take :data:`SECONDS`, after one that does not count."""
@@ -88,18 +55,6 @@ def _seconds(run: Callable[[], None]) -> float:
         times.append(time.perf_counter() - began)
     # A step sees the mean of a CPU that others have a share of.
     return statistics.fmean(times)
-
-
-def _sum_seconds(tensor: Any) -> float:
-    import torch.distributed as dist
-
-    times = []
-    for _ in range(ROUNDS):
-        dist.barrier()
-        began = time.perf_counter()
-        dist.all_reduce(tensor)
-        times.append(time.perf_counter() - began)
-    return statistics.fmean(times[1:])
 
 
 def _products() -> Callable[[], None]:
