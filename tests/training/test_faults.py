@@ -42,7 +42,7 @@ def test_random_kills_of_workers_and_the_driver_change_no_bit(tmp_path: Path) ->
 @pytest.mark.slow
 def test_collective_time_out_and_ended_worker(make_run: Callable) -> None:
     limits = {"heartbeat_seconds": None, "collective_timeout_seconds": 8.0}
-    run = make_run("stuck", training={"steps": 120}, resources={"workers": 2, **limits})
+    run = make_run("stuck", training={"steps": 400}, resources={"workers": 2, **limits})
     driver = run.start()
     run.wait_for_step(30, driver)
     run.workers(driver)[-1].send_signal(signal.SIGSTOP)
@@ -63,7 +63,7 @@ def test_collective_time_out_and_ended_worker(make_run: Callable) -> None:
     assert driver.returncode == 0, errors[-2000:]
     assert "told to end (SIGTERM)" in errors
     assert saved >= 60
-    assert len(run.losses()) == 120
+    assert len(run.losses()) == 400
     report = json.loads((run.metrics.parent / "report.json").read_text())
     assert len(report["restarts"]) == 2
     events = read_events(run.metrics.parent)
