@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.compression.measuring import Variant, in_rounds, medians, run_fresh
+from raylm.compression.quality import chosen_windows
 from raylm.config.stages import CompressConfig
 from raylm.data.loading import same_tokens
 from raylm.errors import RunFailure, UserError
-from raylm.evaluation.perplexity import TextStream, TransformersScorer, window_batches
+from raylm.evaluation.perplexity import TextStream, TransformersScorer
 from raylm.progress import Activity
 from raylm.tasks.intervals import ratio_interval
 
@@ -104,7 +105,7 @@ class Comparison:
         return figures
 
     def _qualities(self, variants: Sequence[Variant], readings: Mapping[str, Reading]) -> list[dict[str, Any]]:
-        found = []
+        found, originals = [], None
         with Activity("compress: measuring bits per byte") as activity:
             for place, variant in enumerate(variants):
                 activity.change(f"compress: measuring bits per byte, {variant.name}")
@@ -114,7 +115,9 @@ class Comparison:
                     "engine": variant.engine, "model": variant.path, "threads": self.threads,
                     "reference": variants[0].path if compared else None,
                 }  # fmt: skip
-                found.append(self._quality(reading.texts, self._scored(reading.texts, job)))
+                scored = self._scored(reading.texts, job)
+                originals = originals or scored["nats"]
+                found.append(self._quality(reading.texts, scored, originals if compared else None))
         return found
 
     def _scored(self, texts: Sequence[Text], job: dict[str, Any]) -> dict[str, Any]:
@@ -125,19 +128,26 @@ class Comparison:
             for number, text in enumerate(texts):
                 path = Path(directory) / f"{number}.npy"
                 np.save(path, text.stream.tokens)
-                jobs.append({"tokens": str(path), "length": length, "stride": stride, "batch_size": batch_size})
+                most = self.config.compression.text_tokens
+                window = {"length": length, "stride": stride, "batch_size": batch_size, "most": most}
+                jobs.append({"tokens": str(path), **window})
             return run_fresh("raylm.compression.quality", job | {"texts": jobs})
 
-    def _quality(self, texts: Sequence[Text], scored: dict[str, Any]) -> dict[str, Any]:
+    def _quality(
+        self, texts: Sequence[Text], scored: dict[str, Any], originals: list[list[float]] | None
+    ) -> dict[str, Any]:
+        """Figures of one form; ``originals`` is the loss of the original on the same windows."""
         figures: dict[str, Any] = {}
-        for text, nats in zip(texts, scored["nats"], strict=True):
-            windows = window_batches(len(text.stream.tokens), *self.window)
+        for number, (text, nats) in enumerate(zip(texts, scored["nats"], strict=True)):
+            windows = chosen_windows(len(text.stream.tokens), *self.window, self.config.compression.text_tokens)
             counts = [sum(stop + 1 - first for _, stop, first in batch) for batch in windows]
             # From nats a target to bits a byte.
             scale = (len(text.stream.tokens) - 1) / math.log(2) / text.stream.byte_count
             name = f"{text.name}bits_per_byte"
             figures[name] = math.fsum(nats) / sum(counts) * scale
             figures[f"{name}_interval"] = [scale * end for end in ratio_interval(nats, counts)]
+            if originals is not None:
+                figures[f"{name}_ratio_interval"] = list(ratio_interval(nats, originals[number]))
         if scored["divergence"] is not None:
             figures["divergence"] = scored["divergence"]
         if scored["ran"] is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,8 +19,6 @@ import psutil
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 BATCH_SIZES = (1, 8)
-# Medians are taken over the rounds, each in a process of its own.
-REPEATS = 1
 WARM_UP_TOKENS = 8
 # Of the time of an answer, what decoding takes at least.
 LEAST_SHARE = 0.05
@@ -42,17 +39,19 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     backwards = [ids[::-1] for ids in prompts]
     for batch in BATCH_SIZES:
         generate(_rotated(backwards, 0, batch), min(WARM_UP_TOKENS, new_tokens))
-    whole: dict[int, list[float]] = {batch: [] for batch in BATCH_SIZES}
-    first: dict[int, list[float]] = {batch: [] for batch in BATCH_SIZES}
-    for repeat in range(REPEATS):
-        for batch in BATCH_SIZES:
-            chosen = _rotated(prompts, repeat * batch, batch)
-            whole[batch].append(_seconds(generate, chosen, new_tokens))
-            first[batch].append(_seconds(generate, chosen, 1))
-    speeds = {str(batch): _speeds(job, batch, whole[batch], first[batch]) for batch in BATCH_SIZES}
+    speeds, written = {}, []
+    for batch in BATCH_SIZES:
+        chosen = _rotated(prompts, 0, batch)
+        whole, written = _timed(generate, chosen, new_tokens)
+        first, _ = _timed(generate, chosen, 1)
+        speeds[str(batch)] = _speeds(job, batch, whole, first)
     peak, outputs = peak_bytes(), []
     if job["outputs"]:
-        outputs = [tokens for i in range(0, len(prompts), 8) for tokens in generate(prompts[i : i + 8], new_tokens)]
+        most = BATCH_SIZES[-1]
+        # Those of the last batch that was timed are the first prompts'.
+        outputs = written[: len(prompts)]
+        for start in range(most, len(prompts), most):
+            outputs += generate(prompts[start : start + most], new_tokens)
     return {
         "resident_bytes": resident,
         "peak_bytes": peak,
@@ -61,15 +60,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _seconds(generate: Generate, prompts: list[list[int]], count: int) -> float:
+def _timed(generate: Generate, prompts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
     began = time.perf_counter()
-    generate(prompts, count)
-    return time.perf_counter() - began
+    written = generate(prompts, count)
+    return time.perf_counter() - began, written
 
 
-def _speeds(job: dict[str, Any], batch: int, whole: list[float], first: list[float]) -> dict[str, float]:
-    """Tokens a second from the seconds of answers, and of answers of one token."""
-    new_tokens, seconds, prefill = job["new_tokens"], statistics.median(whole), statistics.median(first)
+def _speeds(job: dict[str, Any], batch: int, seconds: float, prefill: float) -> dict[str, float]:
+    """Tokens a second from the ``seconds`` of answers, and those of answers of one token."""
+    new_tokens = job["new_tokens"]
     # Of a tiny model both are noise.
     decoding = max(seconds - prefill, LEAST_SHARE * seconds)
     return {

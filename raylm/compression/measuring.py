@@ -21,7 +21,8 @@ from raylm.cluster.environment import inherited_environment
 from raylm.errors import RunFailure
 from raylm.progress import ProgressBar
 
-ROUNDS = 3
+# A third round is made where two differ by more than SPREAD in a speed, of each form.
+ROUNDS, LEAST_ROUNDS, SPREAD = 3, 2, 0.05
 MEASURE_SECONDS = 1800.0
 
 
@@ -49,19 +50,32 @@ def in_rounds(
 
     Args:
         job: of a variant in a round, from 0.
-        rounds: how many, :data:`ROUNDS` by default.
+        rounds: how many; by default :data:`ROUNDS`, or fewer where the first agree.
 
     Raises:
         RunFailure: a process failed.
     """
     found: list[list[dict[str, Any]]] = [[] for _ in variants]
+    least = rounds or min(LEAST_ROUNDS, ROUNDS)
     rounds = rounds or ROUNDS
     with ProgressBar("compress: measuring speed and memory", rounds * len(variants), "measurements") as bar:
         for number in range(rounds):
             for place, variant in enumerate(variants):
                 found[place].append(run_fresh(module, job(variant, number)))
                 bar.update(bar.done + 1)
+            if number + 1 >= least and all(agree(one) for one in found):
+                break
     return found
+
+
+def agree(found: Sequence[dict[str, Any]]) -> bool:
+    """Whether rounds of one form differ by no more than :data:`SPREAD` in what they measured by batch."""
+    for name, value in found[0].items():
+        for batch in value if isinstance(value, dict) else ():
+            values = [one[name][batch] for one in found]
+            if max(values) > (1 + SPREAD) * min(values):
+                return False
+    return True
 
 
 def run_fresh(module: str, job: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ DIVERGENCE_TOKENS = 1024
 def score(job: dict[str, Any]) -> dict[str, Any]:
     """Score ``job``: engine, model, reference (a model directory or null), texts, threads.
 
-    A text is ``tokens`` (an .npy file, int64 [N]), ``length``, ``stride`` and ``batch_size`` of its windows.
+    A text is ``tokens`` (an .npy file, int64 [N]), ``length``, ``stride`` and ``batch_size`` of its windows, and
+    ``most``, the targets that are counted (or null).
 
     Returns:
         ``nats``, for each text the summed loss of each batch of windows; ``divergence``, the mean over positions of the
@@ -48,8 +49,19 @@ def _open(engine: str, model: str, threads: int) -> Any:
     return TransformersScorer(load_model(model))
 
 
+def chosen_windows(
+    count: int, length: int, stride: int, batch_size: int, most: int | None
+) -> list[list[tuple[int, int, int]]]:
+    """Batches of windows over ``count`` tokens with some ``most`` targets, evenly spaced; None for all."""
+    batches = window_batches(count, length, stride, batch_size)
+    if most is None or count <= most:
+        return batches
+    kept = max(1, round(len(batches) * most / count))
+    return [batches[number] for number in np.linspace(0, len(batches) - 1, kept).round().astype(int)]
+
+
 def _batches(tokens: np.ndarray, text: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-    windows = window_batches(len(tokens), text["length"], text["stride"], text["batch_size"])
+    windows = chosen_windows(len(tokens), text["length"], text["stride"], text["batch_size"], text.get("most"))
     return [batch_arrays(tokens, batch) for batch in windows]
 
 

@@ -89,9 +89,10 @@ def notes(report: dict[str, Any]) -> list[str]:
     # Reports of an older raylm have it at the top.
     agreed = report["after"].get("greedy_agreement") or report.get("greedy_agreement")
     if agreed is not None and agreed["identical_outputs"] == 1:
-        return ["Greedy output: both models continue every prompt with the same text."]
+        return ["Greedy output: both models continue every prompt with the same text.", *_sure(report)]
     if agreed is not None:
         return [
+            *_sure(report),
             f"Greedy output: both models continue {agreed['identical_outputs']:.0%} of the prompts with the same text; "
             f"{agreed['tokens_before_first_difference']:.0%} of the tokens come before the first difference.",
             "One token that is nearly a tie changes all that follow it, so the loss says more about quality.",
@@ -106,6 +107,16 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"{report['outputs_cosine']:.4f} on average, {report['outputs_cosine_least']:.4f} for the text where they "
         "differ most."
     ]
+
+
+def _sure(report: dict[str, Any]) -> list[str]:
+    """How much larger the loss is, and how sure that is; older reports do not say it."""
+    found = []
+    for place, where in (("", ""), ("outside_", " outside")):
+        if (ends := report["after"].get(f"{place}bits_per_byte_ratio_interval")) is not None:
+            low, high = (100 * (end - 1) for end in ends)
+            found.append(f"Loss{where} over the original's: {low:+.2f}% to {high:+.2f}% (95% interval, the same text).")
+    return found
 
 
 def _made_from(report: dict[str, Any]) -> str:

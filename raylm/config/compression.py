@@ -72,6 +72,8 @@ class CompressionSection(Section):
     """tune: takes the best model that keeps to it. compress: a chain that cannot keep to its size is refused."""
     outside: DataSection | None = None
     """Other data that quality is measured on as well, to see what is lost outside of the domain of ``data``."""
+    text_tokens: Count | None = 16384
+    """Tokens of each text that a text generator's quality is measured on, in parts spread over the text; null: all."""
     prompt_tokens: Count = 32
     """Tokens of a prompt when speed is measured."""
     new_tokens: Count = 64

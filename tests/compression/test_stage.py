@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raylm.compression.exporters.openvino import OpenVINOScorer
 from raylm.compression.generators import agreement
+from raylm.compression.measuring import agree
+from raylm.compression.quality import chosen_windows
 from raylm.compression.stage import compress
 from raylm.config import load_config
 from raylm.errors import UserError
@@ -26,18 +28,25 @@ def test_compresses_and_reports(tiny_model: Path, tmp_path: Path, capsys: pytest
         "run": {"name": "small", "storage": str(tmp_path)},
         "data": {"train": str(tmp_path / "text.txt")},
         "model": {"path": str(tiny_model)},
-        "compression": {"prompts": 8, "prompt_tokens": 8, "new_tokens": 8},
-        "evaluation": {"sequence_length": 64},
+        "compression": {"prompts": 12, "prompt_tokens": 8, "new_tokens": 8, "text_tokens": 128},
+        "evaluation": {"sequence_length": 16, "stride": 16, "batch_size": 2},
     }
     path = tmp_path / "compress.yaml"
     path.write_text(yaml.safe_dump(values))
     compress(load_config("compress", path))
-    assert "speed, 8 requests at once, tokens/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "speed, 8 requests at once, tokens/s" in printed
+    assert "Loss over the original's: " in printed
     report = json.loads((tmp_path / "small" / "report.json").read_text())
     before, after = report["before"], report["after"]
     assert after["weight_bytes"] < 0.5 * before["weight_bytes"]
     assert after["bits_per_byte"] == pytest.approx(before["bits_per_byte"], rel=0.01)
     assert before["bits_per_byte"] > 0
+    low, high = after["bits_per_byte_ratio_interval"]
+    assert low <= after["bits_per_byte"] / before["bits_per_byte"] <= high < 1.05
+    # On the same text, so that how hard it is does not widen it.
+    widest = np.ptp(after["bits_per_byte_interval"]) / after["bits_per_byte"]
+    assert high - low < 0.2 * widest
     assert all(side["tokens_per_second"][batch] > 0 for side in (before, after) for batch in ("1", "8"))
     assert all(0 < side["resident_bytes"] < side["peak_bytes"] for side in (before, after))
     assert report["logits_cosine"] > 0.99
@@ -57,6 +66,23 @@ def test_compresses_and_reports(tiny_model: Path, tmp_path: Path, capsys: pytest
 def test_agreement_counts_up_to_the_first_difference() -> None:
     result = agreement([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6]])
     assert result == {"tokens_before_first_difference": 4 / 6, "identical_outputs": 0.5}
+
+
+def test_a_part_of_a_long_text_is_spread_over_it() -> None:
+    whole = chosen_windows(10_001, 100, 100, 4, None)
+    assert whole == chosen_windows(10_001, 100, 100, 4, 10_001)
+    part = chosen_windows(10_001, 100, 100, 4, 2_000)
+    assert [batch[0][0] for batch in part] == [0, 2400, 4800, 7200, 9600]
+    assert all(batch in whole for batch in part)
+    assert len(chosen_windows(10_001, 100, 100, 4, 1)) == 1
+
+
+def test_rounds_that_differ_are_told() -> None:
+    def found(one: float, other: float) -> list[dict[str, object]]:
+        return [{"resident_bytes": value, "decode_tokens_per_second": {"1": value}} for value in (one, other)]
+
+    assert agree(found(100, 104)) and not agree(found(100, 106))
+    assert agree([{"resident_bytes": 1}, {"resident_bytes": 2}])
 
 
 def test_missing_model_is_refused(tmp_path: Path) -> None:
