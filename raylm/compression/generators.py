@@ -7,7 +7,6 @@ In: the forms as directories. Out: the figures of each for ``report.json``.
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylm.compression.measuring import Variant, in_rounds, medians, run_fresh
+from raylm.compression.measuring import Variant, agreement, in_rounds, medians, run_fresh
 from raylm.compression.quality import chosen_windows
 from raylm.config.stages import CompressConfig
 from raylm.data.loading import same_tokens
@@ -203,17 +202,6 @@ def take_prompts(stream: TextStream, count: int, length: int) -> list[list[int]]
         )
     starts = np.linspace(0, room, count, dtype=np.int64)
     return [stream.tokens[start : start + length].tolist() for start in starts]
-
-
-def agreement(before: list[list[int]], after: list[list[int]]) -> dict[str, float]:
-    """How greedy outputs agree: share of equal tokens up to the first difference, and of identical outputs."""
-    same = 0
-    for one, other in zip(before, after, strict=True):
-        same += next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
-    return {
-        "tokens_before_first_difference": same / sum(len(one) for one in before),
-        "identical_outputs": statistics.mean(one == other for one, other in zip(before, after, strict=True)),
-    }
 
 
 def check_export(model: Path, export: Path, prompts: list[list[int]], bits: int, threads: int) -> float:

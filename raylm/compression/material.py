@@ -125,7 +125,7 @@ class Material:
         from raylm.data.samples.evaluation_texts import evaluation_texts
 
         evaluation = self.task.evaluation
-        if evaluation is None or self.task.objective is None:
+        if evaluation is None or self.task.objective is None or self.task.objective.rows is None:
             tokenizer = load_tokenizer(self.source)
             texts = evaluation_texts(self.config.data, "train")
             parts = [np.unique(tokenizer(text, verbose=False)["input_ids"]) for text in texts]

@@ -6,6 +6,7 @@ compress stage, so that one engine's memory never stands in another's figures.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -25,7 +26,8 @@ LEAST_SHARE = 0.05
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure ``job``: engine, model, prompts (token ids), new_tokens, threads, outputs (whether they are wanted).
+    """Measure ``job``: engine, model, network (of an encoder-decoder), prompts (token ids, of one length), new_tokens,
+    threads, outputs (whether they are wanted).
 
     Returns:
         resident_bytes (after load, above the process before it), peak_bytes; by batch tokens_per_second (new ones, with
@@ -33,7 +35,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         first); outputs, the new tokens of every prompt.
     """
     make = {"transformers": _transformers, "openvino": _openvino}[job["engine"]]
-    generate, resident = make(job)
+    generate, resident = (_encoder_decoder if job.get("network") == "encoder_decoder" else make)(job)
     prompts, new_tokens = job["prompts"], job["new_tokens"]
     # Each batch size is warmed up, on other text than what is measured, so that no cache holds an answer already.
     backwards = [ids[::-1] for ids in prompts]
@@ -145,6 +147,19 @@ def _openvino(job: dict[str, Any]):
         return [list(handle.read_all()[0].generated_ids) for handle in handles]
 
     return generate, resident
+
+
+def _encoder_decoder(job: dict[str, Any]):
+    from raylm.models.encoder_decoders import open_scored
+    from raylm.models.heads import SEQUENCE_TO_SEQUENCE
+    from raylm.models.loading import load_config
+
+    # Libraries are no part of a model.
+    load_config(job["model"])
+    importlib.import_module("openvino" if job["engine"] == "openvino" else "transformers.models.t5.modeling_t5")
+    before = resident_bytes()
+    model = open_scored(job["model"], SEQUENCE_TO_SEQUENCE, job["threads"], engine=job["engine"])
+    return model.generate, resident_bytes() - before
 
 
 if __name__ == "__main__":

@@ -109,3 +109,14 @@ def medians(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         elif isinstance(value, int | float):
             merged[name] = statistics.median(one[name] for one in found)
     return merged
+
+
+def agreement(before: list[list[int]], after: list[list[int]]) -> dict[str, float]:
+    """How greedy outputs agree: share of equal tokens up to the first difference, and of identical outputs."""
+    same = 0
+    for one, other in zip(before, after, strict=True):
+        same += next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return {
+        "tokens_before_first_difference": same / sum(len(one) for one in before),
+        "identical_outputs": statistics.mean(one == other for one, other in zip(before, after, strict=True)),
+    }

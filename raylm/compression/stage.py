@@ -38,11 +38,11 @@ from raylm.progress import Activity
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from raylm.compression.encoders import EncoderComparison
+    from raylm.compression.encoders import ExampleComparison
     from raylm.compression.generators import Comparison
     from raylm.tasks.base import ScoredSet, Task
 
-WEIGHTS, EXPORT_WEIGHTS = "*.safetensors", "openvino_model.bin"
+WEIGHTS, EXPORT_WEIGHTS = "*.safetensors", "openvino_*model.bin"
 
 
 def compress(config: CompressConfig) -> None:
@@ -152,14 +152,14 @@ class Work:
     steps: Steps
     material: Material
 
-    def open_comparison(self, model_config: PretrainedConfig) -> Comparison | EncoderComparison:
+    def open_comparison(self, model_config: PretrainedConfig) -> Comparison | ExampleComparison:
         """What all forms of the model are measured on."""
         threads, outside = os.cpu_count() or 1, self.config.compression.outside
         if (evaluation := self.task.evaluation) is None:
             from raylm.compression.generators import open_comparison
 
             return open_comparison(self.config, self.source, model_config, threads)
-        from raylm.compression.encoders import EncoderComparison
+        from raylm.compression.encoders import ExampleComparison
 
         def open_sets(source: str) -> dict[str, ScoredSet]:
             sets = {"": evaluation.open(self.config, source)}
@@ -167,7 +167,8 @@ class Work:
                 sets["outside_"] = evaluation.open(self.config.model_copy(update={"data": outside}), source)
             return sets
 
-        return EncoderComparison(self.task, self.source, open_sets(self.source), open_sets, threads)
+        sets = open_sets(self.source)
+        return ExampleComparison(self.config.compression, self.task, self.source, sets, open_sets, threads)
 
     def make(self) -> Made:
         """Take the model through its steps, and export it."""
@@ -175,7 +176,7 @@ class Work:
         reports = run_steps(self.steps, candidate, self.directory)
         return Made(reports, candidate.directory, _assemble(candidate, self.directory))
 
-    def run(self, comparison: Comparison | EncoderComparison, keep: Callable[[], None]) -> dict[str, Any]:
+    def run(self, comparison: Comparison | ExampleComparison, keep: Callable[[], None]) -> dict[str, Any]:
         """Make the model and measure all its forms; returns the report.
 
         Args:
@@ -211,16 +212,16 @@ class Work:
         put_in_place(made.directory, self.directory / "model")
         return report
 
-    def check_export(self, comparison: Comparison | EncoderComparison, made: Made) -> dict[str, Any]:
+    def check_export(self, comparison: Comparison | ExampleComparison, made: Made) -> dict[str, Any]:
         """How close the export is to the model that it was made from.
 
         Raises:
             RunFailure: they do not agree.
         """
-        from raylm.compression.encoders import EncoderComparison
+        from raylm.compression.encoders import ExampleComparison
         from raylm.compression.generators import check_export
 
-        if isinstance(comparison, EncoderComparison):
+        if isinstance(comparison, ExampleComparison):
             return comparison.check_export(made.model, made.directory)
         bits = quantized.bits if (quantized := self.quantized) is not None else 8
         prompts = comparison.reading_of(made.model).prompts

@@ -51,7 +51,8 @@ class Row:
             return "the same"
         if 0.9 < ratio < 1.1:
             return f"{100 * (ratio - 1):+.1f}%"
-        return f"{ratio:.2g}x larger" if ratio >= 1 else f"{1 / ratio:.2g}x smaller"
+        larger, by = ratio >= 1, max(ratio, 1 / ratio)
+        return f"{by:{'.2g' if by < 100 else ',.0f'}}x {'larger' if larger else 'smaller'}"
 
 
 def rows(report: dict[str, Any]) -> list[Row]:

@@ -86,14 +86,16 @@ class BatchScorer:
 
 
 class ExampleScorer:
-    """What one Ray worker holds: a model that reads; one batch of examples a call."""
+    """What one Ray worker holds: a model that is scored on examples; one batch of them a call."""
 
     def load(self, model_path: str, task: str) -> None:
         """Load the model; not in the constructor, whose exceptions Ray does not hand on as they are."""
-        from raylm.models.encoders import TransformersEncoder
+        import torch
+
+        from raylm.models.encoder_decoders import open_scored
         from raylm.tasks import find_task
 
-        self._model = TransformersEncoder(model_path, find_task(task).head)
+        self._model = open_scored(model_path, find_task(task).head, torch.get_num_threads())
 
     def score(self, batch: Arrays) -> np.ndarray:
         """What the model gives, [n, ...]."""

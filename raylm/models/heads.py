@@ -6,6 +6,8 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from raylm.models.openvino import EXPORT_DECODER, EXPORT_ENCODER, EXPORT_MODEL
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -25,6 +27,7 @@ class Head:
         class_ending: what the names in the configuration's ``architectures`` end with; None for a head that is not
             told by it.
         exporter: optimum-intel's class that exports models with it; None where raylm exports none.
+        graphs: files of an OpenVINO export.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Head:
     what: str
     class_ending: str | None = None
     exporter: str | None = None
+    graphs: tuple[str, ...] = (EXPORT_MODEL,)
 
     def load_class(self) -> Any:
         """The transformers class."""
@@ -48,8 +52,9 @@ class Head:
 CAUSAL = Head("causal", "decoder", "AutoModelForCausalLM", ("logits",), "text generator", exporter="OVModelForCausalLM")
 MASKED = Head("masked", "encoder", "AutoModelForMaskedLM", ("logits",), "masked language model")
 SEQUENCE_TO_SEQUENCE = Head(
-    "sequence_to_sequence", "encoder_decoder", "AutoModelForSeq2SeqLM", ("logits",), "sequence-to-sequence model"
-)
+    "sequence_to_sequence", "encoder_decoder", "AutoModelForSeq2SeqLM", ("logits",), "sequence-to-sequence model",
+    exporter="OVModelForSeq2SeqLM", graphs=(EXPORT_ENCODER, EXPORT_DECODER),
+)  # fmt: skip
 # No head: the network's own last hidden states.
 NONE = Head("none", "encoder", "AutoModel", ("last_hidden_state",), "encoder", exporter="OVModelForFeatureExtraction")
 READER = Head(

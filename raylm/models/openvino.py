@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 EXPORT_FOLDER = "openvino"
 EXPORT_MODEL = "openvino_model.xml"
+# Of an encoder-decoder.
+EXPORT_ENCODER, EXPORT_DECODER = "openvino_encoder_model.xml", "openvino_decoder_model.xml"
 # OpenVINO's own tokenizer beside the model; answers that follow a schema need it.
 EXPORT_TOKENIZER, EXPORT_DETOKENIZER = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
 # Tokens of one step. Prompts are cut into steps of this size, so that a long one does not hold up the other requests,
@@ -37,7 +40,7 @@ def find_export(directory: str | Path) -> Path | None:
     """The folder of the OpenVINO export in a model ``directory`` (or that folder itself); None where there is none."""
     directory = Path(directory)
     for candidate in (directory / EXPORT_FOLDER, directory):
-        if (candidate / EXPORT_MODEL).is_file():
+        if any((candidate / name).is_file() for name in (EXPORT_MODEL, EXPORT_DECODER)):
             return candidate
     return None
 
@@ -48,29 +51,33 @@ def has_tokenizer(directory: str | Path) -> bool:
     return export is not None and all((export / name).is_file() for name in (EXPORT_TOKENIZER, EXPORT_DETOKENIZER))
 
 
-def check_export(directory: str | Path, key: str = "model.path") -> Path:
-    """The export's folder, after its graph was read against its weights; loads no weights into memory.
+def check_export(directory: str | Path, key: str = "model.path", graphs: Sequence[str] = (EXPORT_MODEL,)) -> Path:
+    """The export's folder, after its graphs were read against their weights; loads no weights into memory.
+
+    Args:
+        graphs: files that it has to have.
 
     Raises:
         UserError: there is no export, its files do not fit together, or OpenVINO is not installed.
     """
     export = find_export(directory)
     if export is None:
-        raise UserError(f"{key}: {directory} has no OpenVINO export ({EXPORT_FOLDER}/{EXPORT_MODEL})")
+        raise UserError(f"{key}: {directory} has no OpenVINO export ({EXPORT_FOLDER}/{graphs[0]})")
     try:
         import openvino
         import openvino_genai  # noqa: F401  imported to see that it is there
     except ImportError as error:
         raise UserError(f"{key}: {export} needs OpenVINO: pip install 'raylm[cpu]' ({error})") from None
-    weights = (export / EXPORT_MODEL).with_suffix(".bin")
-    if not weights.is_file():
-        raise UserError(f"{key}: {weights} is missing")
-    try:
-        openvino.Core().read_model(export / EXPORT_MODEL)
-    except RuntimeError as error:
-        # OpenVINO's text starts with its own source lines; the last line says what is wrong.
-        reason = [line for line in str(error).splitlines() if line.strip()][-1]
-        raise UserError(f"{key}: {export / EXPORT_MODEL} is damaged: {reason}") from None
+    for graph in (export / name for name in graphs):
+        for file in (graph, graph.with_suffix(".bin")):
+            if not file.is_file():
+                raise UserError(f"{key}: {file} is missing")
+        try:
+            openvino.Core().read_model(graph)
+        except RuntimeError as error:
+            # OpenVINO's text starts with its own source lines; the last line says what is wrong.
+            reason = [line for line in str(error).splitlines() if line.strip()][-1]
+            raise UserError(f"{key}: {graph} is damaged: {reason}") from None
     return export
 
 

@@ -196,18 +196,18 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
     if directory.is_dir():
         for name in ("config.json", "generation_config.json"):
             _check_json(directory / name, key)
+    model_config, tokenizer = load_config(source, key), load_tokenizer(source, key)
+    task = task_of(model_config)
+    if task.service.check is not None:
+        task.service.check(model_config, tokenizer, serving, model.path)
+    if directory.is_dir():
         chosen = serving.model_copy(update={"engine": model.engine})
         engine_key = key.removesuffix("path") + "engine" if key != "model.path" else "serving.engine"
-        generates = task_of(load_config(source, key)).generates
-        if choose_engine(source, chosen, engine_key, generates=generates) == "openvino":
+        if choose_engine(source, chosen, engine_key, generates=task.generates) == "openvino":
             check_export(source, key)
         else:
             check_weights(directory, key)
-    tokenizer = load_tokenizer(source, key)
-    model_config = load_config(source, key)
     check_vocabulary(model_config, tokenizer, source, key)
-    if (check_task := task_of(model_config).service.check) is not None:
-        check_task(model_config, tokenizer, serving, model.path)
 
 
 def _check_encoder(path: str, key: str = "serving.encoder") -> None:

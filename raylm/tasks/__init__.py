@@ -33,6 +33,8 @@ def task_of(config: PretrainedConfig) -> Task:
     for task in all_tasks():
         if task.head.is_named_in(config):
             return task
+    if config.is_encoder_decoder:
+        return find_task("span")
     return find_task("embedding" if config.model_type in ENCODERS else "causal")
 
 

@@ -35,6 +35,7 @@ from raylm.config.model import ObjectiveSection
 from raylm.config.pruning import PruneSection
 from raylm.errors import UserError
 from raylm.models.families import find_family
+from raylm.models.families.build import why_invalid
 from raylm.models.heads import CAUSAL, MASKED, SEQUENCE_TO_SEQUENCE
 from raylm.models.layers import evenly, find_blocks, keep_layers
 from raylm.tasks import make_objective
@@ -253,6 +254,43 @@ def test_refused(family: str, section: dict, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         pruned_config(PruneSection(**section), outlook(family))
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def of_heads(count: int, width: int) -> PreTrainedModel:
+    """Heads with keys and values of their own, 192 neurons, two layers."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=192, num_hidden_layers=2,
+            num_attention_heads=count, num_key_value_heads=count, max_position_embeddings=32,
+        )
+    ).eval()  # fmt: skip
+
+
+def test_a_width_may_need_fewer_heads(tmp_path: Path) -> None:
+    """transformers takes no Llama whose heads do not divide its width, in between neither."""
+    model = of_heads(3, 192)
+    config = model.config
+    given = Outlook(config, config, CAUSAL, SimpleNamespace())  # type: ignore[arg-type]
+    with pytest.raises(UserError) as caught:
+        pruned_config(PruneSection(width=128), given)
+    assert "prune: found width 128, of which transformers takes no llama model: " in str(caught.value)
+    assert "not a multiple of the number of attention heads (3)" in str(caught.value)
+    told = pruned_config(PruneSection(width=128, heads=2), given)
+    found, _ = cutter("llama", width=128, heads=2).shapes(model)
+    again = reloaded("llama", found, tmp_path)
+    assert (told.hidden_size, told.num_attention_heads, told.head_dim) == (128, 2, 64)
+    assert (again.config.hidden_size, again.config.num_attention_heads, again.config.head_dim) == (128, 2, 64)
+    assert torch.equal(logits("llama", again), logits("llama", found))
+
+
+def test_a_budget_takes_no_number_of_heads_that_is_none() -> None:
+    """Three of four heads do not divide a width of 128."""
+    before = of_heads(4, 128)
+    model, told = cutter("llama", keep=0.3).shapes(before)
+    assert why_invalid(model.config) is None
+    assert inner_parameters(model) <= 0.3 * inner_parameters(before)
+    assert "heads" in {kind for row in told["scan"] for kind in (row["cut"], *row["others"])}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

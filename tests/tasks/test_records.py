@@ -29,7 +29,7 @@ def test_every_name_has_its_record() -> None:
     ("config", "expected"),
     [
         (GPT2Config(), "causal"),
-        (T5Config(), "causal"),
+        (T5Config(), "span"),
         (BertConfig(), "embedding"),
         (BertConfig(architectures=["BertForMaskedLM"]), "embedding"),
         (BertConfig(architectures=["BertForQuestionAnswering"]), "extractive_qa"),

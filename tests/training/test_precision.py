@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from raylm.cluster.capacity import Capacity, Node
@@ -15,6 +16,7 @@ from raylm.config.stages import PretrainConfig
 from raylm.errors import UserError
 from raylm.parallel.plan.planning import make_plan
 from raylm.parallel.plan.precision import LEAST_GAIN, NARROW, LayerTimes, decide, measure, settled, with_precision
+from raylm.training.checkpoints.export import tolerated
 from raylm.training.precision import note_precision, run_precision, slower_in_bf16
 from raylm.training.stage import pretrain
 
@@ -137,3 +139,12 @@ def test_a_real_run_keeps_its_precision_and_figures(ray_instance, prepared: Path
     gain = measure(WIDE, 64, threads=1).gain
     warning = slower_in_bf16(config, wide, capacity)
     assert (not warning) or (gain < 2 and "times as long as fp32" in warning)
+
+
+def test_larger_logits_may_differ_more_in_bf16() -> None:
+    """A text generator of 99 million parameters had logits up to 30, and 0.72 between two ways to compute them."""
+    logits = torch.zeros(2, 3)
+    assert [tolerated(logits, dtype) for dtype in (torch.float32, torch.bfloat16)] == [1e-3, 0.5]
+    logits[1, 2] = -30.0
+    assert tolerated(logits, torch.bfloat16) == pytest.approx(1.8)
+    assert tolerated(logits, torch.float32) == pytest.approx(3e-3)

@@ -27,8 +27,11 @@ from raylm.models.openvino import (
     how_it_runs,
 )
 
-# The last one, which nncf imports, warns where there is a CUDA compiler and no GPU.
-EXPORT_LIBRARIES = ("nncf", "optimum", "transformers", "torch.utils.cpp_extension")
+# The last but one, which nncf imports, warns where there is a CUDA compiler and no GPU; the last traces an
+# encoder-decoder as it is, which is as well, and calls that an error.
+EXPORT_LIBRARIES = (
+    "nncf", "optimum", "transformers", "torch.utils.cpp_extension", "openvino.frontend.pytorch.utils",
+)  # fmt: skip
 
 
 def describe(quantized: QuantizeSection | None) -> str:
@@ -72,7 +75,7 @@ def _only_errors() -> Iterator[None]:
     """
     before = {name: logging.getLogger(name).level for name in EXPORT_LIBRARIES}
     for name in before:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL if name == EXPORT_LIBRARIES[-1] else logging.ERROR)
     try:
         yield
     finally:

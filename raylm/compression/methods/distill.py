@@ -116,6 +116,7 @@ def _student_config(
     Raises:
         UserError: a layer is not there, or a key is none of the configuration.
     """
+    from raylm.models.families.build import why_invalid
     from raylm.models.loading import load_config
     from raylm.models.weights import make_outline
 
@@ -133,6 +134,8 @@ def _student_config(
                 f"{KEY}.student.config: found '{key}', allowed: keys of a {config.model_type} configuration"
             )
         setattr(changed, key, value)
+    if section.config and (reason := why_invalid(changed)) is not None:
+        raise UserError(f"{KEY}.student.config: found {section.config}, which transformers does not take: {reason}")
     return changed
 
 

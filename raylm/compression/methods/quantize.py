@@ -36,17 +36,23 @@ class Quantize:
             raise UserError(f"compression.steps: quantize needs {', '.join(missing)}: pip install 'raylm[cpu]'")
         if outlook.head.exporter is None:
             raise UserError(f"compression.steps: quantize has no export of a {outlook.head.what}")
-        if section.activations == "int8" and outlook.head == CAUSAL:
+        if section.activations == "int8" and outlook.head.network != "encoder":
             raise UserError(
-                "compression.steps: quantize.activations: found int8, allowed for a text generator: float, as its "
-                "engine rounds activations while it runs"
+                f"compression.steps: quantize.activations: found int8, allowed for a {outlook.head.what}: float, as "
+                "its engine rounds activations while it runs"
             )
         if section.cache_bits != 32 and outlook.head != CAUSAL:
             raise UserError(
                 f"compression.steps: quantize.cache_bits: found {section.cache_bits}, allowed for a "
-                f"{outlook.head.what}: 32, as it keeps no keys and values"
+                f"{outlook.head.what}: 32; a cache of fewer bits is a text generator's"
             )
         if section.bits == 4:
+            # Calibration runs one graph.
+            if len(outlook.head.graphs) > 1 and section.method != "data_free" and section.recovery is None:
+                raise UserError(
+                    f"compression.steps: quantize.method: found {section.method}, allowed for a {outlook.head.what}: "
+                    "data_free, or training with the rounded weights (recovery)"
+                )
             _check_groups(section, outlook)
         return outlook.config
 
@@ -114,7 +120,9 @@ def _apply_to_graph(section: QuantizeSection, candidate: Candidate, output: Path
     samples = None
     # What training has got used to is rounded to the nearest.
     data_free = section.model_copy(update={"method": "data_free"}) if section.recovery is not None else section
-    if data_free.method not in ("data_free", "keep") or data_free.megabytes is not None or section.bits == 8:
+    several = len(candidate.head.graphs) > 1
+    aware = data_free.method not in ("data_free", "keep") or (data_free.megabytes is not None and not several)
+    if aware or section.bits == 8:
         samples = graph_samples(candidate.material, candidate.head, section)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         plain = Path(scratch) / "fp32"
@@ -122,7 +130,7 @@ def _apply_to_graph(section: QuantizeSection, candidate: Candidate, output: Path
         if section.bits == 8:
             assert samples is not None
             return to_int8_activations(plain, output, samples)
-        return to_four_bits(plain, output, data_free, samples, os.cpu_count() or 1)
+        return to_four_bits(plain, output, data_free, samples, os.cpu_count() or 1, candidate.head.graphs)
 
 
 METHOD = Quantize()

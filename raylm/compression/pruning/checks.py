@@ -12,6 +12,7 @@ from raylm.compression.pruning.zeros import linear_names
 from raylm.config.pruning import SHAPES, PruneSection
 from raylm.errors import UserError
 from raylm.models.families import find_family
+from raylm.models.families.build import why_invalid
 from raylm.models.layers import find_blocks, with_layers
 from raylm.models.weights import make_outline
 
@@ -63,7 +64,19 @@ def pruned_config(section: PruneSection, outlook: Outlook) -> PretrainedConfig:
         _least(section.neurons, count, "neurons", family.neurons.key)
         _multiple(section.neurons, "neurons")
         config = cut_config(config, family.neurons, section.neurons, count)
+    _valid(config, section)
     return config
+
+
+def _valid(config: PretrainedConfig, section: PruneSection) -> None:
+    """Refuse a configuration that transformers would not load.
+
+    Raises:
+        UserError: says why.
+    """
+    if (reason := why_invalid(config)) is not None:
+        given = ", ".join(f"{name} {count}" for name in SHAPES if (count := getattr(section, name)) is not None)
+        raise UserError(f"{KEY}: found {given}, of which transformers takes no {config.model_type} model: {reason}")
 
 
 def _check_fours(model: object) -> None:

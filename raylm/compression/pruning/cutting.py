@@ -14,11 +14,12 @@ import torch
 from raylm.compression.pruning.importance import block_scores, input_scores
 from raylm.compression.pruning.places import Place, find_places
 from raylm.compression.pruning.scan import block_sparsities, mean_loss
-from raylm.compression.pruning.shapes import Surgery
+from raylm.compression.pruning.shapes import Surgery, cut_config
 from raylm.compression.pruning.zeros import set_zeros
 from raylm.config.pruning import PruneSection
 from raylm.models.families import find_family
 from raylm.models.families.base import Family, Units
+from raylm.models.families.build import why_invalid
 from raylm.models.layers import find_blocks, keep_layers
 
 if TYPE_CHECKING:
@@ -66,9 +67,8 @@ class Cutter:
         if section.layers is not None:
             model, told["layers"] = self.layers(model, section.layers)
         if section.width is not None:
-            model = self.width(model, section.width)
-        # Without a size of their own, heads went with the width.
-        if section.heads is not None and (units := _family(model).heads) is not None and units.size_key is not None:
+            model = self.width(model, section.width, section.heads)
+        elif section.heads is not None and (units := _family(model).heads) is not None:
             model = self.units(model, units, _groups(model, units, section.heads))
         if section.neurons is not None and (units := _family(model).neurons) is not None:
             model = self.units(model, units, section.neurons)
@@ -101,13 +101,17 @@ class Cutter:
                 each |= dict.fromkeys(same, total)
         return [(place, _largest(each[place.sink].tolist(), kept)) for place in places]
 
-    def width(self, model: PreTrainedModel, kept: int) -> PreTrainedModel:
-        """``kept`` channels of the residual stream, and where that decides the heads' size as many fewer heads."""
+    def width(self, model: PreTrainedModel, kept: int, heads: int | None = None) -> PreTrainedModel:
+        """``kept`` channels of the residual stream, and ``heads`` heads of each block (None for all); where the width
+        decides the heads' size, as many fewer heads as it wants."""
         family, surgery = _family(model), Surgery(model, _family(model))
-        heads = family.heads
-        if heads is not None and heads.size_key is None:
-            size = getattr(model.config, str(family.width_key)) // getattr(model.config, heads.key)
-            surgery.units(self._chosen(model, heads, kept // size))
+        units = family.heads
+        if units is not None and units.size_key is None:
+            size = getattr(model.config, str(family.width_key)) // getattr(model.config, units.key)
+            surgery.units(self._chosen(model, units, kept // size))
+        elif units is not None and heads is not None:
+            # At once: a width that fits the fewer heads alone would be no valid configuration in between.
+            surgery.units(self._chosen(model, units, _groups(model, units, heads)))
         surgery.width(torch.as_tensor(self._channels(model, family, kept)))
         return surgery.build()
 
@@ -153,8 +157,11 @@ class Cutter:
             found.append(("layers", self.layers(model, least - max(1, round(least * SCAN_STEP)))[0]))
         if (heads := family.heads) is not None and heads.size_key is not None:
             groups = find_places(model, heads)[0].count
-            if groups > 1:
-                found.append(("heads", self.units(model, heads, groups - max(1, round(groups * SCAN_STEP)))))
+            # Not every number of heads is a valid configuration.
+            tried = range(groups - max(1, round(groups * SCAN_STEP)), 0, -1)
+            valid = (n for n in tried if why_invalid(cut_config(model.config, heads, n, groups)) is None)
+            if (kept := next(valid, None)) is not None:
+                found.append(("heads", self.units(model, heads, kept)))
         if (neurons := family.neurons) is not None:
             count = find_places(model, neurons)[0].count
             step = NEURONS_MULTIPLE * max(1, round(count * SCAN_STEP / NEURONS_MULTIPLE))

@@ -1,10 +1,10 @@
 """Weights of 4 bits, a scale and a zero point for each group of them.
 
-In: a graph in fp32, and samples. Out: the graph whose weights were rounded in the best of the ways that were asked for,
-by its loss on samples that no calibration has seen. Embeddings and the last matrix have 8 bits, as nncf does by
-default. The ways: to the nearest; AWQ (arXiv:2306.00978), which scales channels with large activations up before it
-rounds; GPTQ (arXiv:2210.17323), which makes up for each rounding in the weights that follow; scale estimation, which
-chooses scales by the error of the outputs.
+In: an export in fp32, and samples. Out: the export whose weights were rounded in the best of the ways that were asked
+for, by its loss on samples that no calibration has seen. One of several graphs is rounded without samples. Embeddings
+and the last matrix have 8 bits, as nncf does by default. The ways: to the nearest; AWQ (arXiv:2306.00978), which scales
+channels with large activations up before it rounds; GPTQ (arXiv:2210.17323), which makes up for each rounding in the
+weights that follow; scale estimation, which chooses scales by the error of the outputs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,22 @@ FINEST_SHARE = 1 / 32
 REFERENCE = "NNCF_DISABLE_OPTIMIZED_COMPRESSION"
 
 
+Graphs = dict[str, Any]
+
+
 def to_four_bits(
-    plain: Path, output: Path, section: QuantizeSection, samples: GraphSamples | None, threads: int
+    plain: Path,
+    output: Path,
+    section: QuantizeSection,
+    samples: GraphSamples | None,
+    threads: int,
+    names: Sequence[str] = (EXPORT_MODEL,),
 ) -> dict[str, Any]:
     """Write the export in ``plain``, of fp32, to ``output`` with weights of 4 bits.
 
     Args:
-        samples: None for data_free.
+        samples: None for data_free; of an export of one graph.
+        names: of its graphs.
 
     Returns:
         ``way``, the one that was taken; ``losses`` of all on what was held out, with ``fp32``; ``eight_bit_share``, the
@@ -55,24 +64,25 @@ def to_four_bits(
     shutil.copytree(plain, output)
     if section.method == "keep":
         return _kept(plain, output, section)
-    names = list(WAYS) if section.method == "auto" else [section.method]
+    ways = list(WAYS) if section.method == "auto" else [section.method]
     if samples is None:
-        _save(_compressed(plain, section, "data_free", None, 1.0), output)
-        ratio = _fit(plain, output, section, "data_free", None) if section.megabytes else 1.0
+        _save({name: _compressed(plain / name, section, "data_free", None, 1.0) for name in names}, output)
+        ratio = _fit(plain, output, section, "data_free", None, names) if section.megabytes else 1.0
         return {"way": "data_free", "eight_bit_share": 1.0 - ratio}
+    (name,) = names
     reference, losses = None, {"fp32": 0.0}
-    compiled = _compile(_read(plain), plain, threads)
+    compiled = _compile(_read(plain / name), plain, threads)
     if samples.head.network == "encoder":
         reference = samples.outputs(compiled)
     losses["fp32"] = samples.loss(compiled, reference)
     best = ""
-    for name in names:
-        graph = _compressed(plain, section, name, samples, 1.0)
-        losses[name] = samples.loss(_compile(graph, plain, threads), reference)
-        if not best or losses[name] < losses[best]:
-            best = name
-            _save(graph, output)
-    ratio = _fit(plain, output, section, best, samples) if section.megabytes else 1.0
+    for way in ways:
+        graph = _compressed(plain / name, section, way, samples, 1.0)
+        losses[way] = samples.loss(_compile(graph, plain, threads), reference)
+        if not best or losses[way] < losses[best]:
+            best = way
+            _save({name: graph}, output)
+    ratio = _fit(plain, output, section, best, samples, names) if section.megabytes else 1.0
     return {"way": best, "losses": losses, "eight_bit_share": 1.0 - ratio}
 
 
@@ -80,17 +90,19 @@ def _kept(plain: Path, output: Path, section: QuantizeSection) -> dict[str, Any]
     """Keep the codes that the weights have."""
     from raylm.compression.quantization.kept import constants, keep_codes
 
-    graph = _compressed(plain, section, "data_free", None, 1.0)
-    matrices = keep_codes(graph, constants(_read(plain)))
-    _save(graph, output)
+    graph = _compressed(plain / EXPORT_MODEL, section, "data_free", None, 1.0)
+    matrices = keep_codes(graph, constants(_read(plain / EXPORT_MODEL)))
+    _save({EXPORT_MODEL: graph}, output)
     return {"way": "keep", "matrices": matrices, "eight_bit_share": 0.0}
 
 
-def _fit(plain: Path, output: Path, section: QuantizeSection, way: str, samples: GraphSamples | None) -> float:
+def _fit(
+    plain: Path, output: Path, section: QuantizeSection, way: str, samples: GraphSamples | None, names: Sequence[str]
+) -> float:
     """Give 8 bits to as many matrices as ``section.megabytes`` has room for, those first that suffer most from 4; the
     share of the weights that keep 4 bits."""
     assert section.megabytes is not None
-    least = _megabytes(output)
+    least = sum((output / name).with_suffix(".bin").stat().st_size for name in names) / 1e6
     if least > section.megabytes:
         raise UserError(
             f"compression.steps: quantize.megabytes: found {section.megabytes:g}, allowed: {least:.4g} or more, which "
@@ -98,16 +110,16 @@ def _fit(plain: Path, output: Path, section: QuantizeSection, way: str, samples:
         )
     ratio, step = 1.0, 0.5
     while step >= FINEST_SHARE:
-        graph = _compressed(plain, section, way, samples, ratio - step)
-        if _graph_megabytes(graph) <= section.megabytes:
+        graphs = {name: _compressed(plain / name, section, way, samples, ratio - step) for name in names}
+        if sum(_graph_megabytes(graph) for graph in graphs.values()) <= section.megabytes:
             ratio -= step
-            _save(graph, output)
+            _save(graphs, output)
         step /= 2
     return ratio
 
 
-def _compressed(plain: Path, section: QuantizeSection, way: str, samples: GraphSamples | None, ratio: float) -> Any:
-    """The graph with its weights rounded.
+def _compressed(path: Path, section: QuantizeSection, way: str, samples: GraphSamples | None, ratio: float) -> Any:
+    """The graph at ``path`` with its weights rounded.
 
     Args:
         ratio: share of the weights that get 4 bits.
@@ -119,7 +131,7 @@ def _compressed(plain: Path, section: QuantizeSection, way: str, samples: GraphS
         aware = {"dataset": nncf.Dataset(samples.calibration), "subset_size": len(samples.calibration), **WAYS[way]}
     with _reference_rounding(), contextlib.redirect_stdout(io.StringIO()):
         return nncf.compress_weights(
-            _read(plain),
+            _read(path),
             mode=nncf.CompressWeightsMode.INT4_ASYM,
             ratio=ratio,
             group_size=section.group_size,
@@ -140,10 +152,10 @@ def _reference_rounding() -> Iterator[None]:
             os.environ[REFERENCE] = before
 
 
-def _read(directory: Path) -> Any:
+def _read(path: Path) -> Any:
     import openvino
 
-    return openvino.Core().read_model(directory / EXPORT_MODEL)
+    return openvino.Core().read_model(path)
 
 
 def _compile(graph: Any, directory: Path, threads: int) -> Any:
@@ -152,14 +164,12 @@ def _compile(graph: Any, directory: Path, threads: int) -> Any:
     return openvino.Core().compile_model(graph, "CPU", engine_properties(directory, threads))
 
 
-def _save(graph: Any, directory: Path) -> None:
+def _save(graphs: Graphs, directory: Path) -> None:
+    """Write graphs under their names."""
     import openvino
 
-    openvino.save_model(graph, directory / EXPORT_MODEL, compress_to_fp16=False)
-
-
-def _megabytes(directory: Path) -> float:
-    return (directory / EXPORT_MODEL).with_suffix(".bin").stat().st_size / 1e6
+    for name, graph in graphs.items():
+        openvino.save_model(graph, directory / name, compress_to_fp16=False)
 
 
 def _graph_megabytes(graph: Any) -> float:

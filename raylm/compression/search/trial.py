@@ -116,9 +116,12 @@ def _compress(config: CompressConfig, directory: Path, data: Path | None) -> dic
 def objectives(figures: dict[str, Any], task: Any) -> dict[str, float]:
     """``OBJECTIVES`` of a model, all of which are better where they are smaller."""
     if task.evaluation is None:
-        quality, milliseconds = figures["bits_per_byte"], 1e3 / figures["tokens_per_second"]["1"]
+        quality = figures["bits_per_byte"]
     else:
         measure = task.evaluation.measures[0]
         quality = figures[measure.key] * (1 if measure.better == "smaller" else -1)
+    if "tokens_per_second" in figures:
+        milliseconds = 1e3 / figures["tokens_per_second"]["1"]
+    else:
         milliseconds = figures["latency_milliseconds"]["1"]
     return dict(zip(OBJECTIVES, (quality, figures["weight_bytes"] / 1e6, milliseconds), strict=True))

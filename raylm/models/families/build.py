@@ -67,12 +67,27 @@ def build_config(
     try:
         config = AutoConfig.for_model(known.model_type, **settings)
     except (TypeError, ValueError, StrictDataclassError) as error:
-        # The last line is the reason; the ones before say which validator found it.
-        raise UserError(f"model.config: {str(error).strip().splitlines()[-1].strip()}") from None
+        raise UserError(f"model.config: {_reason(error)}") from None
     if known.own is not None:
         known.own.check(config)
     _check_shape(known, config)
     return config
+
+
+def why_invalid(config: PretrainedConfig) -> str | None:
+    """Why transformers would refuse to load a configuration that was changed; None where it would not."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        type(config).from_dict(config.to_dict())
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """The last line; the ones before say which validator found it."""
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _check_shape(known: Family, config: PretrainedConfig) -> None:

@@ -24,6 +24,9 @@ from raylm.training.checkpoints.storage import Storage
 from raylm.training.checkpoints.store import CheckpointReader
 
 SHARD_BYTES = 2 * 1024**3
+# Between logits of the reloaded and the trained model: absolute, and as a share of the largest one. Reloaded fp32
+# weights are the same bits; kernels may still differ with the shape of the batch.
+LOGITS_TOLERANCE = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.5, 0.06)}
 
 
 def export_model(
@@ -83,6 +86,15 @@ def _write_weights(reader: CheckpointReader, output: Path, dtype: torch.dtype) -
     if len(shards) > 1:
         index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2))
+
+
+def tolerated(expected: torch.Tensor, dtype: torch.dtype) -> float:
+    """How far logits of the reloaded model may be from ``expected``, of a model that computed in ``dtype``.
+
+    In bf16 each number has an error in proportion to its size, and a larger model's logits are larger.
+    """
+    absolute, share = LOGITS_TOLERANCE[dtype]
+    return max(absolute, share * float(expected.abs().max()))
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from raylm.parallel.engines.compilation import check_compilation
 from raylm.parallel.engines.environment import limit_collectives
 from raylm.tasks import make_objective
 from raylm.tasks.objective import Batch
-from raylm.training.checkpoints.export import export_model, largest_difference
+from raylm.training.checkpoints.export import export_model, largest_difference, tolerated
 from raylm.training.checkpoints.mirror import BOARD, METRICS, Mirror
 from raylm.training.checkpoints.storage import Storage
 from raylm.training.checkpoints.store import CheckpointReader, CheckpointWriter, newest_whole, whole_best
@@ -47,9 +47,6 @@ from raylm.training.loop.worker import TrainingJob, Worker
 from raylm.training.ray_train.preemption import Notice
 from raylm.training.reports.metrics import MetricsRecorder
 from raylm.training.teacher_rows import TaughtSamples
-
-# Reloaded fp32 weights are the same bits; kernels may still differ with the shape of the batch.
-LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 class TrainingLoop:
@@ -333,7 +330,7 @@ class TrainingLoop:
             export_model(source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head)
             probe = {name: values.cpu() for name, values in probe.items()}
             difference = largest_difference(output, self.objective, probe, expected, rounding_of(self.config))
-            if not difference <= LOGITS_TOLERANCE[dtype]:
+            if not difference <= tolerated(expected, dtype):
                 raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
             self.mirror.send("model", METRICS, BOARD)
         dist.barrier()

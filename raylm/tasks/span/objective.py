@@ -24,7 +24,6 @@ from raylm.data.sources.documents import Split
 from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
 from raylm.models.heads import SEQUENCE_TO_SEQUENCE, Head
-from raylm.tasks.base import GENERATION, Task
 from raylm.tasks.objective import Batch, Objective, input_tokens, need_documents
 
 if TYPE_CHECKING:
@@ -132,19 +131,39 @@ class SpanSamples:
         need_documents(shards.kind, "span", directory)
         if not shards.document_count:
             raise UserError(f"{directory} has no {split} documents; prepare it with a data.{split} source")
-        width, self._hidden, self._spans = cut
-        self._kept = width - self._hidden
-        self._windows = PackedSamples(shards, width, seed, shuffle=split == "train")
+        self._windows = PackedSamples(shards, cut[0], seed, shuffle=split == "train")
         self.count = self._windows.count
         # Validation has gaps of its own, the same at every evaluation.
-        self._seed = seed if split == "train" else ~seed
-        self._sentinels = np.array(sentinel_ids(tokenizer)[: self._spans], dtype=np.int64)
-        self._end = tokenizer.eos_token_id
+        self._gaps = Gaps(cut, seed if split == "train" else ~seed, tokenizer)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """``input_ids`` int64 [n, kept + spans + 1] and ``targets`` int64 [n, hidden + spans + 1]."""
         indices = np.asarray(indices, dtype=np.int64)
-        tokens = self._windows.windows(indices)
+        return self._gaps.hide(self._windows.windows(indices), indices)
+
+
+class Gaps:
+    """Hides spans of windows.
+
+    Args:
+        cut: what :func:`corruption` returned.
+        seed: decides the spans.
+        tokenizer: has the sentinels.
+    """
+
+    def __init__(self, cut: tuple[int, int, int], seed: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        width, self._hidden, self._spans = cut
+        self._kept, self._seed = width - self._hidden, seed
+        self._sentinels = np.array(sentinel_ids(tokenizer)[: self._spans], dtype=np.int64)
+        self._end = tokenizer.eos_token_id
+
+    def hide(self, tokens: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """``input_ids`` and ``targets`` of windows.
+
+        Args:
+            tokens: the windows, int64 [n, width].
+            indices: their numbers, int64 [n].
+        """
         rows = len(indices)
         kept, hidden = self._lengths(indices, self._kept, _KEPT), self._lengths(indices, self._hidden, _HIDDEN)
         # Kept and hidden runs take turns; [n, 2 * spans] lengths to whether each token is hidden, and in which span.
@@ -182,6 +201,3 @@ class SpanSamples:
         np.put_along_axis(result, places, values, axis=1)
         result[:, -1] = self._end
         return result
-
-
-TASK = Task(name="span", head=SEQUENCE_TO_SEQUENCE, objective=SpanObjective, service=GENERATION)

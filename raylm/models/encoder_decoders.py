@@ -1,0 +1,167 @@
+"""Encoder-decoders, in fp32 in this process or as an OpenVINO export: the loss of targets, and greedy answers.
+
+Token ids go in and come out. Both forms are called alike, so that they can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from raylm.models.encoders import Encoder, open_encoder
+from raylm.models.heads import SEQUENCE_TO_SEQUENCE, Head
+from raylm.models.loading import load_config, load_model
+from raylm.models.openvino import EXPORT_DECODER, EXPORT_ENCODER, check_export, engine_properties
+
+if TYPE_CHECKING:
+    import torch
+
+Arrays = dict[str, np.ndarray]
+
+
+class EncoderDecoder(Protocol):
+    """What reads one text and writes another, whatever computes it.
+
+    Attributes:
+        name: of the engine.
+    """
+
+    name: str
+
+    def outputs(self, batch: Arrays) -> np.ndarray:
+        """The loss of each target, nats, fp32 [n, targets].
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask`` [n, T], ``decoder_input_ids`` and ``targets`` [n, targets],
+                int64; each of these counts.
+        """
+
+    def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """The ``count`` likeliest tokens after another, for texts of one length; no token ends an answer."""
+
+
+class TransformersEncoderDecoder:
+    """An encoder-decoder in fp32 in this process.
+
+    Args:
+        path: of its directory.
+
+    Raises:
+        UserError: there is no model, or it is damaged.
+    """
+
+    name = "transformers"
+
+    def __init__(self, path: str, key: str = "model.path") -> None:
+        self._model = load_model(path, key=key, head=SEQUENCE_TO_SEQUENCE).eval()
+        self._model.generation_config.eos_token_id = None
+
+    def outputs(self, batch: Arrays) -> np.ndarray:
+        """See :class:`EncoderDecoder`."""
+        import torch
+
+        given = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+        with torch.inference_mode():
+            return _losses(self._model(**given, use_cache=False).logits, batch["targets"])
+
+    def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """See :class:`EncoderDecoder`."""
+        import torch
+
+        ids = torch.tensor(prompts)
+        with torch.inference_mode():
+            written = self._model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
+                min_new_tokens=count, pad_token_id=0,
+            )  # fmt: skip
+        # After the token that the decoder begins with.
+        return written[:, 1:].tolist()
+
+
+class OpenVinoEncoderDecoder:
+    """An encoder-decoder's OpenVINO export on the CPU.
+
+    Args:
+        directory: model directory with ``openvino/`` inside.
+        threads: threads to compute with.
+
+    Raises:
+        UserError: there is no export, it is damaged, or it is one of another kind of model.
+    """
+
+    name = "openvino"
+
+    def __init__(self, directory: str | Path, threads: int, key: str = "model.path") -> None:
+        export = check_export(directory, key, SEQUENCE_TO_SEQUENCE.graphs)
+        import openvino
+
+        core, properties = openvino.Core(), engine_properties(export, threads)
+        self._encoder, self._decoder = (
+            core.compile_model(export / name, "CPU", properties).create_infer_request()
+            for name in (EXPORT_ENCODER, EXPORT_DECODER)
+        )
+        config = load_config(str(directory), key)
+        start = config.decoder_start_token_id
+        self._start = config.pad_token_id if start is None else start
+
+    def outputs(self, batch: Arrays) -> np.ndarray:
+        """See :class:`EncoderDecoder`."""
+        import torch
+
+        read = self._read(batch["input_ids"], batch["attention_mask"])
+        logits = self._write(read, batch["attention_mask"], batch["decoder_input_ids"])
+        return _losses(torch.from_numpy(logits), batch["targets"])
+
+    def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """See :class:`EncoderDecoder`."""
+        ids = np.array(prompts, dtype=np.int64)
+        mask, last = np.ones_like(ids), np.full((len(ids), 1), self._start, dtype=np.int64)
+        read, written = self._read(ids, mask), []
+        for _ in range(count):
+            last = self._write(read, mask, last)[:, -1:].argmax(axis=-1)
+            written.append(last)
+        return np.concatenate(written, axis=1).tolist()
+
+    def _read(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Hidden states of the encoder, fp32 [n, T, width]; what was written before is forgotten."""
+        self._decoder.reset_state()
+        found = self._encoder.infer({"input_ids": input_ids, "attention_mask": mask})
+        return np.array(found["last_hidden_state"])
+
+    def _write(self, read: np.ndarray, mask: np.ndarray, input_ids: np.ndarray) -> np.ndarray:
+        """Logits, fp32 [n, time, vocabulary], after ``input_ids`` [n, time] and those before them."""
+        given: dict[str, Any] = {
+            "input_ids": input_ids,
+            "encoder_hidden_states": read,
+            "encoder_attention_mask": mask,
+            "beam_idx": np.arange(len(input_ids), dtype=np.int32),
+        }
+        return np.array(self._decoder.infer(given)["logits"])
+
+
+def _losses(logits: torch.Tensor, targets: np.ndarray) -> np.ndarray:
+    """Nats of each target [n, time] by logits [n, time, vocabulary]."""
+    import torch
+    from torch.nn import functional
+
+    found = functional.cross_entropy(logits.transpose(1, 2).float(), torch.from_numpy(targets), reduction="none")
+    return found.numpy()
+
+
+def open_scored(path: str, head: Head, threads: int, *, engine: str = "transformers") -> Encoder | EncoderDecoder:
+    """A model whose outputs a task's examples are scored by.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if head.network == "encoder":
+        return open_encoder(path, head, threads, engine=engine)
+    if engine == "openvino":
+        return OpenVinoEncoderDecoder(path, threads)
+    import torch
+
+    torch.set_num_threads(threads)
+    return TransformersEncoderDecoder(path)
