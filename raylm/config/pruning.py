@@ -26,6 +26,9 @@ class PruneSection(Section):
     """Neurons of each feed-forward network that remain; a multiple of 64."""
     width: Count | None = None
     """Width of the residual stream that remains; a multiple of 64."""
+    rotate: bool = False
+    """Before width is cut, turn the residual stream into the basis of its main directions, the same for all layers;
+    Llama only. Embeddings and output matrix, where they are one, come apart."""
     keep: float | None = Field(default=None, gt=0, lt=1)
     """Share of the parameters outside of the embeddings that remain; a scan of what each cut costs spreads it over
     layers, heads and neurons."""
@@ -62,6 +65,8 @@ class PruneSection(Section):
             raise ValueError(
                 f"found nothing to prune, allowed: one or more of {', '.join(SHAPES)}, or sparsity, or vocabulary"
             )
+        if self.rotate and self.width is None:
+            raise ValueError("rotate: found true, allowed with width")
         if self.keep is not None and len(shapes) > 1:
             other = next(name for name in shapes if name != "keep")
             raise ValueError(f"keep: leave it out with {other}")

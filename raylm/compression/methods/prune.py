@@ -28,7 +28,8 @@ class Prune:
         """All but the weights' size is measured on samples; which tokens are used, on the text itself."""
         if section.vocabulary is not None:
             return False
-        return section.criterion != "weight" or section.recovery is not None or section.spread == "sensitivity"
+        measured = section.criterion != "weight" or section.spread == "sensitivity" or section.rotate
+        return measured or section.recovery is not None
 
     def apply(self, section: PruneSection, candidate: Candidate, output: Path) -> dict[str, Any]:
         """Write the pruned model."""
@@ -62,6 +63,8 @@ class Prune:
             return "pruning to the training text's tokens"
         names = ("layers", "heads", "neurons", "width")
         parts = [f"{count} {name}" for name in names if (count := getattr(section, name)) is not None]
+        if section.rotate:
+            parts[-1] += " of the main directions"
         if section.keep is not None:
             parts.append(f"{section.keep:.0%} of the parameters")
         return f"pruning to {', '.join(parts)}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from raylm.compression.methods.base import Outlook
 from raylm.compression.pruning.places import find_places
+from raylm.compression.pruning.rotation import untied
 from raylm.compression.pruning.shapes import cut_config, width_config
 from raylm.compression.pruning.zeros import linear_names
 from raylm.config.pruning import SHAPES, PruneSection
@@ -96,6 +97,13 @@ def _narrower(section: PruneSection, config: PretrainedConfig, family: Family) -
     old = int(getattr(config, family.width_key))
     _least(width, old, "width", family.width_key)
     _multiple(width, "width")
+    if section.rotate:
+        if not family.norms:
+            raise UserError(
+                f"{KEY}.rotate: found true, allowed for a {config.model_type} model: false, as its norms take the mean "
+                "away or are not known"
+            )
+        config = untied(config)
     smaller = width_config(config, family, width)
     if family.heads.size_key is None:
         heads = int(getattr(config, family.heads.key))

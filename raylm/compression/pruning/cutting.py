@@ -13,6 +13,7 @@ import torch
 
 from raylm.compression.pruning.importance import block_scores, input_scores
 from raylm.compression.pruning.places import Place, find_places
+from raylm.compression.pruning.rotation import kept_shares, rotate, scale_norms
 from raylm.compression.pruning.scan import block_sparsities, mean_loss
 from raylm.compression.pruning.shapes import Surgery, cut_config
 from raylm.compression.pruning.zeros import set_zeros
@@ -104,16 +105,23 @@ class Cutter:
     def width(self, model: PreTrainedModel, kept: int, heads: int | None = None) -> PreTrainedModel:
         """``kept`` channels of the residual stream, and ``heads`` heads of each block (None for all); where the width
         decides the heads' size, as many fewer heads as it wants."""
-        family, surgery = _family(model), Surgery(model, _family(model))
-        units = family.heads
+        family = _family(model)
+        if self.section.rotate:
+            model = rotate(model, family, self.objective, self.batches)
+        surgery, units = Surgery(model, family), family.heads
         if units is not None and units.size_key is None:
             size = getattr(model.config, str(family.width_key)) // getattr(model.config, units.key)
             surgery.units(self._chosen(model, units, kept // size))
         elif units is not None and heads is not None:
             # At once: a width that fits the fewer heads alone would be no valid configuration in between.
             surgery.units(self._chosen(model, units, _groups(model, units, heads)))
-        surgery.width(torch.as_tensor(self._channels(model, family, kept)))
-        return surgery.build()
+        if not self.section.rotate:
+            surgery.width(torch.as_tensor(self._channels(model, family, kept)))
+            return surgery.build()
+        surgery.width(torch.arange(kept))
+        smaller, before = surgery.build(), int(getattr(model.config, str(family.width_key)))
+        scale_norms(smaller, before, kept_shares(model, family, kept, self.objective, self.batches))
+        return smaller
 
     def _channels(self, model: PreTrainedModel, family: Family, kept: int) -> list[int]:
         """By what the matrices that read the stream get of each channel, every one of them alike."""

@@ -158,6 +158,9 @@ class Family:
         fused_matrices: suffix of a weight's name -> number of matrices side by side in its last dimension.
         blocks: path of a list of blocks in a model -> configuration key of its length.
         heads, neurons: what a block can lose and still be one; None where that is not known.
+        norms: of a family whose residual stream is read through RMS norms alone, a norm of a block -> patterns
+            (fnmatch) of the matrices of the block that read what it gives.
+        final_norm: path of the norm before the output matrix, in such a family.
         reads_encoder: parts of the names of a decoder's weights that are multiplied with the encoder's tokens.
         outline: how its models are split over ranks; None for a family that trains with data parallelism only.
         own: what raylm has of a family that transformers has not.
@@ -175,6 +178,8 @@ class Family:
     blocks: dict[str, str] = field(default_factory=dict)
     heads: Units | None = None
     neurons: Units | None = None
+    norms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    final_norm: str | None = None
     reads_encoder: tuple[str, ...] = ()
     outline: Outline | None = None
     own: OwnFamily | None = None

@@ -46,6 +46,11 @@ FAMILY = Family(
         "head_dim",
     ),
     neurons=Units("intermediate_size", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
+    norms={
+        "input_layernorm": ("self_attn.[qkv]_proj",),
+        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    },
+    final_norm="model.norm",
     outline=Outline(
         splits={
             "embed_tokens": Split("vocabulary"),
