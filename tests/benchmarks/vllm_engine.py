@@ -83,9 +83,9 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from raylm.config.serving import ServingSection
+    from raylm.models.stops import end_token_ids
     from raylm.serving.engines.base import Ready
     from raylm.serving.engines.client import Engine
-    from raylm.serving.engines.opening import end_token_ids
 
     ours, theirs = Pipe()
     with theirs:

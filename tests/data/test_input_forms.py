@@ -20,7 +20,7 @@ from pyarrow.fs import FileSystem
 from raylm.config.data import DataSection
 from raylm.data.sources.blocks import Block
 from raylm.data.sources.corpus import Corpus
-from raylm.data.sources.documents import Document
+from raylm.data.sources.documents import Document, split_of
 from raylm.data.sources.readers import read_block
 from raylm.data.sources.streams import InputErrors
 from raylm.errors import UserError
@@ -138,6 +138,20 @@ def test_conversations(tmp_path):
     ]
     path.write_text('{"messages": [{"role": "user"}]}\n')
     assert refusal(path).startswith(f"{path}:1: column 'messages': a message without role and content")
+
+
+def test_conversations_with_one_system_message_are_split(tmp_path):
+    """All turns of one are on one side, but what many begin with decides nothing."""
+    path = tmp_path / "a.jsonl"
+    talks = [
+        [("system", "Be kind."), ("user", f"Hi {n}"), ("assistant", "Yes"), ("user", "And?"), ("assistant", f"No {n}")]
+        for n in range(200)
+    ]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in talk]} for talk in talks]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = [split_of(document, 0.2) for document in documents(str(path))]
+    assert sides[::2] == sides[1::2]
+    assert 20 <= sides[::2].count("validation") <= 60
 
 
 def test_squad_and_parallel_text(tmp_path):

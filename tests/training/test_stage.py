@@ -109,10 +109,13 @@ def test_finetune_learns_the_answers_and_stops_early(finished: Path, tmp_path: P
     rows = [{"prompt": f"{i} apples?", "answer": "yes"} for i in range(60)]
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    original = shutil.copytree(finished / "model", tmp_path / "original")
+    stops = json.loads((original / "generation_config.json").read_text())
+    (original / "generation_config.json").write_text(json.dumps(stops | {"eos_token_id": [7, stops["eos_token_id"]]}))
     values = {
         "run": {"name": "tuned", "storage": str(tmp_path)},
         "data": {"train": str(source), "validation_fraction": 0.2},
-        "model": {"path": str(finished)},
+        "model": {"path": str(original)},
         "training": {
             "steps": 400, "batch_size": 4, "sequence_length": 32, "learning_rate": 0.01, "schedule": "constant",
             "evaluate_every_steps": 10, "early_stopping": {"patience": 2, "minimum_change": 0.01},
@@ -126,6 +129,9 @@ def test_finetune_learns_the_answers_and_stops_early(finished: Path, tmp_path: P
     assert report["stopped_early"]
     assert report["best_validation_loss"] < 0.2
     assert report["exported_step"] <= report["step"] < 400
+    # What ended the original's answers ends this one's.
+    kept = json.loads((tmp_path / "tuned" / "model" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == [stops["eos_token_id"], 7]
 
 
 @pytest.mark.parametrize(

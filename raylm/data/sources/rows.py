@@ -140,7 +140,8 @@ def _squad_pair(row: Mapping[str, Any], fields: FieldsSection) -> Iterator[Docum
 def _conversation(row: Mapping[str, Any], fields: FieldsSection) -> Iterator[Document]:
     """A pair for every answer of a conversation, with what was said before as its context.
 
-    All turns of one conversation are on one side of the split.
+    All turns of one conversation are on one side of the split, which the whole of it decides: many begin with the same
+    words of the system.
     """
     messages = row.get(fields.messages)
     if messages is None or messages == []:
@@ -155,7 +156,7 @@ def _conversation(row: Mapping[str, Any], fields: FieldsSection) -> Iterator[Doc
             raise ValueError(f"column '{fields.messages}': a message without role and content; allowed: both, as text")
         content = _content(message.get("content", message.get("value")), fields.messages)
         turns.append((role, _encodable(content, fields.messages)))
-    key = turns[0][1]
+    key = "\n".join(f"{role}: {content}" for role, content in turns)
     answered = False
     for number, (role, content) in enumerate(turns):
         if role not in ANSWERING or number == 0 or turns[number - 1][0] in ANSWERING or not content.strip():

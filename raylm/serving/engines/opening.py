@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
-from pathlib import Path
 
 from raylm.config.serving import ServingSection
 from raylm.data.loading import load_tokenizer
@@ -13,6 +11,7 @@ from raylm.models.encoders import encoder_positions, open_encoder
 from raylm.models.heads import Head
 from raylm.models.loading import load_config, load_model
 from raylm.models.openvino import find_export
+from raylm.models.stops import end_token_ids, read_json
 from raylm.serving.engines.base import Backend
 
 
@@ -101,27 +100,8 @@ def load_encoder(source: str, serving: ServingSection, head: Head, *, threads: i
     return EncoderBackend(encoder, config.pad_token_id or 0, encoder_positions(config))
 
 
-def end_token_ids(source: str) -> frozenset[int]:
-    """Ids that end a text: those of generation_config.json, else of config.json; may be empty."""
-    for values in (_read_json(source, "generation_config.json"), _read_json(source, "config.json")):
-        ids = values.get("eos_token_id")
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()
-
-
 def context_length(source: str) -> int | None:
     """Positions of the model, prompt and answer together; None where it has no limit."""
-    values = _read_json(source, "config.json")
+    values = read_json(source, "config.json")
     limits = (values.get(key) for key in ("max_position_embeddings", "n_positions", "max_sequence_length"))
     return next((int(limit) for limit in limits if limit), None)
-
-
-def _read_json(source: str, name: str) -> dict:
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    from transformers.utils import cached_file
-
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}

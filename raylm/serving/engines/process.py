@@ -214,7 +214,8 @@ def main(descriptor: int) -> None:
     # Ctrl-C in a terminal reaches every process; the replica decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(descriptor) as connection:
-        from raylm.serving.engines.opening import choose_engine, end_token_ids, load_backend, load_encoder
+        from raylm.models.stops import end_token_ids
+        from raylm.serving.engines.opening import choose_engine, load_backend, load_encoder
         from raylm.tasks import find_task
 
         source, serving, threads, name = connection.recv()

@@ -19,6 +19,7 @@ from raylm.data.loading import load_tokenizer
 from raylm.models.families.build import build_empty
 from raylm.models.heads import CAUSAL, Head
 from raylm.models.loading import load_model
+from raylm.models.stops import stop_tokens
 from raylm.tasks.objective import Batch, Objective
 from raylm.training.checkpoints.storage import Storage
 from raylm.training.checkpoints.store import CheckpointReader
@@ -36,10 +37,12 @@ def export_model(
     output: Path,
     dtype: torch.dtype,
     head: Head = CAUSAL,
+    source: str | None = None,
 ) -> None:
     """Write ``output`` (config, safetensors, tokenizer, generation config) from ``checkpoint``; it appears whole.
 
     Args:
+        source: of the model that training began with, whose stop tokens stay.
         head: the model's head (:mod:`raylm.models.heads`).
         dtype: type of the weights on disk.
     """
@@ -57,9 +60,10 @@ def export_model(
         tokenizer.model_max_length = positions
     tokenizer.save_pretrained(partial)
     if empty.can_generate():
+        stops = stop_tokens(tokenizer, source)
         GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops if len(stops) > 1 else tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
         ).save_pretrained(partial)

@@ -327,7 +327,10 @@ class TrainingLoop:
             self._check_owner()
             dtype = torch.bfloat16 if self.bf16 else torch.float32
             output = self.job.directory / "model"
-            export_model(source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head)
+            export_model(
+                source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head,
+                self.job.model_source,
+            )  # fmt: skip
             probe = {name: values.cpu() for name, values in probe.items()}
             difference = largest_difference(output, self.objective, probe, expected, rounding_of(self.config))
             if not difference <= tolerated(expected, dtype):
