@@ -54,8 +54,9 @@ def losses(given: argparse.Namespace, way: str, rate: float, directory: Path) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("student", "teacher", "data"):
-        parser.add_argument(name)
+    parser.add_argument("student")
+    parser.add_argument("teacher")
+    parser.add_argument("data")
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--rates", default="5e-4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,16 @@ def test_groups_without_a_range_and_of_one_sign() -> None:
     assert torch.equal(found[0], torch.zeros(64))
     # Zero is always among the values, so that what is far from it has few of them.
     assert torch.allclose(found, weight, atol=0.08)
+
+
+def test_what_is_measured_once_gives_the_same_weights(plain: Path, tmp_path: Path) -> None:
+    section = QuantizeSection(bits=4, group_size=GROUP, method="awq_scale_estimation")
+    kept = dataclasses.replace(samples(), statistics=tmp_path / "statistics")
+    for name, given in (("first", kept), ("again", kept), ("anew", samples())):
+        to_four_bits(plain, tmp_path / name, section, given, 1)
+    assert any((tmp_path / "statistics").iterdir())
+    written = [(tmp_path / name / EXPORT_MODEL).with_suffix(".bin").read_bytes() for name in ("first", "again", "anew")]
+    assert written[0] == written[1] == written[2]
 
 
 def test_the_best_way_on_held_out_text_is_taken(plain: Path, tmp_path: Path) -> None:

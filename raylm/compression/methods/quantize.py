@@ -5,6 +5,7 @@ The exporter rounds. Training beforehand (QAT) computes with weights that are ro
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from importlib.util import find_spec
@@ -130,6 +131,8 @@ def _apply_to_graph(section: QuantizeSection, candidate: Candidate, output: Path
         if section.bits == 8:
             assert samples is not None
             return to_int8_activations(plain, output, samples)
+        if samples is not None:
+            samples = dataclasses.replace(samples, statistics=Path(scratch) / "statistics")
         return to_four_bits(plain, output, data_free, samples, os.cpu_count() or 1, candidate.head.graphs)
 
 

@@ -129,6 +129,10 @@ def _compressed(path: Path, section: QuantizeSection, way: str, samples: GraphSa
     aware: dict[str, Any] = {}
     if samples is not None and (WAYS[way] or ratio < 1.0):
         aware = {"dataset": nncf.Dataset(samples.calibration), "subset_size": len(samples.calibration), **WAYS[way]}
+        if samples.statistics is not None:
+            # Measured once for all ways.
+            kept = nncf.AdvancedCompressionParameters(statistics_path=str(samples.statistics))
+            aware["advanced_parameters"] = kept
     with _reference_rounding(), contextlib.redirect_stdout(io.StringIO()):
         return nncf.compress_weights(
             _read(path),

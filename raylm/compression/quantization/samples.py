@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,11 +29,13 @@ class GraphSamples:
     Attributes:
         calibration: what activations are measured on, a sample each.
         held_out: further ones, which the calibration has not seen; ``targets`` among them.
+        statistics: folder where what was measured of the activations is kept, of one graph.
     """
 
     head: Head
     calibration: list[Arrays]
     held_out: list[Arrays]
+    statistics: Path | None = None
 
     def loss(self, compiled: Any, reference: Sequence[np.ndarray] | None) -> float:
         """How badly a compiled graph does on what was held out; smaller is better.
