@@ -61,7 +61,7 @@ def chosen_windows(
 
 
 def _batches(tokens: np.ndarray, text: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-    windows = chosen_windows(len(tokens), text["length"], text["stride"], text["batch_size"], text.get("most"))
+    windows = chosen_windows(len(tokens), text["length"], text["stride"], text["batch_size"], text["most"])
     return [batch_arrays(tokens, batch) for batch in windows]
 
 

@@ -44,18 +44,16 @@ def rotate(model: PreTrainedModel, family: Family, objective: Objective, batches
         model: is left as it is; of a ``family`` with ``norms``.
         batches: samples that the directions are found on.
     """
-    basis = _principal(model, norm_readers(model, family), objective, batches)
-    state = dict(model.state_dict())
-    readers = {reader for names in norm_readers(model, family).values() for reader in names}
-    embedding, head = (_name(model, module) for module in (model.get_input_embeddings(), model.get_output_embeddings()))
-    for norm, names in norm_readers(model, family).items():
+    norms, state = norm_readers(model, family), dict(model.state_dict())
+    basis = _principal(model, norms, objective, batches)
+    for norm, names in norms.items():
         for name in names:
             # In fp64: errors of a product would add up over the blocks.
             weight = state[f"{name}.weight"].double() * state[f"{norm}.weight"].double()
             state[f"{name}.weight"] = (weight @ basis).float()
         state[f"{norm}.weight"] = torch.ones_like(state[f"{norm}.weight"])
-    assert head in readers
-    state[f"{embedding}.weight"] = (model.get_input_embeddings().weight.double() @ basis).float()
+    embedding = model.get_input_embeddings()
+    state[f"{_name(model, embedding)}.weight"] = (embedding.weight.double() @ basis).float()
     for place in all_places(model, family):
         state[f"{place.sink}.weight"] = (basis.t() @ state[f"{place.sink}.weight"].double()).float()
         if (bias := state.get(f"{place.sink}.bias")) is not None:
