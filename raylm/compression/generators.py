@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylm.compression.measuring import Variant, agreement, in_rounds, medians, run_fresh
+from raylm.compression.measuring import Variant, agreement, in_rounds, medians
 from raylm.compression.quality import chosen_windows
 from raylm.config.stages import CompressConfig
 from raylm.data.loading import same_tokens
 from raylm.errors import RunFailure, UserError
 from raylm.evaluation.perplexity import TextStream, TransformersScorer
-from raylm.progress import Activity
 from raylm.tasks.intervals import ratio_interval
 
 if TYPE_CHECKING:
@@ -84,53 +83,42 @@ class Comparison:
     def figures(self, variants: Sequence[Variant], rounds: int | None = None) -> list[dict[str, Any]]:
         """Of each variant, the first of which is the original: quality and agreement with that, memory and speed."""
         readings = {variant.path: self.reading_of(variant.path) for variant in variants}
-        qualities = self._qualities(variants, readings)
+        original = variants[0].path
+        with tempfile.TemporaryDirectory() as directory:
+            texts = {path: self._saved(reading, Path(directory)) for path, reading in readings.items()}
 
-        def speed_job(variant: Variant, number: int) -> dict[str, Any]:
-            return {
-                "engine": variant.engine, "model": variant.path, "prompts": readings[variant.path].prompts,
-                "new_tokens": self.config.compression.new_tokens, "threads": self.threads, "outputs": number == 0,
-            }  # fmt: skip
+            def job(variant: Variant, number: int) -> dict[str, Any]:
+                compared = variant.path != original and readings[variant.path] is self.reading
+                # Once, in a process that measured speed: to start one takes as long as to score a small model.
+                scoring = {"reference": original if compared else None, "texts": texts[variant.path]}
+                return {
+                    "engine": variant.engine, "model": variant.path, "prompts": readings[variant.path].prompts,
+                    "new_tokens": self.config.compression.new_tokens, "threads": self.threads, "outputs": number == 0,
+                    "scoring": scoring if number == 0 else None,
+                }  # fmt: skip
 
-        rounds = in_rounds(variants, "raylm.compression.measure", speed_job, rounds)
-        outputs = [found[0].pop("outputs") for found in rounds]
+            rounds = in_rounds(variants, "raylm.compression.measure", job, rounds)
+        outputs, scored = ([found[0].pop(name) for found in rounds] for name in ("outputs", "scored"))
         figures = []
         for place, (variant, found) in enumerate(zip(variants, rounds, strict=True)):
-            alike = {}
+            reading, alike, nats = readings[variant.path], {}, None
             # Other tokens are no tokens to compare.
-            if place and readings[variant.path] is self.reading:
-                alike["greedy_agreement"] = agreement(outputs[0], outputs[place])
-            figures.append({**medians(found), **qualities[place], **alike})
+            if place and reading is self.reading:
+                alike["greedy_agreement"], nats = agreement(outputs[0], outputs[place]), scored[0]["nats"]
+            figures.append({**medians(found), **self._quality(reading.texts, scored[place], nats), **alike})
         return figures
 
-    def _qualities(self, variants: Sequence[Variant], readings: Mapping[str, Reading]) -> list[dict[str, Any]]:
-        found, originals = [], None
-        with Activity("compress: measuring bits per byte") as activity:
-            for place, variant in enumerate(variants):
-                activity.change(f"compress: measuring bits per byte, {variant.name}")
-                reading = readings[variant.path]
-                compared = place > 0 and reading is self.reading
-                job = {
-                    "engine": variant.engine, "model": variant.path, "threads": self.threads,
-                    "reference": variants[0].path if compared else None,
-                }  # fmt: skip
-                scored = self._scored(reading.texts, job)
-                originals = originals or scored["nats"]
-                found.append(self._quality(reading.texts, scored, originals if compared else None))
-        return found
-
-    def _scored(self, texts: Sequence[Text], job: dict[str, Any]) -> dict[str, Any]:
-        """What a process of its own scores of the texts."""
+    def _saved(self, reading: Reading, directory: Path) -> list[dict[str, Any]]:
+        """The texts for :func:`raylm.compression.quality.score`, their tokens in files of ``directory``."""
         length, stride, batch_size = self.window
-        with tempfile.TemporaryDirectory() as directory:
-            jobs = []
-            for number, text in enumerate(texts):
-                path = Path(directory) / f"{number}.npy"
+        found = []
+        for number, text in enumerate(reading.texts):
+            path = directory / f"{id(reading)}-{number}.npy"
+            if not path.exists():
                 np.save(path, text.stream.tokens)
-                most = self.config.compression.text_tokens
-                window = {"length": length, "stride": stride, "batch_size": batch_size, "most": most}
-                jobs.append({"tokens": str(path), **window})
-            return run_fresh("raylm.compression.quality", job | {"texts": jobs})
+            window = {"length": length, "stride": stride, "batch_size": batch_size}
+            found.append({"tokens": str(path), "most": self.config.compression.text_tokens, **window})
+        return found
 
     def _quality(
         self, texts: Sequence[Text], scored: dict[str, Any], originals: list[list[float]] | None

@@ -1,4 +1,4 @@
-"""Memory and speed of one engine on one model, measured in a process of its own.
+"""Memory and speed of one engine on one model, and how well it predicts text, measured in a process of its own.
 
 ``python -m raylm.compression.measure JOB.json`` reads the job, measures, and prints one JSON object. Run by the
 compress stage, so that one engine's memory never stands in another's figures.
@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from raylm.compression.quality import score
+
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 BATCH_SIZES = (1, 8)
@@ -27,13 +29,20 @@ LEAST_SHARE = 0.05
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Measure ``job``: engine, model, network (of an encoder-decoder), prompts (token ids, of one length), new_tokens,
-    threads, outputs (whether they are wanted).
+    threads, outputs (whether they are wanted), scoring (None, or reference and texts as
+    :func:`raylm.compression.quality.score` takes them).
 
     Returns:
         resident_bytes (after load, above the process before it), peak_bytes; by batch tokens_per_second (new ones, with
         the prompt's time), prefill_tokens_per_second (of prompts) and decode_tokens_per_second (new ones after the
-        first); outputs, the new tokens of every prompt.
+        first); outputs, the new tokens of every prompt; scored, where scoring is asked for.
     """
+    found = _speed(job)
+    # The engine is gone by now, and its memory was measured.
+    return found if job.get("scoring") is None else {**found, "scored": score(job | job["scoring"])}
+
+
+def _speed(job: dict[str, Any]) -> dict[str, Any]:
     make = {"transformers": _transformers, "openvino": _openvino}[job["engine"]]
     generate, resident = (_encoder_decoder if job.get("network") == "encoder_decoder" else make)(job)
     prompts, new_tokens = job["prompts"], job["new_tokens"]

@@ -1,8 +1,7 @@
 """Figures of models as a fresh process finds them: the artifact is loaded again, and nothing of another is in memory.
 
-In: jobs for :mod:`raylm.compression.measure`, :mod:`raylm.compression.measure_encoder` and
-:mod:`raylm.compression.quality`. Out: what they print. Speed is measured in rounds over all models, so that a machine
-that slows down slows all of them.
+In: jobs for :mod:`raylm.compression.measure` and :mod:`raylm.compression.measure_encoder`. Out: what they print. Speed
+is measured in rounds over all models, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from raylm.progress import ProgressBar
 
 # A third round is made where two differ by more than SPREAD in a speed, of each form.
 ROUNDS, LEAST_ROUNDS, SPREAD = 3, 2, 0.05
+# What the figures by batch end in.
+MEASURED = ("_per_second", "_milliseconds")
 MEASURE_SECONDS = 1800.0
 
 
@@ -58,7 +59,7 @@ def in_rounds(
     found: list[list[dict[str, Any]]] = [[] for _ in variants]
     least = rounds or min(LEAST_ROUNDS, ROUNDS)
     rounds = rounds or ROUNDS
-    with ProgressBar("compress: measuring speed and memory", rounds * len(variants), "measurements") as bar:
+    with ProgressBar("compress: measuring the forms", rounds * len(variants), "measurements") as bar:
         for number in range(rounds):
             for place, variant in enumerate(variants):
                 found[place].append(run_fresh(module, job(variant, number)))
@@ -69,9 +70,9 @@ def in_rounds(
 
 
 def agree(found: Sequence[dict[str, Any]]) -> bool:
-    """Whether rounds of one form differ by no more than :data:`SPREAD` in what they measured by batch."""
+    """Whether rounds of one form differ by no more than :data:`SPREAD` in their speeds."""
     for name, value in found[0].items():
-        for batch in value if isinstance(value, dict) else ():
+        for batch in value if name.endswith(MEASURED) else ():
             values = [one[name][batch] for one in found]
             if max(values) > (1 + SPREAD) * min(values):
                 return False

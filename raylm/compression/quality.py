@@ -1,13 +1,7 @@
-"""How well one form of a text generator predicts text, found in a process of its own.
-
-``python -m raylm.compression.quality JOB.json`` reads the job, scores, and prints one JSON object.
-"""
+"""How well one form of a text generator predicts text."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +82,3 @@ def summed_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
 
     found, expected = (torch.from_numpy(one).log_softmax(dim=-1) for one in (logits, reference))
     return float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
-
-
-if __name__ == "__main__":
-    print(json.dumps(score(json.loads(Path(sys.argv[1]).read_text()))))
