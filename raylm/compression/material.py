@@ -42,6 +42,7 @@ class Material:
     task: Task
     source: str
     _checked: Checked | None = field(default=None, repr=False)
+    _section: TrainingSection = field(default_factory=lambda: TrainingSection(steps=1), repr=False)
     _directory: Path | None = None
 
     def check(self, sections: list[TrainingSection]) -> None:
@@ -60,7 +61,8 @@ class Material:
                 f"compression.steps: found a step that reads training samples, allowed for a {self.task.head.what}: "
                 "quantize to 8 bits alone, as it has no objective to train by"
             )
-        for section in sections or [TrainingSection(steps=1)]:
+        self._section = sections[0] if sections else self._section
+        for section in sections or [self._section]:
             self._checked = validate(self.training(self.source, section, self.config.run.directory))
 
     def prepare(self) -> None:
@@ -68,7 +70,7 @@ class Material:
         from raylm.training.inputs import ensure_data
 
         assert self._checked is not None
-        config = self.training(self.source, TrainingSection(steps=1), self.config.run.directory)
+        config = self.training(self.source, self._section, self.config.run.directory)
         with ray_session():
             self._directory, _ = ensure_data(config, self.config.run.directory, self._checked)
 

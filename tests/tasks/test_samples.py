@@ -17,7 +17,7 @@ from raylm.data.samples.token_samples import IGNORED, PackedSamples
 from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
 from raylm.tasks import make_objective
-from raylm.tasks.span import corruption, sentinel_ids
+from raylm.tasks.span.objective import corruption, sentinel_ids
 
 
 @pytest.fixture(scope="module")
