@@ -18,6 +18,7 @@ from raylm.models.openvino import EXPORT_DECODER, EXPORT_ENCODER, check_export, 
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 Arrays = dict[str, np.ndarray]
 
@@ -103,9 +104,7 @@ class OpenVinoEncoderDecoder:
             core.compile_model(export / name, "CPU", properties).create_infer_request()
             for name in (EXPORT_ENCODER, EXPORT_DECODER)
         )
-        config = load_config(str(directory), key)
-        start = config.decoder_start_token_id
-        self._start = config.pad_token_id if start is None else start
+        self._start = decoder_start(load_config(str(directory), key))
 
     def outputs(self, batch: Arrays) -> np.ndarray:
         """See :class:`EncoderDecoder`."""
@@ -140,6 +139,12 @@ class OpenVinoEncoderDecoder:
             "beam_idx": np.arange(len(input_ids), dtype=np.int32),
         }
         return np.array(self._decoder.infer(given)["logits"])
+
+
+def decoder_start(config: PretrainedConfig) -> int:
+    """The token that a decoder begins with."""
+    start = config.decoder_start_token_id
+    return config.pad_token_id if start is None else start
 
 
 def _losses(logits: torch.Tensor, targets: np.ndarray) -> np.ndarray:

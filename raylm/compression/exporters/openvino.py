@@ -27,11 +27,16 @@ from raylm.models.openvino import (
     how_it_runs,
 )
 
-# The last but one, which nncf imports, warns where there is a CUDA compiler and no GPU; the last traces an
-# encoder-decoder as it is, which is as well, and calls that an error.
-EXPORT_LIBRARIES = (
-    "nncf", "optimum", "transformers", "torch.utils.cpp_extension", "openvino.frontend.pytorch.utils",
-)  # fmt: skip
+# Libraries of the export, and from which level on they report.
+EXPORT_LEVELS = {
+    "nncf": logging.ERROR,
+    "optimum": logging.ERROR,
+    "transformers": logging.ERROR,
+    # nncf imports it, and it warns where there is a CUDA compiler and no GPU.
+    "torch.utils.cpp_extension": logging.ERROR,
+    # It traces an encoder-decoder as it is, which is as well, and calls that an error.
+    "openvino.frontend.pytorch.utils": logging.CRITICAL,
+}
 
 
 def describe(quantized: QuantizeSection | None) -> str:
@@ -73,9 +78,9 @@ def _only_errors() -> Iterator[None]:
     Tracing a model reads every attribute and calls it by old argument names, each of which transformers warns of.
     optimum looks for a directory in the hub's cache where the hub is switched off, and warns that it is not there.
     """
-    before = {name: logging.getLogger(name).level for name in EXPORT_LIBRARIES}
-    for name in before:
-        logging.getLogger(name).setLevel(logging.CRITICAL if name == EXPORT_LIBRARIES[-1] else logging.ERROR)
+    before = {name: logging.getLogger(name).level for name in EXPORT_LEVELS}
+    for name, level in EXPORT_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:

@@ -15,15 +15,15 @@ from raylm.config.model import ObjectiveSection
 from raylm.config.stages import CompressConfig, EvaluateConfig
 from raylm.data.loading import load_tokenizer
 from raylm.data.samples.evaluation_texts import evaluation_texts
-from raylm.data.samples.token_samples import IGNORED
 from raylm.errors import RunFailure, UserError
+from raylm.models.encoder_decoders import decoder_start
 from raylm.models.loading import load_config
 from raylm.tasks.base import Arrays, Batches, ScoredSet, by_length
 from raylm.tasks.intervals import ratio_interval
 from raylm.tasks.span.objective import Gaps, SpanObjective, corruption
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # As the authors trained on (T5, section 3.1.4).
 DEFAULT_LENGTH = 512
@@ -76,7 +76,7 @@ class GapWindows:
             for text, target, found in zip(batch["input_ids"], batch["targets"], losses, strict=True):
                 yield {
                     "text": self._tokenizer.decode(text),
-                    "target": self._tokenizer.decode(target[target != IGNORED]),
+                    "target": self._tokenizer.decode(target),
                     "loss": float(found.mean()),
                 }
 
@@ -103,7 +103,9 @@ def open_gaps(config: EvaluateConfig | CompressConfig, source: str) -> GapWindow
     most = config.compression.text_tokens if isinstance(config, CompressConfig) else None
     if most is not None and len(tokens) > most:
         windows = windows[np.linspace(0, count - 1, max(1, most // cut[0])).round().astype(int)]
-    return GapWindows(windows, Gaps(cut, SEED, tokenizer), tokenizer, _start(model), (length, section.batch_size))
+    return GapWindows(
+        windows, Gaps(cut, SEED, tokenizer), tokenizer, decoder_start(model), (length, section.batch_size)
+    )
 
 
 def _tokens(config: EvaluateConfig | CompressConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -113,11 +115,6 @@ def _tokens(config: EvaluateConfig | CompressConfig, tokenizer: PreTrainedTokeni
         for text in evaluation_texts(config.data, config.evaluation.split)
     ]
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64)
-
-
-def _start(config: PretrainedConfig) -> int:
-    start = config.decoder_start_token_id
-    return config.pad_token_id if start is None else start
 
 
 def closeness(scored: ScoredSet, before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> dict[str, Any]:
