@@ -260,11 +260,19 @@ def report(
             show_default=False,
         ),
     ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON list of other tools' models, for the plots of compression: name, quality or quality_ratio, "
+            "megabytes, p50_milliseconds.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a page about a run of any stage, also one that is still going, or compare several on one page."""
     from raylm.reports.report import write_report
 
-    print(write_report(runs, output))
+    print(write_report(runs, output, beside))
 
 
 @app.command()

@@ -5,7 +5,7 @@ Token ids go in and come out. Both forms are called alike, so that they can be c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -100,45 +100,70 @@ class OpenVinoEncoderDecoder:
         import openvino
 
         core, properties = openvino.Core(), engine_properties(export, threads)
-        self._encoder, self._decoder = (
-            core.compile_model(export / name, "CPU", properties).create_infer_request()
-            for name in (EXPORT_ENCODER, EXPORT_DECODER)
-        )
+        compiled = {name: core.compile_model(export / name, "CPU", properties) for name in SEQUENCE_TO_SEQUENCE.graphs}
+        self._graphs = Graphs(compiled)
         self._start = decoder_start(load_config(str(directory), key))
 
     def outputs(self, batch: Arrays) -> np.ndarray:
         """See :class:`EncoderDecoder`."""
-        import torch
-
-        read = self._read(batch["input_ids"], batch["attention_mask"])
-        logits = self._write(read, batch["attention_mask"], batch["decoder_input_ids"])
-        return _losses(torch.from_numpy(logits), batch["targets"])
+        return self._graphs.losses(batch)
 
     def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         """See :class:`EncoderDecoder`."""
         ids = np.array(prompts, dtype=np.int64)
         mask, last = np.ones_like(ids), np.full((len(ids), 1), self._start, dtype=np.int64)
-        read, written = self._read(ids, mask), []
+        read, written = self._graphs.read(ids, mask), []
         for _ in range(count):
-            last = self._write(read, mask, last)[:, -1:].argmax(axis=-1)
+            last = self._graphs.write(read, mask, last)[:, -1:].argmax(axis=-1)
             written.append(last)
         return np.concatenate(written, axis=1).tolist()
 
-    def _read(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+
+class Graphs:
+    """The two compiled graphs of an export.
+
+    Args:
+        compiled: by their names.
+    """
+
+    def __init__(self, compiled: Mapping[str, Any]) -> None:
+        self._encoder, self._decoder = (
+            compiled[name].create_infer_request() for name in (EXPORT_ENCODER, EXPORT_DECODER)
+        )
+
+    def read(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Hidden states of the encoder, fp32 [n, T, width]; what was written before is forgotten."""
         self._decoder.reset_state()
         found = self._encoder.infer({"input_ids": input_ids, "attention_mask": mask})
         return np.array(found["last_hidden_state"])
 
-    def _write(self, read: np.ndarray, mask: np.ndarray, input_ids: np.ndarray) -> np.ndarray:
+    def write(self, read: np.ndarray, mask: np.ndarray, input_ids: np.ndarray) -> np.ndarray:
         """Logits, fp32 [n, time, vocabulary], after ``input_ids`` [n, time] and those before them."""
-        given: dict[str, Any] = {
-            "input_ids": input_ids,
-            "encoder_hidden_states": read,
-            "encoder_attention_mask": mask,
-            "beam_idx": np.arange(len(input_ids), dtype=np.int32),
-        }
-        return np.array(self._decoder.infer(given)["logits"])
+        return np.array(self._decoder.infer(decoder_inputs(read, mask, input_ids))["logits"])
+
+    def losses(self, batch: Arrays) -> np.ndarray:
+        """Nats of each target, fp32 [n, targets]; see :meth:`EncoderDecoder.outputs`."""
+        import torch
+
+        read = self.read(batch["input_ids"], batch["attention_mask"])
+        logits = self.write(read, batch["attention_mask"], batch["decoder_input_ids"])
+        return _losses(torch.from_numpy(logits), batch["targets"])
+
+
+def decoder_inputs(read: np.ndarray, mask: np.ndarray, input_ids: np.ndarray) -> Arrays:
+    """What the decoder's graph takes.
+
+    Args:
+        read: the encoder's hidden states, fp32 [n, T, width].
+        mask: of the text, int64 [n, T].
+        input_ids: of the decoder, int64 [n, time].
+    """
+    return {
+        "input_ids": input_ids,
+        "encoder_hidden_states": read,
+        "encoder_attention_mask": mask,
+        "beam_idx": np.arange(len(input_ids), dtype=np.int32),
+    }
 
 
 def decoder_start(config: PretrainedConfig) -> int:

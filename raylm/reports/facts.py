@@ -141,9 +141,12 @@ def sections(run: Run) -> dict[str, str]:
     if run.report is None:
         return found
     if run.stage == "tune":
-        found = {"Trials": search(run.report) if "front" in run.report else _trials(run.report)} | found
+        found = {"Trials": search(run.report, run.beside) if "front" in run.report else _trials(run.report)} | found
     elif run.stage == "compress":
-        found = {"Before and after": _comparison(run.report), "Quality, size and speed": forms(run.report)} | found
+        found = {
+            "Before and after": _comparison(run.report),
+            "Quality, size and speed": forms(run.report, run.beside),
+        } | found
     elif run.stage == "evaluate":
         found = {"By label": _labels(run.report), "Answerable and unanswerable": _sides(run.report)} | found
     return found

@@ -17,21 +17,28 @@ from raylm.reports.charts import COLOURS, MARKS, SCRIPT, STYLE, Mark, Series, ch
 from raylm.reports.facts import definitions, events_table, headline, sections
 from raylm.reports.figures import FIGURES, is_worth_drawing, points
 from raylm.reports.runs import Run, differing, open_runs, shown_configuration
+from raylm.reports.trade_offs import read_beside
 
 NAME = "report.html"
 STATUS_CLASSES = ("done", "failed", "running", "interrupted")
 
 
-def write_report(paths: list[Path], output: Path | None = None) -> Path:
+def write_report(paths: list[Path], output: Path | None = None, beside: Path | None = None) -> Path:
     """Write the page about the runs at ``paths`` and return its path.
 
     Args:
         output: the file; by default ``report.html`` in the run's directory, and of several runs in the current one.
+        beside: JSON file of other tools' points for the plots of one run of ``compress``, or of ``tune`` over ways to
+            compress; see :func:`raylm.reports.trade_offs.read_beside`.
 
     Raises:
-        UserError: a path is no run directory, or the file cannot be written.
+        UserError: a path is no run directory, the points are none, or the file cannot be written.
     """
     runs = open_runs(paths)
+    if beside is not None:
+        if len(runs) > 1 or (runs[0].stage != "compress" and "front" not in (runs[0].report or {})):
+            raise UserError("--beside: allowed with one finished run that compressed, or that searched over it")
+        runs[0].beside = read_beside(beside)
     if len(runs) == 1:
         target = output or runs[0].path / NAME
         if runs[0].stage == "prepare":

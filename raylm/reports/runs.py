@@ -40,6 +40,7 @@ class Run:
         metrics: lines of metrics.jsonl, of stages that train.
         events: restarts, anomalies, failures, in order.
         trials: of a search, by number.
+        beside: points of other tools for the plots of quality, size and speed.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     trials: dict[int, Run] = field(default_factory=dict)
+    beside: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def status(self) -> str:

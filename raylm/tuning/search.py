@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raylm.config.loading import set_key, validate
 from raylm.config.run_directory import read_object, write_atomically
 from raylm.config.stages import FinetuneConfig, TuneConfig
-from raylm.errors import UserError
+from raylm.errors import UserError, first_line
 from raylm.training.checkpoints.mirror import Mirror
 from raylm.training.checkpoints.storage import Storage
 from raylm.training.loop.worker import TrainingJob, Worker, join_single_process_group
@@ -77,11 +78,13 @@ class Planner:
     Attributes:
         config: of the search.
         capacity: of the cluster.
+        folder: in which the search was started.
         layouts: those that are planned already, by what they follow from.
     """
 
     config: TuneConfig
     capacity: Capacity
+    folder: Path = dataclasses.field(default_factory=Path.cwd)
     layouts: dict[tuple, Layout] = dataclasses.field(default_factory=dict)
 
     def resolve(self, candidate: dict[str, Any]) -> tuple[FinetuneConfig, bool]:
@@ -142,6 +145,7 @@ def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -
 
     from raylm.parallel.engines.environment import prepare_deepspeed
 
+    go_back(planner.folder)
     inside = base.config.resources.workers == 1
     if inside:
         prepare_deepspeed(base.use_gpu)
@@ -168,6 +172,20 @@ def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -
         final = launch(job, _report)
     outcome.write(final)
     tune.report(final)
+
+
+def go_back(folder: Path) -> None:
+    """Go to the ``folder`` in which the search was started, where this machine has it.
+
+    Ray Tune starts each trial in a folder of its own, where the file's relative paths lead nowhere.
+    """
+    if folder.is_dir():
+        os.chdir(folder)
+
+
+def reason(error: BaseException) -> str:
+    """Why a trial failed, in a line, from what Ray Tune keeps of it."""
+    return first_line(getattr(error, "cause", None) or error)
 
 
 # What Ray Tune adds to the trainable that it makes of a function.

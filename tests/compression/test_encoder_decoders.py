@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForCo
 
 from raylm.compression import measuring
 from raylm.compression.exporters.openvino import export_model
+from raylm.compression.material import Material
 from raylm.compression.quantization.four_bits import to_four_bits
+from raylm.compression.quantization.samples import graph_samples
 from raylm.compression.stage import compress
 from raylm.config import load_config
 from raylm.config.data import DataSection, TokenizerSection
@@ -109,10 +112,49 @@ def test_both_graphs_have_four_bits(model: Path, tmp_path: Path) -> None:
     assert sizes["least"] < sizes["fitted"] <= 0.21
 
 
+def test_both_graphs_are_calibrated(model: Path, text: Path, tmp_path: Path) -> None:
+    """The ways that look at activations give other weights than rounding to the nearest, in both graphs; the best is
+    taken."""
+    material = material_of(model, text, tmp_path)
+    section = QuantizeSection(bits=4, group_size=64, samples=8, sequence_length=LENGTH)
+    samples = graph_samples(material, SEQUENCE_TO_SEQUENCE, section)
+    assert len(samples.calibration) == 8 and len(samples.held_out) == 4
+    export_model(str(model), tmp_path / "fp32", SEQUENCE_TO_SEQUENCE, None)
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    made = {}
+    for way in ("data_free", "scale_estimation", "auto"):
+        asked = section.model_copy(update={"method": way})
+        with_statistics = dataclasses.replace(samples, statistics=tmp_path / f"{way}-statistics")
+        told = to_four_bits(tmp_path / "fp32", tmp_path / way, asked, with_statistics, 1, SEQUENCE_TO_SEQUENCE.graphs)
+        made[way] = [(tmp_path / way / name).with_suffix(".bin").read_bytes() for name in SEQUENCE_TO_SEQUENCE.graphs]
+    assert told["way"] == min((one for one in told["losses"] if one != "fp32"), key=told["losses"].get)
+    assert all(plain != aware for plain, aware in zip(made["data_free"], made["scale_estimation"], strict=True))
+    plain = AutoModelForSeq2SeqLM.from_pretrained(model).eval()
+    rows = samples.held_out
+    with torch.inference_mode():
+        losses = [
+            float(plain(input_ids=torch.from_numpy(row["input_ids"]), labels=torch.from_numpy(row["targets"])).loss)
+            for row in rows
+        ]
+    assert told["losses"]["fp32"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def material_of(model: Path, text: Path, directory: Path) -> Material:
+    """The training text of a compress run, prepared."""
+    config = load_config("compress", write_config(directory, model, text))
+    material = Material(config, find_task("span"), str(model))
+    prepare_directory(directory / "prepared", config.data, TokenizerSection(path=str(model)))
+    material.use(directory / "prepared")
+    return material
+
+
 @pytest.mark.parametrize(
     ("quantize", "message"),
     [
-        ({"bits": 4, "group_size": 64}, "quantize.method: found auto, allowed for a sequence-to-sequence model: data_"),
+        (
+            {"bits": 4, "group_size": 32, "method": "keep"},
+            "quantize.method: found keep, allowed for a sequence-to-sequence model: any other",
+        ),
         ({"activations": "int8"}, "quantize.activations: found int8, allowed for a sequence-to-sequence model: float"),
         ({"cache_bits": 8}, "quantize.cache_bits: found 8, allowed for a sequence-to-sequence model: 32"),
     ],

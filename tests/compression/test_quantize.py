@@ -139,7 +139,7 @@ def test_the_best_way_on_held_out_text_is_taken(plain: Path, tmp_path: Path) -> 
     compiled = openvino.Core().compile_model(
         openvino.Core().read_model(tmp_path / "out" / EXPORT_MODEL), "CPU", engine_properties(tmp_path / "out", 1)
     )
-    assert samples().loss(compiled, None) == pytest.approx(losses[told["way"]], rel=1e-4)
+    assert samples().loss({EXPORT_MODEL: compiled}, None) == pytest.approx(losses[told["way"]], rel=1e-4)
 
 
 def test_a_size_is_kept_to(plain: Path, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_products_in_eight_bits_altogether(tmp_path: Path) -> None:
     graphs = {name: openvino.Core().read_model(tmp_path / name / EXPORT_MODEL) for name in ("fp32", "int8")}
     # Activations are rounded by a node, weights are stored in 8 bits.
     assert any(op.get_type_name() == "FakeQuantize" for op in graphs["int8"].get_ops())
-    compiled = {name: openvino.Core().compile_model(graph, "CPU") for name, graph in graphs.items()}
+    compiled = {name: {EXPORT_MODEL: openvino.Core().compile_model(graph, "CPU")} for name, graph in graphs.items()}
     reference = held.outputs(compiled["fp32"])
     assert held.loss(compiled["fp32"], reference) == 0
     assert 0 < held.loss(compiled["int8"], reference) < 0.05

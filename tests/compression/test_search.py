@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from raylm.config import load_config
 from raylm.config.compression import TargetSection
 from raylm.config.loading import set_key
 from raylm.config.tuning import Distribution
-from raylm.errors import UserError
+from raylm.errors import RunFailure, UserError
 
 OBJECTIVES = ["quality", "megabytes", "p50_milliseconds"]
 ROWS = [
@@ -125,9 +126,14 @@ def test_searchers_that_learn_need_something_to_compress(tiny_model: Path, tmp_p
 
 @pytest.mark.slow
 def test_a_search_measures_and_takes_a_model(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path, tiny_model, compression={"target": {"megabytes": 1.0}})
+    # Ray Tune runs trials in folders of their own, where these paths lead nowhere.
+    monkeypatch.chdir(tmp_path)
+    relative = Path(os.path.relpath(tiny_model, tmp_path))
+    path = write(
+        tmp_path, relative, compression={"target": {"megabytes": 1.0}}, run={"storage": "."}, data={"train": "text.txt"}
+    )
     tune(load_config("tune", path))
     assert "taken" in capsys.readouterr().out
     run = tmp_path / "search"
@@ -150,3 +156,17 @@ def test_a_search_measures_and_takes_a_model(
     tune(load_config("tune", path))
     assert len(stamps) == 3
     assert {path: path.stat().st_mtime_ns for path in run.glob("trials/*/outcome.json")} == stamps
+
+
+@pytest.mark.slow
+def test_a_search_of_failures_says_why(tiny_model: Path, tmp_path: Path) -> None:
+    step = {"bits": 4, "group_size": 32, "megabytes": 0.001, "samples": 4, "sequence_length": 16}
+    space = {"compression.steps.0.quantize.samples": {"choice": [4]}}
+    compression = {"steps": [{"quantize": step}]}
+    tuning, data = {"trials": 1, "space": space}, {"text_unit": "line", "validation_fraction": 0.2}
+    path = write(tmp_path, tiny_model, compression=compression, tuning=tuning, data=data)
+    (tmp_path / "text.txt").write_text("\n".join(f"the {n} brown foxes jump over the lazy dogs" for n in range(200)))
+    with pytest.raises(
+        RunFailure, match=r"^no trial finished; trial 1: .*quantize\.megabytes: found 0\.001, allowed: 0"
+    ):
+        tune(load_config("tune", path))

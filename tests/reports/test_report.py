@@ -242,6 +242,30 @@ def test_the_other_stages(tmp_path: Path, stage: str) -> None:
     assert not page.charts
 
 
+def test_models_of_other_tools_are_drawn_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, "run", "compress")
+    run.write_report({"model": "somewhere", **REPORTS["compress"][0]})
+    points = tmp_path / "points.json"
+    given = {"name": "llama.cpp Q8_0", "quality_ratio": 1.02, "megabytes": 2.5, "p50_milliseconds": 4.0}
+    points.write_text(json.dumps([given]))
+    write_report([run.path], beside=points)
+    # Of its ratio and the original's 1.5 bits per byte.
+    titles = re.findall(r"<title>(llama\.cpp [^<]*)</title>", (run.path / "report.html").read_text())
+    assert titles == ["llama.cpp Q8_0: 2.5, 1.53", "llama.cpp Q8_0: 4, 1.53"]
+    for wrong, expected in (
+        ({}, "found no points, allowed: a JSON list"),
+        ([given | {"megabytes": -1}], "entry 0: megabytes: found -1, allowed: a number above 0"),
+        ([given, {"name": "x", "quality": 1.0}], "entry 1: found name, quality; needed: quality or quality_ratio, and"),
+    ):
+        points.write_text(json.dumps(wrong))
+        assert main(["report", str(run.path), "--beside", str(points)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and expected in error
+    points.write_text(json.dumps([given]))
+    with pytest.raises(UserError, match="--beside: allowed with one finished run that compressed"):
+        write_report([make_run(tmp_path, "other").path], beside=points)
+
+
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path, "run")
     for arguments, expected in (

@@ -47,13 +47,11 @@ class Quantize:
                 f"compression.steps: quantize.cache_bits: found {section.cache_bits}, allowed for a "
                 f"{outlook.head.what}: 32; a cache of fewer bits is a text generator's"
             )
+        if section.method == "keep" and len(outlook.head.graphs) > 1:
+            raise UserError(
+                f"compression.steps: quantize.method: found keep, allowed for a {outlook.head.what}: any other"
+            )
         if section.bits == 4:
-            # Calibration runs one graph.
-            if len(outlook.head.graphs) > 1 and section.method != "data_free" and section.recovery is None:
-                raise UserError(
-                    f"compression.steps: quantize.method: found {section.method}, allowed for a {outlook.head.what}: "
-                    "data_free, or training with the rounded weights (recovery)"
-                )
             _check_groups(section, outlook)
         return outlook.config
 
@@ -121,8 +119,7 @@ def _apply_to_graph(section: QuantizeSection, candidate: Candidate, output: Path
     samples = None
     # What training has got used to is rounded to the nearest.
     data_free = section.model_copy(update={"method": "data_free"}) if section.recovery is not None else section
-    several = len(candidate.head.graphs) > 1
-    aware = data_free.method not in ("data_free", "keep") or (data_free.megabytes is not None and not several)
+    aware = data_free.method not in ("data_free", "keep") or data_free.megabytes is not None
     if aware or section.bits == 8:
         samples = graph_samples(candidate.material, candidate.head, section)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:

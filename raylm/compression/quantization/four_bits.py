@@ -1,8 +1,8 @@
 """Weights of 4 bits, a scale and a zero point for each group of them.
 
 In: an export in fp32, and samples. Out: the export whose weights were rounded in the best of the ways that were asked
-for, by its loss on samples that no calibration has seen. One of several graphs is rounded without samples. Embeddings
-and the last matrix have 8 bits, as nncf does by default. The ways: to the nearest; AWQ (arXiv:2306.00978), which scales
+for, by its loss on samples that no calibration has seen. Embeddings and the last matrix have 8 bits, as nncf does by
+default. The ways: to the nearest; AWQ (arXiv:2306.00978), which scales
 channels with large activations up before it rounds; GPTQ (arXiv:2210.17323), which makes up for each rounding in the
 weights that follow; scale estimation, which chooses scales by the error of the outputs.
 """
@@ -13,11 +13,11 @@ import contextlib
 import io
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raylm.compression.quantization.samples import GraphSamples
+from raylm.compression.quantization.samples import Calibration, GraphSamples
 from raylm.config.quantization import QuantizeSection
 from raylm.errors import UserError
 from raylm.models.openvino import EXPORT_MODEL, engine_properties
@@ -51,7 +51,7 @@ def to_four_bits(
     """Write the export in ``plain``, of fp32, to ``output`` with weights of 4 bits.
 
     Args:
-        samples: None for data_free; of an export of one graph.
+        samples: None for data_free.
         names: of its graphs.
 
     Returns:
@@ -67,22 +67,22 @@ def to_four_bits(
     ways = list(WAYS) if section.method == "auto" else [section.method]
     if samples is None:
         _save({name: _compressed(plain / name, section, "data_free", None, 1.0) for name in names}, output)
-        ratio = _fit(plain, output, section, "data_free", None, names) if section.megabytes else 1.0
+        ratio = _fit(plain, output, section, "data_free", dict.fromkeys(names)) if section.megabytes else 1.0
         return {"way": "data_free", "eight_bit_share": 1.0 - ratio}
-    (name,) = names
     reference, losses = None, {"fp32": 0.0}
-    compiled = _compile(_read(plain / name), plain, threads)
+    compiled = {name: _compile(_read(plain / name), plain, threads) for name in names}
     if samples.head.network == "encoder":
         reference = samples.outputs(compiled)
     losses["fp32"] = samples.loss(compiled, reference)
+    calibrations = samples.of_graphs(compiled)
     best = ""
     for way in ways:
-        graph = _compressed(plain / name, section, way, samples, 1.0)
-        losses[way] = samples.loss(_compile(graph, plain, threads), reference)
+        graphs = {name: _compressed(plain / name, section, way, calibrations[name], 1.0) for name in names}
+        losses[way] = samples.loss({n: _compile(graph, plain, threads) for n, graph in graphs.items()}, reference)
         if not best or losses[way] < losses[best]:
             best = way
-            _save({name: graph}, output)
-    ratio = _fit(plain, output, section, best, samples, names) if section.megabytes else 1.0
+            _save(graphs, output)
+    ratio = _fit(plain, output, section, best, calibrations) if section.megabytes else 1.0
     return {"way": best, "losses": losses, "eight_bit_share": 1.0 - ratio}
 
 
@@ -97,12 +97,12 @@ def _kept(plain: Path, output: Path, section: QuantizeSection) -> dict[str, Any]
 
 
 def _fit(
-    plain: Path, output: Path, section: QuantizeSection, way: str, samples: GraphSamples | None, names: Sequence[str]
+    plain: Path, output: Path, section: QuantizeSection, way: str, calibrations: Mapping[str, Calibration | None]
 ) -> float:
     """Give 8 bits to as many matrices as ``section.megabytes`` has room for, those first that suffer most from 4; the
     share of the weights that keep 4 bits."""
     assert section.megabytes is not None
-    least = sum((output / name).with_suffix(".bin").stat().st_size for name in names) / 1e6
+    least = sum((output / name).with_suffix(".bin").stat().st_size for name in calibrations) / 1e6
     if least > section.megabytes:
         raise UserError(
             f"compression.steps: quantize.megabytes: found {section.megabytes:g}, allowed: {least:.4g} or more, which "
@@ -110,7 +110,7 @@ def _fit(
         )
     ratio, step = 1.0, 0.5
     while step >= FINEST_SHARE:
-        graphs = {name: _compressed(plain / name, section, way, samples, ratio - step) for name in names}
+        graphs = {name: _compressed(plain / name, section, way, c, ratio - step) for name, c in calibrations.items()}
         if sum(_graph_megabytes(graph) for graph in graphs.values()) <= section.megabytes:
             ratio -= step
             _save(graphs, output)
@@ -118,7 +118,7 @@ def _fit(
     return ratio
 
 
-def _compressed(path: Path, section: QuantizeSection, way: str, samples: GraphSamples | None, ratio: float) -> Any:
+def _compressed(path: Path, section: QuantizeSection, way: str, calibration: Calibration | None, ratio: float) -> Any:
     """The graph at ``path`` with its weights rounded.
 
     Args:
@@ -127,11 +127,12 @@ def _compressed(path: Path, section: QuantizeSection, way: str, samples: GraphSa
     import nncf
 
     aware: dict[str, Any] = {}
-    if samples is not None and (WAYS[way] or ratio < 1.0):
-        aware = {"dataset": nncf.Dataset(samples.calibration), "subset_size": len(samples.calibration), **WAYS[way]}
-        if samples.statistics is not None:
+    if calibration is not None and (WAYS[way] or ratio < 1.0):
+        items = calibration.items
+        aware = {"dataset": nncf.Dataset(items), "subset_size": len(items), **WAYS[way]}
+        if calibration.statistics is not None:
             # Measured once for all ways.
-            kept = nncf.AdvancedCompressionParameters(statistics_path=str(samples.statistics))
+            kept = nncf.AdvancedCompressionParameters(statistics_path=str(calibration.statistics))
             aware["advanced_parameters"] = kept
     with _reference_rounding(), contextlib.redirect_stdout(io.StringIO()):
         return nncf.compress_weights(

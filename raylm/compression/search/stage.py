@@ -6,6 +6,7 @@ report has all trials, the Pareto front of quality, size and speed, and the tria
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -29,7 +30,7 @@ from raylm.models.heads import Head
 from raylm.progress import Activity
 from raylm.tuning.ending import ended_in_order
 from raylm.tuning.progress import SearchProgress
-from raylm.tuning.search import HEAD_NODE_SHARE, trial_directory, trial_name
+from raylm.tuning.search import HEAD_NODE_SHARE, go_back, reason, trial_directory, trial_name
 from raylm.tuning.space import param_space, rounds
 from raylm.tuning.stage import aligned, cell, whole_record
 
@@ -141,7 +142,7 @@ class _Search:
                 rows = self._trials(data)
         finished = [row for row in rows if row["status"] == "finished"]
         if not finished:
-            raise RunFailure(f"no trial finished; see {self.directory / 'trials'}")
+            raise RunFailure(f"no trial finished; trial {rows[0]['trial']}: {rows[0]['failure']}")
         front, target = pareto_front(finished, self.objectives), self.config.compression.target
         if (picked := pick(front, self.objectives, target)) is None:
             raise RunFailure(self._missed(finished))
@@ -175,6 +176,9 @@ class _Search:
 
     def _trials(self, data: Path | None) -> list[dict[str, Any]]:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        # A trial that fails is a row with its reason.
+        for name in ("ray.tune.execution.tune_controller", "ray.tune.tune"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         tuning = self.config.tuning
         with (
             deferred() as signals,
@@ -191,6 +195,7 @@ class _Search:
                     **{key: result.config[key] for key in self.config.tuning.space},
                     **metrics.get("figures", {}),
                     "status": "failed" if result.error else "finished",
+                    **({"failure": reason(result.error)} if result.error else {}),
                 }
             )
         return sorted(rows, key=lambda row: row["trial"])
@@ -199,7 +204,9 @@ class _Search:
         from ray import tune
 
         trainable = tune.with_resources(
-            tune.with_parameters(_trial, config=self._shared(data), directory=self.directory, data=data),
+            tune.with_parameters(
+                _trial, config=self._shared(data), directory=self.directory, data=data, folder=Path.cwd()
+            ),
             HEAD_NODE_SHARE,
         )
         storage, name = self.directory / "ray-tune", "search"
@@ -257,10 +264,11 @@ def _looked_at(trials: Path) -> tuple[int, str]:
     return len(qualities), f"best quality {min(qualities):.4f}" if qualities else "starting the first trial"
 
 
-def _trial(candidate: dict[str, Any], config: TuneConfig, directory: Path, data: Path | None) -> None:
+def _trial(candidate: dict[str, Any], config: TuneConfig, directory: Path, data: Path | None, folder: Path) -> None:
     """What Ray Tune runs."""
     from ray import tune
 
+    go_back(folder)
     place = directory / "trials" / tune.get_context().get_trial_name()
     figures = run_trial(candidate, config, place, data)
     tune.report({**{name: figures[name] for name in config.tuning.metric}, "figures": figures})
