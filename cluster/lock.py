@@ -43,7 +43,8 @@ PLATFORMS = {
     "gpu": ("x86_64-manylinux_2_31", "aarch64-manylinux_2_35"),
 }
 SOURCE_ONLY = ("deepspeed",)
-CPU_EXTRAS, GPU_EXTRAS, TEST_EXTRAS = ("cpu", "chinese"), ("cpu", "chinese", "gpu"), ("cpu", "chinese", "test")
+COMMON = ("cpu", "chinese", "adapters", "scorers")
+CPU_EXTRAS, GPU_EXTRAS, TEST_EXTRAS = COMMON, (*COMMON, "gpu"), (*COMMON, "test")
 # Of a CUDA build of torch alone. torchvision, which optimum-intel asks for and raylm's use of it does not import, has
 # to match the build of torch: only the GPU set has it.
 _CUDA = re.compile(r"torch|torchvision|triton|cuda-.*|nvidia-.*")

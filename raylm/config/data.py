@@ -18,6 +18,10 @@ STDLIB_PAIRS = "stdlib-pairs"
 class FieldsSection(Section):
     """``data.fields``: which column of a row holds what."""
 
+    preset: Literal["openai", "sharegpt", "alpaca"] | None = None
+    """The usual form of rows. openai: conversations in ``messages`` (also without the preset). sharegpt: conversations
+    in ``conversations``, with ``system`` and ``tools`` beside them. alpaca: ``instruction``, ``input`` and ``output``,
+    with ``system`` and ``history`` beside them; a conversation each."""
     text: str = "text"
     """Column of a document's text. ``context`` takes the passages of SQuAD files as documents, once each, instead of
     their questions as pairs."""
@@ -29,9 +33,17 @@ class FieldsSection(Section):
     """Column of a passage that stands before the prompt; none by default."""
     messages: str = "messages"
     """Column of a conversation: a list of messages, each with a role and a content."""
+    tools: str = "tools"
+    """Column of the tools that a conversation may call, for chat templates that list them; may be missing."""
     label: str | None = None
     """Column of a document's class; none by default. The objective classification takes the column 'label' by
     default."""
+
+    @model_validator(mode="after")
+    def _of_preset(self) -> FieldsSection:
+        if self.preset == "sharegpt" and "messages" not in self.model_fields_set:
+            self.messages = "conversations"
+        return self
 
 
 Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "squad", "parallel", "hub", "prepared"]
@@ -92,6 +104,9 @@ class DataSection(Section):
     """Drop duplicates; off by default, ``{}`` turns it on with its defaults."""
     decontamination: DecontaminationSection | None = None
     """Drop documents that contain text of evaluation sets; off by default."""
+    chat_template: str | None = None
+    """Chat template that pairs and conversations are laid out with, and that the model keeps: chatml, llama3, plain, or
+    a file of Jinja. By default the tokenizer's own; of one without, plain."""
     augmentation: AugmentationSection | None = None
     """Make further training documents from the existing ones; off by default."""
 

@@ -41,7 +41,9 @@ class ObjectiveSection(Section):
     that was removed (T5). extractive_qa: point at the answer in a context (encoders; SQuAD files). classification: the
     class of a text (encoders; rows with a text and a label). auto: the family's own."""
     answer_only: bool = True
-    """Prompt and answer pairs: count the loss on the answer's tokens only."""
+    """Pairs and conversations: count the loss on what is answered only."""
+    packing: bool = True
+    """Conversations: put several into a sequence. None of them sees another."""
     document_boundaries: Literal["ignore", "positions", "attention"] = "ignore"
     """causal, on documents that are packed into one sequence. ignore: a token sees all tokens before it. positions: the
     same, but positions count from each document's beginning. attention: a token sees those of its own document only,

@@ -6,7 +6,10 @@ form that it was trained on. Needs no tokenizer library: templates are plain Jin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from raylm.errors import UserError
 
 # Of a tokenizer that has our special tokens: <|user|>question<|assistant|>answer<|endoftext|>
 CHAT_TEMPLATE = (
@@ -25,6 +28,56 @@ PLAIN_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Answer: ' -}}{%- endif -%}"
 )
+
+# As OpenAI's and Qwen's models have it; the roles are plain words.
+CHATML_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+# As Llama 3 has it, without the text about dates and tools that it puts before the first message.
+LLAMA3_TEMPLATE = (
+    "{{- bos_token -}}{%- for message in messages -%}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + "
+    "'<|eot_id|>' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"
+)
+
+# Name -> template, and the tokens that it needs.
+NAMED_TEMPLATES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "chatml": (CHATML_TEMPLATE, ("<|im_start|>", "<|im_end|>")),
+    "llama3": (LLAMA3_TEMPLATE, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "plain": (PLAIN_TEMPLATE, ()),
+}
+
+
+def find_template(value: str, tokens: Collection[str]) -> str:
+    """The template of that name, or in that file.
+
+    Args:
+        tokens: what the tokenizer has as tokens of their own.
+
+    Raises:
+        UserError: there is none, or the tokenizer lacks a token of it.
+    """
+    if value in NAMED_TEMPLATES:
+        template, needed = NAMED_TEMPLATES[value]
+        missing = [token for token in needed if token not in tokens]
+        if missing:
+            raise UserError(
+                f"data.chat_template: found {value}, whose {', '.join(missing)} the tokenizer does not have; allowed: "
+                "plain, or a file with a template of tokens that it has"
+            )
+        return template
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"data.chat_template: found {value}, which is no file of text; allowed: {', '.join(NAMED_TEMPLATES)}, or "
+            "such a file"
+        ) from None
 
 
 def user_message(question: str, context: str | None = None) -> str:

@@ -2,8 +2,8 @@
 
 A batch is ``input_ids`` and ``targets``, both ``(batch, time)``; ``targets[b, t]`` is the token that follows
 ``input_ids[b, t]``, or -100 where nothing is to be predicted (padding, a prompt). Right padding needs no attention
-mask, as causal attention never looks at it. Where ``objective.document_boundaries`` tells packed documents apart, a
-batch has ``position_ids`` too, which begin again with each document.
+mask, as causal attention never looks at it. Where ``objective.document_boundaries`` tells packed documents apart, and
+of conversations, a batch has ``position_ids`` too, which begin again with each of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from raylm.config.model import ObjectiveSection
-from raylm.data.samples.token_samples import IGNORED, PairSamples, Samples, open_samples
+from raylm.data.samples.opening import open_samples
+from raylm.data.samples.token_samples import IGNORED, PackedSamples, Samples
 from raylm.data.sources.documents import Split
 from raylm.models.families import find_family
 from raylm.models.heads import CAUSAL, Head
@@ -39,11 +40,14 @@ class CausalObjective(Objective):
         self._answers_only = False
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
-        """See :class:`Objective`; documents are packed, of pairs the answers count (``objective.answer_only``)."""
+        """See :class:`Objective`; documents and conversations are packed; of pairs and conversations the answers count
+        (``objective.answer_only``)."""
         section = self.section
         tell_documents = section.document_boundaries != "ignore"
-        found = open_samples(directory, split, sequence_length, seed, section.answer_only, tell_documents)
-        self._answers_only = section.answer_only and isinstance(found, PairSamples)
+        found = open_samples(
+            directory, split, sequence_length, seed, section.answer_only, tell_documents, section.packing
+        )
+        self._answers_only = section.answer_only and not isinstance(found, PackedSamples)
         return found
 
     def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:

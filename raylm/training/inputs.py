@@ -151,7 +151,7 @@ def check_tokenizer(config: TrainConfig, manifest: dict[str, Any]) -> None:
         return
     from raylm.data.tokens.tokenizers import reused_hash
 
-    found, expected = manifest["tokenizer_hash"], reused_hash(tokenizer_section(config).path)
+    found, expected = manifest["tokenizer_hash"], reused_hash(tokenizer_section(config).path, config.data.chat_template)
     if found != expected:
         raise UserError(
             f"data.train: {', '.join(config.data.train_sources)} was prepared with another tokenizer than that of "

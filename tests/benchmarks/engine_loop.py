@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from raylm.config import load_config
 from raylm.data.loading import load_tokenizer
-from raylm.data.samples.token_samples import open_samples
+from raylm.data.samples.opening import open_samples
 from raylm.models.families.build import build_config
 from raylm.models.weights import DrawnWeights, make_outline
 from raylm.parallel.engines.base import EngineSettings

@@ -50,7 +50,10 @@ def test_numbers_with_exponent_are_numbers(pretrain_file: Path) -> None:
         ("tokenizer.vocab_size=100", "tokenizer.vocab_size: found 100, allowed: 260 or more"),
         ("model.family=gpt9", "model.family: found 'gpt9', allowed: gpt2, llama"),
         ("resources.workers=0", "resources.workers: found 0, allowed: 1 or more, or auto"),
-        ("data.fields.foo=1", "data.fields.foo: unknown key; allowed: answer, context, label, messages, prompt, text"),
+        (
+            "data.fields.foo=1",
+            "data.fields.foo: unknown key; allowed: answer, context, label, messages, preset, prompt, text, tools",
+        ),
         ("foo=1", "foo: unknown key; allowed: checkpoint, data, distillation, model"),
         ("training.early_stopping.pa=1", "training.early_stopping.pa: unknown key; allowed: metric, minimum_change"),
         ("resources.elastic=[2, 1]", "resources.elastic: found [2, 1], allowed: [least, most]"),

@@ -15,7 +15,7 @@ from raylm.data.augmentation.prompts import pair_in
 from raylm.data.augmentation.served_model import Unanswered
 from raylm.data.augmentation.word_edits import Draw, draw_key, make_variant, read_synonyms
 from raylm.data.prepare.stage import prepare_directory, prepared_directory
-from raylm.data.samples.token_samples import open_samples
+from raylm.data.samples.opening import open_samples
 from raylm.data.sources.documents import Document, make_pair, read_documents, split_of
 from raylm.data.tokens.shards import verify_prepared
 from raylm.errors import UserError

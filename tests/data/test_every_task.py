@@ -54,12 +54,17 @@ def lines(rows: list[dict]) -> str:
 
 
 # What each task reads of the same content: (file name, content, read, expected).
+def read_turns(data: DataSection) -> list[list[tuple[str, str]]]:
+    found = [document for _, document in Corpus(data).documents()]
+    return [[(turn["role"], turn["content"]) for turn in document.turns] for document in found]
+
+
 TALKS = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Ja"}]} for text in TEXTS]
 LABELLED = [{"text": text, "label": str(number % 2)} for number, text in enumerate(TEXTS)]
 TASKS = {
     "text": ("a.txt", "\n".join(TEXTS) + "\n", read_texts, TEXTS),
     "rows": ("a.jsonl", lines([{"text": text} for text in TEXTS]), read_texts, TEXTS),
-    "conversations": ("a.jsonl", lines(TALKS), read_pairs, [(text, "Ja", "") for text in TEXTS]),
+    "conversations": ("a.jsonl", lines(TALKS), read_turns, [[("user", text), ("assistant", "Ja")] for text in TEXTS]),
     "labelled": ("a.jsonl", lines(LABELLED), read_labels, [(row["text"], row["label"]) for row in LABELLED]),
     "labelled, csv": (
         "a.csv", "text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in LABELLED), read_labels,
@@ -382,7 +387,10 @@ CHATS = [
         {"role": "tool", "content": "12:30"}, {"role": "assistant", "content": "Half past twelve"},
     ]},
 ]  # fmt: skip
-CHAT_PAIRS = [("Look\nhere", "A", ""), ("12:30", "Half past twelve", "user: Time?")]
+CHAT_TURNS = [
+    [("user", "Look\nhere"), ("assistant", "A")],
+    [("user", "Time?"), ("assistant", ""), ("tool", "12:30"), ("assistant", "Half past twelve")],
+]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "hub", "hub, streaming"])
@@ -398,21 +406,21 @@ def test_conversations_of_parts_and_calls(tmp_path: Path, form: str) -> None:
         options = {"format": "hub", "hub_streaming": form.endswith("streaming")}
     else:
         path.write_text(lines(CHATS) if form == "jsonl" else json.dumps(CHATS))
-    assert read_pairs(section(path, **options)) == (CHAT_PAIRS[1:] if options else CHAT_PAIRS)
+    assert read_turns(section(path, **options)) == (CHAT_TURNS[1:] if options else CHAT_TURNS)
 
 
 def test_parts_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     image = {"type": "image_url", "image_url": {"url": "x"}}
     path.write_text(lines([*CHATS, {"messages": [{"role": "user", "content": [*PARTS, image]}]}]))
-    assert refusal(read_pairs, path) == (
+    assert refusal(read_turns, path) == (
         f"{path}:3: column 'messages': a message has a part of type image_url, allowed: text"
     )
-    assert read_pairs(section(path, errors="skip")) == CHAT_PAIRS
+    assert read_turns(section(path, errors="skip")) == CHAT_TURNS
     path.write_text('{"messages": [{"role": "user", "content": 3}]}\n')
-    assert refusal(read_pairs, path) == f"{path}:1: column 'messages': found a content of int, allowed: text"
+    assert refusal(read_turns, path) == f"{path}:1: column 'messages': found a content of int, allowed: text"
     path.write_text('{"messages": [{"role": "user"}]}\n')
-    assert "a message without role and content" in refusal(read_pairs, path)
+    assert "a message without role and content" in refusal(read_turns, path)
 
 
 def test_lists_of_rows_as_json(tmp_path: Path) -> None:

@@ -131,27 +131,54 @@ def test_conversations(tmp_path):
         {"messages": []},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [(d.prompt, d.answer, d.context) for d in documents(str(path))] == [
-        ("Hi", "Hello", "Be kind."),
-        ("Bye", "So long", "Be kind.\nuser: Hi\nassistant: Hello"),
-        ("Q", "A", ""),
+    assert [[(turn["role"], turn["content"]) for turn in d.turns] for d in documents(str(path))] == [
+        talk,
+        [("user", "Q"), ("assistant", "A")],
     ]
     path.write_text('{"messages": [{"role": "user"}]}\n')
     assert refusal(path).startswith(f"{path}:1: column 'messages': a message without role and content")
+    path.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], {"messages": rows[0]["messages"][:4]}]))
+    assert refusal(path) == (
+        f"{path}:2: column 'messages': the conversation ends with a message of 'user', allowed: of the assistant"
+    )
+
+
+def test_forms_of_conversations(tmp_path):
+    path = tmp_path / "a.jsonl"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    forms = {
+        "alpaca": {"instruction": "Add", "input": "1, 2", "output": "3", "system": "Be brief.",
+                   "history": [["a", "b"]]},
+        "sharegpt": {"conversations": [{"from": "human", "value": "Add"}, {"from": "gpt", "value": "3"}],
+                     "system": "Be brief.", "tools": json.dumps(tools)},
+        "openai": {"messages": [{"role": "user", "content": "Add"},
+                                {"role": "assistant", "content": "3", "weight": 0}], "tools": tools},
+    }  # fmt: skip
+    system = ("system", "Be brief.")
+    expected = {
+        "alpaca": [system, ("user", "a"), ("assistant", "b"), ("user", "Add\n\n1, 2"), ("assistant", "3")],
+        "sharegpt": [system, ("user", "Add"), ("assistant", "3")],
+        "openai": [("user", "Add"), ("assistant", "3")],
+    }
+    for form, row in forms.items():
+        path.write_text(json.dumps(row) + "\n")
+        (found,) = documents(str(path), fields={"preset": form})
+        assert [(turn["role"], turn["content"]) for turn in found.turns] == expected[form]
+        assert json.loads(found.tools or "[]") == ([] if form == "alpaca" else tools)
+    assert found.turns[1]["weight"] == 0
+    assert refusal(path, fields={"preset": "alpaca"}) == (
+        f"{path}: no columns of the form alpaca (instruction, output); columns found: messages, tools"
+    )
 
 
 def test_conversations_with_one_system_message_are_split(tmp_path):
-    """All turns of one are on one side, but what many begin with decides nothing."""
+    """What many begin with decides nothing."""
     path = tmp_path / "a.jsonl"
-    talks = [
-        [("system", "Be kind."), ("user", f"Hi {n}"), ("assistant", "Yes"), ("user", "And?"), ("assistant", f"No {n}")]
-        for n in range(200)
-    ]
+    talks = [[("system", "Be kind."), ("user", f"Hi {n}"), ("assistant", "Yes")] for n in range(200)]
     rows = [{"messages": [{"role": role, "content": content} for role, content in talk]} for talk in talks]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sides = [split_of(document, 0.2) for document in documents(str(path))]
-    assert sides[::2] == sides[1::2]
-    assert 20 <= sides[::2].count("validation") <= 60
+    assert 20 <= sides.count("validation") <= 60
 
 
 def test_squad_and_parallel_text(tmp_path):

@@ -20,7 +20,7 @@ import yaml
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.data.prepare.baselines import compressed_sizes
 from raylm.data.prepare.stage import Input, prepare_directory, prepared_directory
-from raylm.data.samples.token_samples import open_samples
+from raylm.data.samples.opening import open_samples
 from raylm.data.sources.documents import read_documents
 from raylm.data.tokens.shards import TokenShards, read_manifest, verify_prepared
 from raylm.errors import UserError

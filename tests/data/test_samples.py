@@ -5,7 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from raylm.data.samples.token_samples import IGNORED, PackedSamples, PairSamples, open_samples
+from raylm.data.samples.opening import open_samples
+from raylm.data.samples.token_samples import IGNORED, PackedSamples, PairSamples
 from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
 

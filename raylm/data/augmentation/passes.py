@@ -82,6 +82,8 @@ class Augmentation:
             "kind": kind,
             "duplicates": duplicates,
         }
+        if kind == "conversations":
+            raise UserError("data.augmentation: allowed where the input holds documents or pairs, not conversations")
         if kind != "pairs":
             for number, method in enumerate(self._section.methods):
                 if method.part is not None:

@@ -16,7 +16,7 @@ from raylm.config.cleaning import CleaningSection
 from raylm.data.cleaning.changes import changes_of
 from raylm.data.cleaning.quality import c4_lines, gopher_quality
 from raylm.data.cleaning.repetition import gopher_repetition
-from raylm.data.sources.documents import Document, make_pair
+from raylm.data.sources.documents import Document, make_conversation, make_pair
 from raylm.data.words import WordTable, words_of
 
 CHINESE = {"zh", "wuu", "yue"}
@@ -100,7 +100,7 @@ class Cleaner:
         kept: dict[int, Document] = {}
         for place, document in enumerate(documents):
             changed = self._change(document) if self._changes else document
-            if self._section.c4 and not document.prompt:
+            if self._section.c4 and document.kind == "documents":
                 changed = self._keep_sentences(changed)
             if changed is not None:
                 kept[place] = changed
@@ -134,19 +134,34 @@ class Cleaner:
         return replace(document, text=text)
 
     def _change(self, document: Document) -> Document:
-        parts = [document.prompt, document.answer, document.context] if document.prompt else [document.text]
+        parts = _parts_of(document)
         for name, change in self._changes.items():
             changed = [change(part) for part in parts]
             if changed != parts:
                 self._account.change(name)
                 parts = changed
-        if not document.prompt:
+        if document.kind == "documents":
             return document if parts[0] is document.text else replace(document, text=parts[0])
+        if document.kind == "conversations":
+            turns = [turn | {"content": part} for turn, part in zip(document.turns, parts, strict=True)]
+            emptied = any(
+                turn["role"] == "assistant" and not (turn["content"].strip() or turn.get("tool_calls"))
+                for turn in turns
+            )
+            made = make_conversation(turns, [])
+            return replace(document, text="" if emptied else made.text, messages=made.messages)
         prompt, answer, context = parts
         if not (prompt.strip() and answer.strip()):
             return replace(document, text="", prompt="", answer="", context="")
         pair = make_pair(prompt, answer, context)
         return replace(document, text=pair.text, prompt=prompt, answer=answer, context=context)
+
+
+def _parts_of(document: Document) -> list[str]:
+    """The texts that a document is made of."""
+    if document.kind == "conversations":
+        return [turn["content"] for turn in document.turns]
+    return [document.prompt, document.answer, document.context] if document.prompt else [document.text]
 
 
 def _filters(section: CleaningSection) -> dict[str, Filter]:
@@ -163,15 +178,16 @@ def _filters(section: CleaningSection) -> dict[str, Filter]:
 
 
 def _judge_repetition(batch: Texts) -> list[str | None]:
-    """Of a pair the answer is judged: a context and what is asked and said about it rightly share their words."""
+    """Of pairs and conversations the answers are judged: a context and what is asked and said about it rightly share
+    their words."""
     if not batch.texts:
         return []
     texts, numbers = list(batch.texts), list(batch.numbers)
     for place, document in enumerate(batch.documents):
-        if document.prompt:
-            words = words_of(document.answer)
+        if document.kind != "documents":
+            words = words_of(document.answers)
             is_long = len(words) >= LEAST_ANSWER_WORDS
-            texts[place] = document.answer if is_long else ""
+            texts[place] = document.answers if is_long else ""
             numbers[place] = batch.table.numbers(words if is_long else [])
     return gopher_repetition(texts, numbers, batch.table.lengths(np.concatenate(numbers)))
 

@@ -205,7 +205,7 @@ class Pipeline:
         if not final.is_dir():
             partial = self.work / "tokenizer"
             shutil.rmtree(partial, ignore_errors=True)
-            make_tokenizer(self._tokenizer, self.sample()).save_pretrained(partial)
+            make_tokenizer(self._tokenizer, self.sample(), self._data.chat_template).save_pretrained(partial)
             partial.replace(final)
         return reuse_tokenizer(str(final))
 

@@ -30,7 +30,7 @@ from raylm.data.prepare.summary import describe, warning
 from raylm.data.sources.corpus import Corpus, Survey
 from raylm.data.sources.documents import Split, make_pair, read_documents
 from raylm.data.sources.segments import MANIFEST
-from raylm.data.tokens.shards import FORMAT_VERSION, read_manifest, token_dtype
+from raylm.data.tokens.shards import BESIDE, FORMAT_VERSION, read_manifest, token_dtype
 from raylm.errors import UserError
 from raylm.progress import Activity
 
@@ -72,8 +72,8 @@ class Input:
         if tokenizer.path is not None:
             from raylm.data.tokens.tokenizers import reuse_tokenizer
 
-            found = reuse_tokenizer(tokenizer.path)
-            if self.survey is not None and self.survey.kind == "pairs":
+            found = reuse_tokenizer(tokenizer.path, data.chat_template)
+            if self.survey is not None and self.survey.kind != "documents":
                 check_template(found)
 
 
@@ -251,8 +251,8 @@ def _tokenize(pipeline: Pipeline, checked: Input, laps: _Laps) -> _Made:
 
     pipeline.open_work(PARTS)
     survey = pipeline.make_parts()
-    if survey.kind == "pairs" and checked.tokenizer.path is not None:
-        check_template(reuse_tokenizer(checked.tokenizer.path))
+    if survey.kind != "documents" and checked.tokenizer.path is not None:
+        check_template(reuse_tokenizer(checked.tokenizer.path, checked.data.chat_template))
     laps.end("parts")
     pipeline.find_duplicates()
     laps.end("duplicates")
@@ -325,7 +325,7 @@ def _nothing_half_written(directory: Path, *files: str) -> Iterator[None]:
 
 def _split_entry(entries: list[dict[str, Any]], split: Split) -> dict[str, Any]:
     files = [
-        {key: entry[key] for key in ("path", "tokens", "sha256", "documents", "index", "text")}
+        {key: entry[key] for key in ("path", "tokens", "sha256", "documents", *BESIDE) if key in entry}
         for entry in entries
         if entry["split"] == split
     ]

@@ -7,14 +7,12 @@ it had not seen.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from raylm.data.padding import padded_length
 from raylm.data.samples.permutation import epoch_keys, permute
-from raylm.data.sources.documents import Split
 from raylm.data.tokens.shards import TokenShards
 from raylm.errors import UserError
 
@@ -193,30 +191,3 @@ class PairSamples:
         inputs = np.where((columns < kept - 1)[:, :-1], tokens[:, :-1], self._pad_id)
         targets = np.where(counted[:, 1:], tokens[:, 1:], IGNORED)
         return {"input_ids": inputs, "targets": targets}
-
-
-def open_samples(
-    directory: Path | str,
-    split: Split,
-    sequence_length: int,
-    seed: int,
-    answer_only: bool = True,
-    tell_documents: bool = False,
-) -> PackedSamples | PairSamples:
-    """The samples of a split of a prepared directory: shuffled for train, in order for validation.
-
-    Raises:
-        UserError: the directory is not prepared or is damaged, the split is empty, or ``sequence_length`` does not fit.
-    """
-    shards = TokenShards(directory, split)
-    if not shards.document_count:
-        raise UserError(f"{directory} has no {split} documents; prepare it with a data.{split} source")
-    shuffle = split == "train"
-    if shards.kind == "documents":
-        return PackedSamples(shards, sequence_length, seed, shuffle, tell_documents)
-    if tell_documents:
-        raise UserError(
-            f"objective.document_boundaries: allowed with the pairs of {directory}: ignore, as each is a sequence of "
-            "its own"
-        )
-    return PairSamples(shards, sequence_length, seed, shards.pad_id, answer_only, shuffle)

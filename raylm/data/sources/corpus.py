@@ -27,7 +27,7 @@ class Survey:
     """What a pass over the whole input found.
 
     Attributes:
-        kind: documents or pairs.
+        kind: documents, pairs or conversations.
         documents, bytes: by split; bytes of text in UTF-8.
         sources: a record a source, for the manifest: name, documents, empty ones left out, dropped ones, bytes, content
             hash, and of an embedded corpus the Python version.
@@ -44,7 +44,7 @@ class BlockCount:
     """What was found in one block.
 
     Attributes:
-        kind: documents or pairs; None where nothing was found.
+        kind: documents, pairs or conversations; None where nothing was found.
         documents, bytes: by split.
         empty: documents without a character that is no white space.
         dropped: documents that cleaning dropped.
@@ -64,7 +64,7 @@ class BlockCount:
         Raises:
             UserError: it is of another kind than those before.
         """
-        kind: Kind = "pairs" if document.prompt else "documents"
+        kind = document.kind
         if self.kind is None:
             self.kind = kind
         elif kind != self.kind:
@@ -143,7 +143,7 @@ class Corpus:
         """Read everything once, check it and count it.
 
         Raises:
-            UserError: bad input, pairs mixed with documents, or a split without a document.
+            UserError: bad input, kinds that are mixed, or a split without a document.
         """
         return self.summarize(self._count(block) for block in self.blocks)
 
@@ -163,7 +163,7 @@ class Corpus:
         """Add up the counts of all blocks, in their order.
 
         Raises:
-            UserError: pairs mixed with documents, a source or a split without a document.
+            UserError: kinds that are mixed, a source or a split without a document.
         """
         survey: Survey | None = None
         first_source = ""
@@ -186,6 +186,9 @@ class Corpus:
                 continue
             if survey is None:
                 survey, first_source = Survey(count.kind), name
+            elif {count.kind, survey.kind} == {"pairs", "conversations"}:
+                # A pair is a conversation of two messages.
+                survey.kind = "conversations"
             elif count.kind != survey.kind:
                 raise UserError(_mixed(count.kind, name, survey.kind, first_source))
             for split in ("train", "validation"):

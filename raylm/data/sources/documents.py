@@ -7,21 +7,28 @@ evaluation and serving read back as text. Relies on pyarrow alone.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylm.data.chat import user_message
+from raylm.data.chat import pair_messages, user_message
 from raylm.errors import UserError
 
-Kind = Literal["documents", "pairs"]
+Kind = Literal["documents", "pairs", "conversations"]
 Split = Literal["train", "validation"]
 
+# What a document of each kind has beside its title and text.
+COLUMNS: dict[Kind, list[str]] = {
+    "documents": ["aliases"],
+    "pairs": ["prompt", "answer", "context"],
+    "conversations": ["messages", "tools"],
+}
 # A row group is what a tokenizing task holds in memory at a time.
 ROW_GROUP_DOCUMENTS = 4096
 ROW_GROUP_BYTES = 2 << 20
@@ -29,10 +36,11 @@ ROW_GROUP_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """A text with a title, or a prompt/answer pair.
+    """A text with a title, a prompt/answer pair, or a conversation.
 
     Attributes:
-        text: the text; of a pair, its user message and its answer on lines of their own.
+        text: the text; of a pair, its user message and its answer on lines of their own; of a conversation, what each
+            role says on lines of their own.
         title: what it is called, may be empty.
         prompt, answer, context: the parts of a pair; empty for plain text. The context may be empty for a pair too.
         split_key: text whose hash decides between training and validation; the document's own text where empty.
@@ -41,6 +49,7 @@ class Document:
         augmentation: how the document was made from another one: method, id of the original, number, with colons
             between; empty for an original.
         label: its class; empty where ``data.fields.label`` names no column.
+        messages, tools: of a conversation, lists as JSON; empty for others, and where no tool is listed.
     """
 
     text: str
@@ -53,6 +62,25 @@ class Document:
     aliases: str = ""
     augmentation: str = ""
     label: str = ""
+    messages: str = ""
+    tools: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        """What it is."""
+        return "conversations" if self.messages else "pairs" if self.prompt else "documents"
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages of a conversation."""
+        return json.loads(self.messages)
+
+    @property
+    def answers(self) -> str:
+        """What is said to what is asked; of plain text nothing."""
+        if self.messages:
+            return "\n".join(turn["content"] for turn in self.turns if turn["role"] == "assistant")
+        return self.answer
 
     def on_side(self, split: Split) -> Document:
         """The same document, its side decided."""
@@ -73,6 +101,21 @@ def make_pair(prompt: str, answer: str, context: str = "", **attributes: str) ->
     """A pair as a document, its text made of its parts."""
     text = f"{user_message(prompt, context)}\n{answer}"
     return Document(text=text, prompt=prompt, answer=answer, context=context, **attributes)
+
+
+def make_conversation(turns: list[dict[str, Any]], tools: list[Any], **attributes: str) -> Document:
+    """Messages, each with role and content, as a document."""
+    text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    listed = json.dumps(tools, ensure_ascii=False) if tools else ""
+    return Document(text=text, messages=json.dumps(turns, ensure_ascii=False), tools=listed, **attributes)
+
+
+def as_conversation(document: Document) -> Document:
+    """The document itself, or a pair as a conversation of two messages."""
+    if document.messages:
+        return document
+    made = make_conversation(pair_messages(document.prompt, document.answer, document.context), [])
+    return replace(document, text=made.text, messages=made.messages)
 
 
 def split_of(document: Document, validation_fraction: float) -> Split:
@@ -123,7 +166,7 @@ class DocumentFile:
     """
 
     def __init__(self, path: Path, kind: Kind, with_split: bool = False, columns: tuple[str, ...] = ()) -> None:
-        names = ["title", "text"] + (["prompt", "answer", "context"] if kind == "pairs" else ["aliases"])
+        names = ["title", "text", *COLUMNS[kind]]
         # A part is read again by its next task only, which needs the side and no id.
         names = [*names, "split"] if with_split else ["id", *names, "augmentation"]
         names += columns

@@ -1,4 +1,4 @@
-"""Rows with columns to documents, prompt/answer pairs, turns of a conversation, or questions in the SQuAD format."""
+"""Rows with columns to documents, prompt/answer pairs, conversations, or questions in the SQuAD format."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from raylm.config.data import FieldsSection
+from raylm.data.sources.conversations import PRESET_COLUMNS, alpaca, conversation, encodable
 from raylm.data.sources.documents import Document, make_pair
 from raylm.data.sources.squad import COLUMNS as SQUAD_COLUMNS
 from raylm.data.sources.squad import CONTEXT, answers_of, is_squad
@@ -19,7 +20,6 @@ from raylm.errors import UserError
 
 # (place in the file, row); what the place is, its table knows.
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
-ANSWERING = ("assistant", "gpt", "bot", "model")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Table:
 
 def wanted_columns(names: Sequence[str], fields: FieldsSection) -> list[str]:
     """Those of a file's columns that are read at all."""
-    wanted = {fields.text, fields.prompt, fields.answer, fields.context, fields.messages, fields.label}
+    if fields.preset is not None:
+        return [name for name in names if name in {*PRESET_COLUMNS, fields.messages, fields.tools, fields.label}]
+    wanted = {fields.text, fields.prompt, fields.answer, fields.context, fields.messages, fields.tools, fields.label}
     if is_squad(names):
         wanted |= set(SQUAD_COLUMNS)
     return [name for name in names if name in wanted]
@@ -67,12 +69,18 @@ def rows_to_documents(
         return
     columns = (table.first_columns and table.first_columns()) or list(first[1])
     kind = kind_of(columns, fields)
+    if kind is None and fields.preset is not None:
+        needed = "instruction, output" if fields.preset == "alpaca" else fields.messages
+        raise UserError(
+            f"{table.origin}: no columns of the form {fields.preset} ({needed}); columns found: "
+            f"{', '.join(columns) or 'none'}"
+        )
     if kind is None:
         raise UserError(
             f"{table.origin}: no column '{fields.text}' (nor both '{fields.prompt}' and '{fields.answer}'); columns "
             f"found: {', '.join(columns) or 'none'}; name yours in data.fields"
         )
-    make = {"text": _text, "pair": _pair, "messages": _conversation, "squad": _squad_pair}[kind]
+    make = {"text": _text, "pair": _pair, "messages": conversation, "alpaca": alpaca, "squad": _squad_pair}[kind]
     rows = itertools.chain([first], table.rows)
     for number, row in _each_context(rows) if kind == "text" and is_squad(columns) and fields.text == CONTEXT else rows:
         try:
@@ -106,7 +114,11 @@ def _each_context(rows: Rows) -> Rows:
 
 
 def kind_of(columns: Sequence[str], fields: FieldsSection) -> str | None:
-    """What rows with these columns are: text, pair, messages, squad, or None."""
+    """What rows with these columns are: text, pair, messages, alpaca, squad, or None."""
+    if fields.preset == "alpaca":
+        return "alpaca" if {"instruction", "output"} <= set(columns) else None
+    if fields.preset is not None:
+        return "messages" if fields.messages in columns else None
     if "text" in fields.model_fields_set and fields.text in columns:
         return "text"
     if fields.prompt in columns and fields.answer in columns:
@@ -132,63 +144,9 @@ def _pair(row: Mapping[str, Any], fields: FieldsSection) -> Iterator[Document]:
 def _squad_pair(row: Mapping[str, Any], fields: FieldsSection) -> Iterator[Document]:
     """The question with its first answer; without an answer an empty document."""
     question, context = _value(row, "question"), _value(row, "context")
-    answer = next((_encodable(text, "answers") for text, _ in answers_of(row)), "")
+    answer = next((encodable(text, "answers") for text, _ in answers_of(row)), "")
     complete = question.strip() and answer.strip()
     yield make_pair(question, answer, context if fields.context else "") if complete else Document(text="")
-
-
-def _conversation(row: Mapping[str, Any], fields: FieldsSection) -> Iterator[Document]:
-    """A pair for every answer of a conversation, with what was said before as its context.
-
-    All turns of one conversation are on one side of the split, which the whole of it decides: many begin with the same
-    words of the system.
-    """
-    messages = row.get(fields.messages)
-    if messages is None or messages == []:
-        yield Document(text="")
-        return
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f"column '{fields.messages}': found no list of messages with role and content")
-    turns: list[tuple[str, str]] = []
-    for message in messages:
-        role = message.get("role", message.get("from"))
-        if not isinstance(role, str) or not ("content" in message or "value" in message):
-            raise ValueError(f"column '{fields.messages}': a message without role and content; allowed: both, as text")
-        content = _content(message.get("content", message.get("value")), fields.messages)
-        turns.append((role, _encodable(content, fields.messages)))
-    key = "\n".join(f"{role}: {content}" for role, content in turns)
-    answered = False
-    for number, (role, content) in enumerate(turns):
-        if role not in ANSWERING or number == 0 or turns[number - 1][0] in ANSWERING or not content.strip():
-            continue
-        before = turns[: number - 1]
-        context = "\n".join(text if who == "system" else f"{who}: {text}" for who, text in before if text.strip())
-        prompt = turns[number - 1][1]
-        if prompt.strip():
-            answered = True
-            yield make_pair(prompt, content, context, split_key=key)
-    if not answered:
-        yield Document(text="")
-
-
-def _content(content: Any, column: str) -> str:
-    """What a message says: a text, the texts of a list of parts, or nothing where it only calls a tool.
-
-    Raises:
-        ValueError: it is something else, or a part of it is.
-    """
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise ValueError(f"column '{column}': found a content of {type(content).__name__}, allowed: text")
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise ValueError(f"column '{column}': a message has a part of type {kind}, allowed: text")
-        texts.append(text)
-    return "\n".join(texts)
 
 
 def _label(row: Mapping[str, Any], column: str) -> str:
@@ -208,13 +166,4 @@ def _value(row: Mapping[str, Any], column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"column '{column}': found {type(value).__name__}, allowed: text")
-    return _encodable(value, column)
-
-
-def _encodable(value: str, column: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair, which is no character.
-        raise ValueError(f"column '{column}': not valid Unicode at character {error.start}") from None
-    return value
+    return encodable(value, column)

@@ -6,7 +6,6 @@ Text is encoded as text: what looks like a special token in a document stays ord
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from tokenizers import Encoding, Tokenizer
 
 from raylm.data.chat import neutralize, pair_messages, question_messages
 from raylm.data.sources.documents import Document
+from raylm.data.tokens.templates import ChatTemplate
 from raylm.data.tokens.word_encoding import WordEncoder, applies_to
-from raylm.errors import UserError, first_line
+from raylm.errors import UserError
 
 
 class DocumentEncoder:
@@ -54,24 +54,7 @@ class PairEncoder:
 
     def __init__(self, directory: Path) -> None:
         self._tokenizer = load_backend(directory)
-        template = directory / "chat_template.jinja"
-        if not template.is_file():
-            # So transformers saves a tokenizer with several, which it asks for by name.
-            raise UserError(
-                "tokenizer.path: it has several chat templates and none named default, which pairs are laid out with; "
-                "name one of them default in its tokenizer_config.json"
-            )
-        self._template = template.read_text(encoding="utf-8")
-        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        # What transformers hands to a template: the named special tokens.
-        self._named = {
-            key: value if isinstance(value, str) else value["content"]
-            for key, value in settings.items()
-            if key.endswith("_token") and isinstance(value, str | dict)
-        }
-        self._special = {
-            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
-        }
+        self._template = ChatTemplate(directory, self._tokenizer)
 
     def encode(self, documents: Sequence[Document]) -> tuple[list[np.ndarray], np.ndarray]:
         """Tokens of each pair, and int64 [n, 3]: where the answer begins, where the part that may be cut begins, ends.
@@ -80,11 +63,17 @@ class PairEncoder:
             UserError: the template does not go on from its own generation prompt.
         """
         parts = [
-            tuple(neutralize(part, self._special) for part in (document.prompt, document.answer, document.context))
+            tuple(
+                neutralize(part, self._template.special)
+                for part in (document.prompt, document.answer, document.context)
+            )
             for document in documents
         ]
-        asked = self._render([question_messages(prompt, context) for prompt, _, context in parts], True)
-        whole = self._render([pair_messages(prompt, answer, context) for prompt, answer, context in parts], False)
+        what = "a question and an answer"
+        asked = self._template.render(
+            [question_messages(prompt, context) for prompt, _, context in parts], what, ask=True
+        )
+        whole = self._template.render([pair_messages(*part) for part in parts], what)
         answers = []
         for question, conversation in zip(asked, whole, strict=True):
             if not conversation.startswith(question) or len(conversation) == len(question):
@@ -102,22 +91,6 @@ class PairEncoder:
             tokens.append(np.array([*before.ids, *after.ids], dtype=np.int64))
             columns.append((len(before.ids), *_token_span(before, question, context or prompt)))
         return tokens, np.array(columns, dtype=np.int64).reshape(len(tokens), 3)
-
-    def _render(self, conversations: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[str]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            rendered, _ = render_jinja_template(
-                conversations=conversations,
-                chat_template=self._template,
-                add_generation_prompt=add_generation_prompt,
-                **self._named,
-            )
-        except Exception as error:  # noqa: BLE001 - a template computes anything, and fails in as many ways
-            raise UserError(
-                f"tokenizer.path: its chat template refuses a question and an answer: {first_line(error)}"
-            ) from None
-        return rendered
 
 
 def _token_span(encoding: Encoding, text: str, part: str) -> tuple[int, int]:

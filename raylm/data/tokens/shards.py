@@ -2,16 +2,18 @@
 
 A prepared directory is whole when it has ``manifest.json``, which is written last and holds the size and checksum of
 every file. A split's token files are one stream: of documents, ``<eos> document <eos> document <eos> ...``; of pairs,
-prompt and answer tokens one after the other. Beside each token file stands an index, int64 [documents, columns], with
-a row for each document: its first token's place in the file, and for pairs the places, relative to that, of the
-answer's first token and of the beginning and end of what may be cut from a prompt that is too long.
+prompt and answer tokens one after the other; of conversations, one after the other as the chat template writes them.
+Beside each token file stands an index, int64 [documents, columns], with a row for each document: its first token's
+place in the file, and relative to that for pairs the places of the answer's first token and of the beginning and end of
+what may be cut from a prompt that is too long, for conversations that of the first answer. Conversations have a further
+file, bool [tokens]: what the assistant writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,13 @@ from raylm.data.sources.segments import MANIFEST
 from raylm.errors import UserError
 
 FORMAT_VERSION = 1
-PAIR_COLUMNS = ("start", "answer_start", "cut_start", "cut_end")
-DOCUMENT_COLUMNS = ("start",)
+COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "documents": ("start",),
+    "pairs": ("start", "answer_start", "cut_start", "cut_end"),
+    "conversations": ("start", "answer_start"),
+}
+# Of an entry in the manifest, the files beside the tokens.
+BESIDE = ("index", "text", "counted")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -67,7 +74,7 @@ def verify_prepared(directory: Path | str) -> dict[str, Any]:
     manifest = read_manifest(directory)
     for split in manifest["splits"].values():
         for entry in split["files"]:
-            for part in (entry, entry["index"], entry["text"]):
+            for part in (entry, *(entry[name] for name in BESIDE if name in entry)):
                 path = directory / part["path"]
                 if not path.is_file():
                     raise UserError(f"{path}: missing; prepare the data again")
@@ -98,9 +105,9 @@ class TokenShards:
 
     Attributes:
         token_count: tokens in the split, end-of-text tokens included.
-        document_count: documents, or pairs.
+        document_count: documents, pairs or conversations.
         byte_count: bytes of the documents' text in UTF-8, without what joins them.
-        kind: documents or pairs.
+        kind: documents, pairs or conversations.
         manifest: the whole manifest.
         eos_id, pad_id: ids of the tokenizer; pad_id is eos_id where it has none.
 
@@ -124,7 +131,7 @@ class TokenShards:
         self._first = np.cumsum([0, *(entry["tokens"] for entry in self._files)])
         for entry in self._files:
             self._check_size(entry)
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[str, np.ndarray] = {}
 
     def __reduce__(self) -> tuple:
         # Another process opens the files itself instead of receiving their content.
@@ -141,20 +148,37 @@ class TokenShards:
             raise UserError(f"{path}: damaged shard: {size} bytes, {expected} in the manifest; prepare the data again")
 
     def _file(self, number: int) -> np.ndarray:
-        if number not in self._maps:
-            path = self.directory / self._files[number]["path"]
-            self._maps[number] = np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))
-        return self._maps[number]
+        path = self._files[number]["path"]
+        if path not in self._maps:
+            self._maps[path] = np.asarray(np.memmap(self.directory / path, dtype=self._dtype, mode="r"))
+        return self._maps[path]
+
+    def _counted_file(self, number: int) -> np.ndarray:
+        path = self._files[number]["counted"]["path"]
+        if path not in self._maps:
+            try:
+                self._maps[path] = np.load(self.directory / path, mmap_mode="r")
+            except (OSError, ValueError, EOFError):
+                raise UserError(f"{self.directory / path}: missing or damaged; prepare the data again") from None
+        return self._maps[path]
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """Tokens at ``positions`` of the stream: int64 of any shape to int64 of the same shape."""
+        return self._at(positions, self._file, np.int64)
+
+    def counted(self, positions: np.ndarray) -> np.ndarray:
+        """Whether the assistant writes the tokens at ``positions`` of conversations: int64 to bool of the same
+        shape."""
+        return self._at(positions, self._counted_file, np.bool_)
+
+    def _at(self, positions: np.ndarray, open_file: Callable[[int], np.ndarray], dtype: type) -> np.ndarray:
         flat = positions.ravel()
         numbers = np.searchsorted(self._first, flat, side="right") - 1
-        tokens = np.empty(flat.shape, dtype=np.int64)
+        found = np.empty(flat.shape, dtype=dtype)
         for number in np.unique(numbers):
             here = numbers == number
-            tokens[here] = self._file(int(number))[flat[here] - self._first[number]]
-        return tokens.reshape(positions.shape)
+            found[here] = open_file(int(number))[flat[here] - self._first[number]]
+        return found.reshape(positions.shape)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` of the stream, across files, int64 [stop - start]."""
@@ -173,7 +197,7 @@ class TokenShards:
         Raises:
             UserError: an index file is missing or damaged.
         """
-        columns = len(PAIR_COLUMNS if self.kind == "pairs" else DOCUMENT_COLUMNS)
+        columns = len(COLUMNS[self.kind])
         parts = [np.empty((0, columns), dtype=np.int64)]
         for number, entry in enumerate(self._files):
             path = self.directory / entry["index"]["path"]

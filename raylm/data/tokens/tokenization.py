@@ -26,12 +26,15 @@ from raylm.data.sources.documents import (
     DocumentFile,
     Kind,
     Split,
+    as_conversation,
     flush_to_disk,
     hash_share,
     read_row_groups,
 )
+from raylm.data.tokens.conversation_encoding import ConversationEncoder
 from raylm.data.tokens.encoding import DocumentEncoder, PairEncoder
 
+Encoder = DocumentEncoder | PairEncoder | ConversationEncoder
 WEIGHT_PURPOSE = b"raylm-weight"
 # Folder of the parts that augmentation has made others of.
 AUGMENTED = "augmented"
@@ -112,9 +115,11 @@ def is_taken(document: Document, weight: float, copy: int) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def open_encoder(tokenizer: Path, is_pairs: bool, eos_id: int, _: os.stat_result) -> DocumentEncoder | PairEncoder:
+def open_encoder(tokenizer: Path, kind: Kind, eos_id: int, _: os.stat_result) -> Encoder:
     """The encoder of a tokenizer directory, kept by its process: a tokenizer remembers the words that it has seen."""
-    return PairEncoder(tokenizer) if is_pairs else DocumentEncoder(tokenizer, eos_id)
+    if kind == "documents":
+        return DocumentEncoder(tokenizer, eos_id)
+    return PairEncoder(tokenizer) if kind == "pairs" else ConversationEncoder(tokenizer)
 
 
 class TokenWriter:
@@ -133,6 +138,7 @@ class TokenWriter:
         self._leading = leading
         self._stream: Any = None
         self._rows: list[np.ndarray] = []
+        self._counted: list[np.ndarray] = []
         self._digest = hashlib.sha256()
         self._position = self._unknown = 0
 
@@ -144,15 +150,14 @@ class TokenWriter:
         # A task must not write into the file of one that it took for dead.
         self._partial = folder / f".{self._path.name}.{os.getpid()}.partial"
         self._stream = self._partial.open("wb")
-        is_pairs = self._layout.kind == "pairs"
-        tokenizer = self._root / "tokenizer"
-        self._encoder = open_encoder(tokenizer, is_pairs, self._layout.eos_id, (tokenizer / "tokenizer.json").stat())
+        kind, tokenizer = self._layout.kind, self._root / "tokenizer"
+        self._encoder = open_encoder(tokenizer, kind, self._layout.eos_id, (tokenizer / "tokenizer.json").stat())
         self._documents = DocumentFile(
             self._root / "documents" / f"{self._split}-{self._number:05d}.parquet",
-            self._layout.kind,
+            kind,
             columns=("label",) if self._layout.labels else (),
         )
-        if self._leading and not is_pairs:
+        if self._leading and kind == "documents":
             # The stream begins as every document does: after an end-of-text token.
             self._append(np.array([self._layout.eos_id]))
 
@@ -166,11 +171,14 @@ class TokenWriter:
         """Append documents, at least one."""
         if self._stream is None:
             self._open()
-        tokens, columns = self._encoder.encode(documents)
+        if self._layout.kind == "conversations":
+            documents = [as_conversation(document) for document in documents]
+        tokens, columns, *counted = self._encoder.encode(documents)
         lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
         starts = self._position + np.cumsum(lengths) - lengths
         self._rows.append(np.concatenate([starts[:, None], columns], axis=1))
         joined = np.concatenate(tokens)
+        self._counted += counted[0] if counted else []
         self._append(joined)
         for document in documents:
             self._documents.write(document)
@@ -186,12 +194,9 @@ class TokenWriter:
         self._partial.replace(self._path)
         self._documents.__exit__(None, None, None)
         index = np.concatenate(self._rows)
-        index_path = self._path.with_name(f"index-{self._number:05d}.npy")
-        index_partial = self._path.with_name(f".{index_path.name}.{os.getpid()}.partial")
-        with index_partial.open("wb") as stream:
-            np.save(stream, index)
-        flush_to_disk(index_partial)
-        index_partial.replace(index_path)
+        arrays = {"index": index}
+        if self._layout.kind == "conversations":
+            arrays["counted"] = np.concatenate(self._counted)
         text = self._documents.path
         return {
             "split": self._split,
@@ -201,9 +206,17 @@ class TokenWriter:
             "documents": len(index),
             "bytes": self._documents.bytes,
             "unknown_tokens": self._unknown,
-            "index": {
-                "path": f"{self._split}/{index_path.name}",
-                "sha256": hashlib.sha256(index_path.read_bytes()).hexdigest(),
-            },
+            **{name: self._saved(name, array) for name, array in arrays.items()},
             "text": {"path": f"documents/{text.name}", "sha256": hashlib.sha256(text.read_bytes()).hexdigest()},
         }
+
+    def _saved(self, name: str, array: np.ndarray) -> dict[str, str]:
+        """Write an array beside the tokens; its entry in the manifest."""
+        path = self._path.with_name(f"{name}-{self._number:05d}.npy")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            np.save(stream, array)
+        flush_to_disk(partial)
+        partial.replace(path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        return {"path": f"{self._split}/{path.name}", "sha256": sha256}

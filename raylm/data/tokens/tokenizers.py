@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.config.data import MASK_TOKEN, SPECIAL_TOKENS, TokenizerSection
-from raylm.data.chat import CHAT_TEMPLATE, PLAIN_TEMPLATE
+from raylm.data.chat import CHAT_TEMPLATE, PLAIN_TEMPLATE, find_template
 from raylm.data.loading import load_tokenizer
 from raylm.data.tokens.encoding import load_backend
 from raylm.data.tokens.tokenizer_training import UNKNOWN, train_jieba_words, train_unigram, train_wordpiece, train_words
@@ -101,14 +101,23 @@ class TokenizerFiles:
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
-def make_tokenizer(section: TokenizerSection, texts: Iterator[str]) -> TokenizerFiles | PreTrainedTokenizerFast:
+def make_tokenizer(
+    section: TokenizerSection, texts: Iterator[str], chat_template: str | None = None
+) -> TokenizerFiles | PreTrainedTokenizerFast:
     """Train the tokenizer that ``section`` asks for on ``texts``, or load the one at its path.
+
+    Args:
+        chat_template: name or file; None for the tokenizer's own.
 
     Raises:
         UserError: the path holds no usable tokenizer.
     """
     if section.path is not None:
-        return reuse_tokenizer(section.path)
+        return reuse_tokenizer(section.path, chat_template)
+    return _with_template(_trained(section, texts), chat_template)
+
+
+def _trained(section: TokenizerSection, texts: Iterator[str]) -> TokenizerFiles:
     special = section.special_tokens
     if section.type == "character":
         return _wrap(_character_tokenizer(texts, [*special, UNKNOWN]), special, unk_token=UNKNOWN)
@@ -121,11 +130,23 @@ def make_tokenizer(section: TokenizerSection, texts: Iterator[str]) -> Tokenizer
     return _wrap(_train_bpe(texts, section.vocab_size, special), special)
 
 
-def reuse_tokenizer(path: str) -> TokenizerFiles | PreTrainedTokenizerFast:
+def _with_template(
+    tokenizer: TokenizerFiles | PreTrainedTokenizerFast, chat_template: str | None
+) -> TokenizerFiles | PreTrainedTokenizerFast:
+    """The tokenizer with the chat template of that name or file."""
+    if chat_template is not None:
+        tokenizer.chat_template = find_template(chat_template, _added_tokens(tokenizer))
+    return tokenizer
+
+
+def reuse_tokenizer(path: str, chat_template: str | None = None) -> TokenizerFiles | PreTrainedTokenizerFast:
     """The tokenizer of a model, run, prepared or tokenizer directory, or of a hub name.
 
     One without a chat template gets ours where it knows our special tokens, else one of plain words: its vocabulary
     never changes, as that of a model may hang on it. Where there is no EOS token, as in BERT's, the separator is it.
+
+    Args:
+        chat_template: name or file of another one; None for its own.
 
     Raises:
         UserError: there is none, or it has no fast implementation, or neither EOS token nor separator.
@@ -150,7 +171,12 @@ def reuse_tokenizer(path: str) -> TokenizerFiles | PreTrainedTokenizerFast:
         found.settings["clean_up_tokenization_spaces"] = False
     else:
         found.clean_up_tokenization_spaces = False
-    return found
+    return _with_template(found, chat_template)
+
+
+def _added_tokens(tokenizer: TokenizerFiles | PreTrainedTokenizerFast) -> set[str]:
+    backend = tokenizer.backend if isinstance(tokenizer, TokenizerFiles) else tokenizer.backend_tokenizer
+    return {token.content for token in backend.get_added_tokens_decoder().values()}
 
 
 def _special_tokens(tokenizer: TokenizerFiles | PreTrainedTokenizerFast) -> set[str]:
@@ -235,12 +261,12 @@ def tokenizer_hash(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def reused_hash(path: str) -> str:
-    """:func:`tokenizer_hash` of a set that would be prepared with ``tokenizer.path: path``.
+def reused_hash(path: str, chat_template: str | None) -> str:
+    """:func:`tokenizer_hash` of a set that would be prepared with ``tokenizer.path: path`` and ``data.chat_template``.
 
     Raises:
         UserError: see :func:`reuse_tokenizer`.
     """
     with tempfile.TemporaryDirectory() as directory:
-        reuse_tokenizer(path).save_pretrained(directory)
+        reuse_tokenizer(path, chat_template).save_pretrained(directory)
         return tokenizer_hash(Path(directory))
