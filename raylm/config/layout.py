@@ -99,6 +99,7 @@ def splitting_refusal(config: TrainConfig, model_parallel: int) -> str:
     for name, found, reason in (
         ("distillation", config.distillation, "a teacher computes beside the whole model"),
         ("rounding", config.rounding, "weights are rounded before they are cut"),
+        ("adapter", config.adapter, "adapters are put into whole layers"),
     ):
         if found is not None:
             return f"{name}: allowed with parallel.tensor and parallel.pipeline 1, as {reason}"

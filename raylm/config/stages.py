@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import model_validator
 
+from raylm.config.adapter import AdapterSection, FreezingSection
 from raylm.config.base import MayChange, Section
 from raylm.config.compression import CompressionSection
 from raylm.config.data import DataSection, TokenizerSection
@@ -20,6 +21,8 @@ from raylm.config.serving import ServingSection
 from raylm.config.tasks import TASKS
 from raylm.config.training import CheckpointSection, ParallelSection, TrainingSection
 from raylm.config.tuning import OBJECTIVES, TuningSection
+
+DORA_READS = "it reads whole weights, of which ZeRO 3 leaves a worker parts"
 
 
 class PrepareConfig(Section):
@@ -43,6 +46,8 @@ class TrainConfig(Section):
     training: TrainingSection
     distillation: DistillationSection | None = None
     rounding: RoundingSection | None = None
+    adapter: AdapterSection | None = None
+    freezing: FreezingSection | None = None
     checkpoint: Annotated[CheckpointSection, MayChange()] = CheckpointSection()
     resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 
@@ -112,11 +117,26 @@ class TrainConfig(Section):
     def _layout(self) -> TrainConfig:
         if self.training is not None and self.training.keep_zeros and self.model.path is None:
             raise ValueError("training.keep_zeros: found true, allowed with model.path, whose zeros they are")
+        if self.adapter is not None:
+            self._fits_adapter()
         if self.distillation is not None and self.distillation.teacher is None:
             raise ValueError("distillation.teacher: missing; allowed: the path of a model with the same tokenizer")
         if self.training is not None and (refusal := layout_refusal(self)):
             raise ValueError(refusal)
         return self
+
+    def _fits_adapter(self) -> None:
+        """Refuse what changes the weights that an adapter leaves as they are."""
+        if self.model.path is None:
+            raise ValueError("adapter: allowed with model.path, beside whose weights it is trained")
+        if self.freezing is not None:
+            raise ValueError("freezing: allowed without adapter, which leaves all weights but its own as they are")
+        if self.adapter.type == "dora" and self.parallel.zero_stage == 3:
+            raise ValueError("parallel.zero_stage: found 3, allowed with adapter.type dora: 0, 1, 2; " + DORA_READS)
+        if self.rounding is not None:
+            raise ValueError("adapter: allowed without rounding, which is of the weights that stay as they are")
+        if self.training is not None and self.training.keep_zeros:
+            raise ValueError("training.keep_zeros: found true, allowed without adapter, which leaves all weights alone")
 
 
 class PretrainConfig(TrainConfig):

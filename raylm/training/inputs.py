@@ -42,6 +42,7 @@ def validate(config: TrainConfig) -> Checked:
     Raises:
         UserError: one line.
     """
+    from raylm.models.adapters import check_adapter
     from raylm.models.families.build import check_head
     from raylm.models.loading import load_config, load_parts
     from raylm.parallel.engines.compilation import check_compilation
@@ -61,6 +62,10 @@ def validate(config: TrainConfig) -> Checked:
         check_head(loaded, objective.head, config.model.path)
         _, tokenizer = load_parts(config.model.path)
         objective.check_tokenizer(tokenizer, config.training.sequence_length, config.model.path)
+        if config.adapter is not None:
+            check_adapter(config.adapter, loaded, objective.head)
+    if config.freezing is not None:
+        check_freezing(config, loaded, objective)
         if config.distillation is not None:
             check_teacher(config.distillation, loaded, objective.head)
             check_tokenizers(config.distillation.teacher, config.model.path, "distillation.teacher")
@@ -71,6 +76,20 @@ def validate(config: TrainConfig) -> Checked:
     if config.distillation is not None and loaded is None:
         check_teacher(config.distillation, model.config, objective.head)
     return Checked(model, data)
+
+
+def check_freezing(config: TrainConfig, loaded: PretrainedConfig | None, objective: Objective) -> None:
+    """Refuse names and layers that the model does not have.
+
+    Raises:
+        UserError: one line.
+    """
+    from raylm.models.depth import Freezing
+    from raylm.models.weights import make_outline
+    from raylm.parallel.plan.planning import check_model
+
+    assert config.freezing is not None
+    Freezing(config.freezing, make_outline(check_model(config, loaded).config, objective.head).model)
 
 
 def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfig | None) -> Input | Rows | None:

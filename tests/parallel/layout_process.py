@@ -42,7 +42,8 @@ def start(case: dict[str, Any]) -> tuple[int, bool]:
 
 def hooks(case: dict[str, Any]) -> dict[str, Any]:
     """What a case asks of the engine's places for later work: ``train`` (names end so), ``halve`` (names of weights
-    that are halved before training), ``mask`` (whose first row stays 0), ``round`` (group size of rounded weights)."""
+    that are halved before training), ``mask`` (whose first row stays 0), ``adapt`` (keys of ``adapter``), ``round``
+    (group size of rounded weights)."""
     found: dict[str, Any] = {}
     if "train" in case:
         found["trained"] = lambda name: name.endswith(case["train"])
@@ -63,6 +64,14 @@ def hooks(case: dict[str, Any]) -> dict[str, Any]:
                     fragment.tensors["weight"][0].zero_()
 
         found["after_step"] = mask
+    if "adapt" in case:
+        from raylm.config.adapter import AdapterSection
+        from raylm.models.adapters import add_adapter, is_adapter
+        from raylm.models.heads import CAUSAL
+
+        section = AdapterSection(**case["adapt"])
+        found |= {"trained": is_adapter, "saves_frozen": False}
+        found["transform"] = lambda module, place: add_adapter(module, section, CAUSAL, 0)
     if "round" in case:
         from raylm.models.rounding import kept_whole, round_in_training
 

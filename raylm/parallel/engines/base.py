@@ -42,6 +42,7 @@ class EngineSettings:
             before the next, of a cut model each rank takes its parts only.
         compiled: run the blocks through torch.compile.
         trained: from a parameter's Hugging Face name to whether it is trained; the others are saved, not optimized.
+        saves_frozen: whether checkpoints hold what is not trained; else it is what ``weights`` gives.
         transform: called with a module and its name in the model, changes it in place once its weights are there and
             before the optimizer is made: the whole model (its name is empty), of a cut one each module of this rank's
             steps. Under ZeRO 3 the weights are shared out by then: modules can be wrapped, values not changed.
@@ -58,6 +59,7 @@ class EngineSettings:
     weights: Weights | None = None
     compiled: bool = False
     trained: Callable[[str], bool] | None = None
+    saves_frozen: bool = True
     transform: Callable[[nn.Module, str], None] | None = None
     after_step: Callable[[list[Fragment]], None] | None = None
 
@@ -119,8 +121,12 @@ class Engine(Protocol):
     random_stream: int
     random_streams: int
 
-    def set_learning_rate(self, factor: float) -> None:
-        """Set every group's learning rate to ``factor`` times its peak."""
+    def set_learning_rate(self, factor: float, step: int | None = None) -> None:
+        """Set every group's learning rate to ``factor`` times its peak.
+
+        Args:
+            step: that comes next, from 0; groups whose training begins later get 0. None for all.
+        """
 
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """One optimizer step over this replica's ``micro_batches``, the same on all ranks of the replica."""
@@ -215,10 +221,11 @@ def mean_loss(result: StepResult) -> float:
     return float(total) / result.targets
 
 
-def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to ``factor`` times its peak."""
+def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float, step: int | None) -> None:
+    """See :meth:`Engine.set_learning_rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_learning_rate"] * factor
+        is_open = step is None or step >= group.get("opens", 0)
+        group["lr"] = group["peak_learning_rate"] * factor if is_open else 0.0
 
 
 def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:

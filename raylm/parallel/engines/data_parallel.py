@@ -36,6 +36,7 @@ from raylm.parallel.layout.fragments import (
     frozen_fragments,
     partition_fragments,
     replicated_fragments,
+    trained_parameters,
 )
 from raylm.parallel.layout.slicing import Slicing
 from raylm.tasks.objective import IGNORED, Batch, ObjectiveModule
@@ -55,6 +56,7 @@ class DataParallelEngine:
         self.data_rank, self.data_size, self.leads = self.rank, self.world_size, True
         self.random_stream, self.random_streams = self.rank, self.world_size
         self.zero_stage, self.clipping, self.device = settings.zero_stage, settings.clipping, settings.device
+        self._saves_frozen = settings.saves_frozen
         config = deepspeed_config(settings, overlap=True)
         if settings.bf16 and self.device.type == "cpu":
             attend_in_fp32(objective.model)
@@ -88,9 +90,9 @@ class DataParallelEngine:
         """The model in its objective, as trained."""
         return self.engine.module
 
-    def set_learning_rate(self, factor: float) -> None:
+    def set_learning_rate(self, factor: float, step: int | None = None) -> None:
         """See :class:`Engine`."""
-        scale_learning_rates(self.optimizer, factor)
+        scale_learning_rates(self.optimizer, factor, step)
 
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """See :class:`Engine`."""
@@ -148,12 +150,16 @@ class DataParallelEngine:
     def fragments(self, *, for_loading: bool = False) -> list[Fragment]:
         """See :class:`Engine`."""
         rank = None if for_loading else self.rank
-        frozen = frozen_fragments(self.parameters, {}, rank, self.world_size)
+        frozen = frozen_fragments(self.parameters, {}, rank, self.world_size) if self._saves_frozen else ()
         if self.zero_stage == 0:
             mine = replicated_fragments(self.parameters, {}, self.optimizer, rank, self.world_size)
         else:
             mine = partition_fragments(self.parameters, {}, self.engine.optimizer, self.rank)
         return [*mine, *frozen]
+
+    def _saved(self) -> dict[str, nn.Parameter]:
+        """The parameters that checkpoints hold."""
+        return self.parameters if self._saves_frozen else trained_parameters(self.parameters)
 
     @torch.no_grad()
     def adopt(self, read_part: Callable[[str, Slicing], torch.Tensor], optimizer_steps: int) -> None:
@@ -163,7 +169,7 @@ class DataParallelEngine:
             for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         else:
-            for name, parameter in self.parameters.items():
+            for name, parameter in self._saved().items():
                 parameter.data.copy_(read_part(name, Slicing(tuple(parameter.shape))))
         set_steps(self.optimizer, optimizer_steps)
         dist.barrier()

@@ -242,9 +242,9 @@ class PipelineTensorEngine:
 
         return run
 
-    def set_learning_rate(self, factor: float) -> None:
+    def set_learning_rate(self, factor: float, step: int | None = None) -> None:
         """See :class:`Engine`."""
-        scale_learning_rates(self.optimizer, factor)
+        scale_learning_rates(self.optimizer, factor, step)
 
     def train_step(self, micro_batches: list[Batch]) -> StepResult:
         """See :class:`Engine`."""

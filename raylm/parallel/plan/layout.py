@@ -16,6 +16,7 @@ class Layout:
         data: replicas.
         accumulation: micro-batches of a step on each replica.
         use_gpu: whether each worker holds a GPU.
+        trained: share of the parameters that is trained, the others have neither gradients nor moments.
     """
 
     data: int
@@ -28,6 +29,7 @@ class Layout:
     bf16: bool
     optimizer: str
     use_gpu: bool = False
+    trained: float = 1.0
 
     @property
     def workers(self) -> int:

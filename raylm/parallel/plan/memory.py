@@ -275,16 +275,16 @@ def _lone_group(size: int) -> Any:
 def held_bytes(parameters: int, layout: Layout) -> dict[str, float]:
     """Bytes that a rank with so many parameters (before ZeRO shards them) holds from one micro-batch to the next."""
     low = 2 if layout.bf16 else FP32
-    data, zero = layout.data, layout.zero_stage
-    gradients = parameters * low / (data if zero >= 2 else 1)
+    data, zero, trained = layout.data, layout.zero_stage, parameters * layout.trained
+    gradients = trained * low / (data if zero >= 2 else 1)
     if layout.bf16 and layout.tensor * layout.pipeline > 1:
         # Micro-batches are added up in fp32.
-        gradients += parameters * FP32
+        gradients += trained * FP32
     return {
         "weights": parameters * low / (data if zero == 3 else 1),
         "gradients": gradients,
         # ZeRO keeps an fp32 copy of its share of the weights beside the moments.
-        "optimizer": parameters * FP32 * (MOMENTS[layout.optimizer] + (1 if zero else 0)) / (data if zero else 1),
+        "optimizer": trained * FP32 * (MOMENTS[layout.optimizer] + (1 if zero else 0)) / (data if zero else 1),
     }
 
 
@@ -296,10 +296,10 @@ def rank_bytes(stage: StageMemory, layout: Layout) -> dict[str, float]:
     parameters, data, zero, low = stage.parameters, layout.data, layout.zero_stage, 2 if layout.bf16 else FP32
     weights, gradients, optimizer = held_bytes(parameters, layout).values()
     # Gradients are copied into a bucket to be added up between replicas.
-    bucket = min(parameters, BUCKET_LIMIT)
+    bucket = min(parameters * layout.trained, BUCKET_LIMIT)
     if zero == 0 and data == 1:
         # None is needed; a new gradient of the largest is added to what the micro-batches before gave.
-        bucket = stage.largest
+        bucket = stage.largest * layout.trained
     if layout.use_gpu and zero:
         # There memory that is asked for is taken, whether it is filled or not: 4.5 times both buckets with overlap
         # (deepspeed.ai/docs/config-json), which the pipeline has not.
@@ -317,7 +317,9 @@ def rank_bytes(stage: StageMemory, layout: Layout) -> dict[str, float]:
         activations += stage.received * (1 + max(2, stage.in_flight)) + stage.sent
     passed = {
         "weights": weights + gathered,
-        "gradients": now["gradients"] if fresh else gradients + (bucket * low if zero >= 2 or layout.use_gpu else 0),
+        "gradients": now["gradients"] * layout.trained
+        if fresh
+        else gradients + (bucket * low if zero >= 2 or layout.use_gpu else 0),
         "optimizer": optimizer,
         "activations": activations,
         "logits": now["logits"],
@@ -343,6 +345,8 @@ def traffic_bytes(stage: StageMemory, layout: Layout) -> dict[str, float]:
     """
     low = 2 if layout.bf16 else FP32
     half_ring = (layout.data - 1) / layout.data * stage.parameters * low
+    if layout.zero_stage < 3:
+        half_ring *= layout.trained
     halves = {0: 2, 1: 2, 2: layout.accumulation + 1, 3: 3 * layout.accumulation}[layout.zero_stage]
     return {
         "data": halves * half_ring,

@@ -22,6 +22,7 @@ from raylm.data.sources.segments import open_sources
 from raylm.errors import UserError
 from raylm.models.families.build import build_config, check_positions, parameter_count
 from raylm.models.loading import load_config
+from raylm.models.trained import trained_share
 from raylm.parallel.plan.description import describe
 from raylm.parallel.plan.layout import Layout
 from raylm.parallel.plan.measured import Measured, read_measured
@@ -182,6 +183,7 @@ def plan_training(
         parameters=parameter_count(model_config, objective.head),
         figures=_with_measured(figures or _usual_figures(config, capacity), config, measured),
         teacher=plan_teacher(config, objective, bf16=bf16),
+        trained=trained_share(config, model_config, objective.head),
     )
     settled = "auto" not in (parallel.tensor, parallel.pipeline)
     for replicas in space.replicas(parallel.model_parallel) if settled else []:

@@ -84,6 +84,7 @@ class Space:
         parameters: of the model.
         figures: what a worker's hardware gives.
         teacher: that each worker holds beside the model, if there is one.
+        trained: share of the parameters that is trained.
     """
 
     config: TrainConfig
@@ -97,6 +98,7 @@ class Space:
     parameters: int
     figures: Figures
     teacher: Teacher | None = None
+    trained: float = 1.0
 
     @property
     def budget(self) -> float | None:
@@ -149,6 +151,10 @@ class Space:
         """ZeRO stages that go with ``model_parallel`` workers a replica."""
         given, compiled = self.config.parallel.zero_stage, self.config.training.compile
         stages = [0, 1, 2, 3] if given == "auto" else [given]
+        adapter = self.config.adapter
+        if adapter is not None and adapter.type == "dora":
+            # It reads whole weights.
+            stages = [n for n in stages if n < 3]
         return [n for n in stages if not zero_refusal(n, model_parallel, bf16=self.bf16, compiled=compiled)]
 
     def micro_batch_sizes(self, replicas: int) -> list[int]:
@@ -178,7 +184,7 @@ class Space:
                         yield [
                             Layout(
                                 replicas, tensor, pipeline, zero_stage, micro, -(-share // micro), checkpointing,
-                                self.bf16, self.config.training.optimizer, self.use_gpu,
+                                self.bf16, self.config.training.optimizer, self.use_gpu, self.trained,
                             )
                             for checkpointing in self.checkpointings()
                             for micro in sizes

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +31,19 @@ SHARD_BYTES = 2 * 1024**3
 LOGITS_TOLERANCE = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.5, 0.06)}
 
 
+class ExportedWeights(Protocol):
+    """Whole weights, one after the other.
+
+    Attributes:
+        shapes: by their names, in the order in which they are written.
+    """
+
+    shapes: Mapping[str, Sequence[int]]
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A weight, fp32."""
+
+
 def export_model(
     checkpoint: Path | Storage,
     config: PretrainedConfig,
@@ -38,10 +52,12 @@ def export_model(
     dtype: torch.dtype,
     head: Head = CAUSAL,
     source: str | None = None,
+    weights: ExportedWeights | None = None,
 ) -> None:
     """Write ``output`` (config, safetensors, tokenizer, generation config) from ``checkpoint``; it appears whole.
 
     Args:
+        weights: what is written; by default the checkpoint's.
         source: of the model that training began with, whose stop tokens stay.
         head: the model's head (:mod:`raylm.models.heads`).
         dtype: type of the weights on disk.
@@ -54,7 +70,7 @@ def export_model(
     empty = build_empty(config, head)
     config.architectures = [type(empty).__name__]
     config.save_pretrained(partial)
-    _write_weights(CheckpointReader(checkpoint), partial, dtype)
+    _write_weights(weights or CheckpointReader(checkpoint), partial, dtype)
     tokenizer = load_tokenizer(tokenizer_directory)
     if (positions := getattr(config, "max_position_embeddings", None)) is not None:
         tokenizer.model_max_length = positions
@@ -71,7 +87,7 @@ def export_model(
     partial.rename(output)
 
 
-def _write_weights(reader: CheckpointReader, output: Path, dtype: torch.dtype) -> None:
+def _write_weights(reader: ExportedWeights, output: Path, dtype: torch.dtype) -> None:
     shards: list[list[str]] = [[]]
     size = total = 0
     for name, shape in reader.shapes.items():

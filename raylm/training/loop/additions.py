@@ -1,4 +1,5 @@
-"""What a run trains beside its data and its model: a teacher, rounded weights, zeros that stay.
+"""What a run trains beside its data and its model: a teacher, rounded weights, zeros that stay, adapters,
+weights that are not trained.
 
 In: the job. Out: the second model that the loss compares with, and the engine's hooks.
 """
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from raylm.models.adapters import add_adapter, is_adapter, new_modules
+from raylm.models.depth import Freezing, Rate
 from raylm.models.weights import Weights
 from raylm.parallel.layout.fragments import Fragment
 from raylm.training.loop.zeros import KeepZeros
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from raylm.config.adapter import AdapterSection
     from raylm.config.stages import TrainConfig
     from raylm.models.heads import Head
 
@@ -29,12 +33,16 @@ class Additions:
 
     Attributes:
         reference: the teacher, on the device.
-        transform, after_step: of :class:`raylm.parallel.engines.base.EngineSettings`.
+        transform, after_step, trained, saves_frozen: of :class:`raylm.parallel.engines.base.EngineSettings`.
+        rates: how each parameter is trained.
     """
 
     reference: PreTrainedModel | None = None
     transform: Callable[[nn.Module, str], None] | None = None
     after_step: Callable[[list[Fragment]], None] | None = None
+    trained: Callable[[str], bool] | None = None
+    saves_frozen: bool = True
+    rates: Callable[[str], Rate] = lambda name: Rate()
 
 
 def additions_of(
@@ -52,7 +60,24 @@ def additions_of(
         if config.distillation.attention:
             # The others give no probabilities.
             model.set_attn_implementation("eager")
-    return Additions(reference, rounding_of(config), KeepZeros(weights) if config.training.keep_zeros else None)
+    if config.adapter is not None:
+        transform = functools.partial(_adapt, section=config.adapter, head=head, seed=config.run.seed)
+        trained = functools.partial(_is_trained, whole=tuple(f"{name}." for name in new_modules(model, head)))
+        return Additions(reference, transform, None, trained, saves_frozen=False)
+    kept = KeepZeros(weights) if config.training.keep_zeros else None
+    if config.freezing is None:
+        return Additions(reference, rounding_of(config), kept)
+    freezing = Freezing(config.freezing, model)
+    return Additions(reference, rounding_of(config), kept, freezing.trains, rates=freezing.rate)
+
+
+def _adapt(module: nn.Module, name: str, section: AdapterSection, head: Head, seed: int) -> None:
+    add_adapter(module, section, head, seed)
+
+
+def _is_trained(name: str, whole: tuple[str, ...]) -> bool:
+    """Whether a parameter is an adapter's, or of a head that is trained ``whole``."""
+    return is_adapter(name) or name.startswith(whole)
 
 
 def rounding_of(config: TrainConfig) -> Callable[[nn.Module, str], None] | None:

@@ -56,10 +56,12 @@ def make_engine(
         compiled=training.compile,
         transform=added.transform,
         after_step=added.after_step,
+        trained=added.trained,
+        saves_frozen=added.saves_frozen,
     )
 
     def optimizer(named: dict[str, Any]) -> torch.optim.Optimizer:
-        return make_optimizer(training, named, model)
+        return make_optimizer(training, named, model, added.rates)
 
     if parallel.model_parallel == 1:
         return DataParallelEngine(ObjectiveModule(model, objective, added.reference), optimizer, settings)

@@ -26,6 +26,7 @@ from raylm.parallel.engines.compilation import check_compilation
 from raylm.parallel.engines.environment import limit_collectives
 from raylm.tasks import make_objective
 from raylm.tasks.objective import Batch
+from raylm.training.checkpoints.adapters import FOLDER, MergedWeights, write_adapter
 from raylm.training.checkpoints.export import export_model, largest_difference, tolerated
 from raylm.training.checkpoints.mirror import BOARD, METRICS, Mirror
 from raylm.training.checkpoints.storage import Storage
@@ -80,6 +81,8 @@ class TrainingLoop:
             self.samples = TaughtSamples(self.samples, job.directory)
         self.total_steps = total_steps(training, self.samples.count)
         model, weights = self._model()
+        # What an adapter is merged into.
+        self.original = weights if self.config.adapter is not None else None
         self.model_config = model.config
         self.flops = flops_per_token(model, *self.objective.lengths(training.sequence_length))
         self.micro_batch_size = int(self.config.parallel.micro_batch_size)
@@ -190,7 +193,7 @@ class TrainingLoop:
             batch = batch_of_step(step, self.state["skipped"])
             batches = self._batches(step, batch)
             interval.data_wait += time.perf_counter() - began
-            self.engine.set_learning_rate(learning_rate_factor(training, step, self.total_steps))
+            self.engine.set_learning_rate(learning_rate_factor(training, step, self.total_steps), step)
             result = self.engine.train_step(batches)
             loss = self.engine.mean_loss(result) if training.anomalies.spike_factor is not None else 0.0
             if (found := find_anomaly(training.anomalies, self.state, result.gradient_norm, loss)) is not None:
@@ -327,15 +330,16 @@ class TrainingLoop:
             self._check_owner()
             dtype = torch.bfloat16 if self.bf16 else torch.float32
             output = self.job.directory / "model"
+            merged = None if self.original is None else self._merged(reader)
             export_model(
                 source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head,
-                self.job.model_source,
+                self.job.model_source, merged,
             )  # fmt: skip
             probe = {name: values.cpu() for name, values in probe.items()}
             difference = largest_difference(output, self.objective, probe, expected, rounding_of(self.config))
             if not difference <= tolerated(expected, dtype):
                 raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
-            self.mirror.send("model", METRICS, BOARD)
+            self.mirror.send("model", *([] if merged is None else [FOLDER]), METRICS, BOARD)
         dist.barrier()
         return {
             "finished": True,
@@ -348,6 +352,14 @@ class TrainingLoop:
             "stopped_early": last_step < self.total_steps,
             "skipped": self.state["skipped"],
         }
+
+    def _merged(self, reader: CheckpointReader) -> MergedWeights:
+        """The weights with the adapter in them, which is written by itself too."""
+        section, head, source = self.config.adapter, self.objective.head, self.job.model_source
+        assert section is not None and self.original is not None and source is not None
+        plain = make_outline(self.model_config, head).model
+        write_adapter(reader, plain, section, head, source, self.job.directory / FOLDER)
+        return MergedWeights(reader, self.original, plain, section)
 
 
 def _initial_state() -> dict[str, Any]:
