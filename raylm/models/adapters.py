@@ -6,6 +6,7 @@ In: a model whose weights are there. Out: the same model, changed in place, with
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,48 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, head: Head, see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=NAME)
+    if section.type == "dora":
+        for module in model.modules():
+            if len(vectors := getattr(module, "lora_magnitude_vector", ())):
+                layer = vectors[NAME]
+                layer.forward = functools.partial(
+                    _with_lengths, layer, _squares(module.base_layer, config.fan_in_fan_out)
+                )
+
+
+def _squares(base_layer: Any, transposed: bool) -> torch.Tensor:
+    """The squared length of each row of a weight that is not trained, [outputs]."""
+    weight = base_layer.weight.detach()
+    return (weight.t() if transposed else weight).float().square().sum(dim=1)
+
+
+def _with_lengths(
+    layer: Any,
+    squares: torch.Tensor,
+    inputs: torch.Tensor,
+    *,
+    lora_A: torch.nn.Linear,
+    lora_B: torch.nn.Linear,
+    scaling: float,
+    base_layer: Any,
+    base_result: torch.Tensor | None = None,
+    adapter_name: str = NAME,
+) -> torch.Tensor:
+    """What peft's DoRA layer adds to ``base_result``, without the sum of both weights.
+
+    With W the layer's weight and s B A what LoRA adds, the squared length of a row of the sum is |W|^2 + 2 s W A^T B^T
+    + s^2 B A A^T B^T, of which the first is known. As in the paper, section 4.3, it has no gradient.
+    """
+    with torch.no_grad():
+        weight = base_layer.weight.t() if layer.fan_in_fan_out else base_layer.weight
+        first, second = lora_A.weight.float(), lora_B.weight.float()
+        crossed = (weight.float() @ first.t()) * second
+        added = (second @ (first @ first.t())) * second
+        lengths = (squares + 2 * scaling * crossed.sum(dim=1) + scaling**2 * added.sum(dim=1)).clamp(min=0).sqrt()
+    plain = base_layer(inputs) if base_result is None else base_result
+    plain = plain if base_layer.bias is None else plain - base_layer.bias
+    turned = plain + lora_B(lora_A(inputs)) * scaling
+    return turned * (layer.weight / lengths).to(turned.dtype) - plain
 
 
 def is_adapter(name: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from raylm.config.model import ObjectiveSection
 from raylm.data.samples.opening import open_samples
@@ -20,6 +21,7 @@ from raylm.data.sources.documents import Split
 from raylm.models.families import find_family
 from raylm.models.heads import CAUSAL, Head
 from raylm.tasks.base import GENERATION, Task
+from raylm.tasks.chunked import head_loss
 from raylm.tasks.objective import Batch, Objective
 
 if TYPE_CHECKING:
@@ -50,16 +52,23 @@ class CausalObjective(Objective):
         self._answers_only = section.answer_only and not isinstance(found, PackedSamples)
         return found
 
+    def chunks_logits(self, config: PretrainedConfig) -> bool:
+        """See :class:`Objective`."""
+        family = find_family(config.model_type)
+        return family is not None and family.plain_head
+
     def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """See :class:`Objective`; of pairs only the answers' tokens go through the head, which costs a small model as
-        much as all its blocks."""
-        family = find_family(model.config.model_type)
-        if not self._answers_only or family is None or not family.plain_head:
+        """See :class:`Objective`; never holds all logits, and of pairs and conversations only the answers' tokens go
+        through the head."""
+        head = model.get_output_embeddings()
+        if not self.chunks_logits(model.config) or not isinstance(head, nn.Linear):
             return super().summed_loss(model, batch)
-        counted = batch["targets"] != IGNORED
         hidden = model.base_model(**self.inputs(batch, model.config), **self.forward_options).last_hidden_state
-        logits = model.get_output_embeddings()(hidden[counted])
-        return self.loss(logits[None], batch["targets"][counted][None])
+        targets = batch["targets"]
+        if self._answers_only:
+            counted = targets != IGNORED
+            return head_loss(head, hidden[counted], targets[counted])
+        return head_loss(head, hidden.flatten(0, 1), targets.flatten())
 
     def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
         """See :class:`Objective`.

@@ -97,6 +97,10 @@ class Objective(ABC):
         """Tokens of a sample's input and, for a model with a decoder of its own, of its target (else 0)."""
         return sequence_length, 0
 
+    def chunks_logits(self, config: PretrainedConfig) -> bool:
+        """Whether the loss of a whole model never holds all logits."""
+        return False
+
     def example(self, sequence_length: int) -> Batch:
         """A batch of one sample without content: the memory of a pass is found with it."""
         length, target_length = self.lengths(sequence_length)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 KINDS = ("gradients", "logits", "activations")
 _aten = torch.ops.aten
-PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
+PRODUCTS = (_aten.mm, _aten.addmm, _aten.addmm_, _aten.bmm, _aten.baddbmm)
 Kinds = dict[str, int]
 
 
@@ -102,6 +102,14 @@ class Footprint:
 
         return Footprint(grown(self.peak), grown(self.without_gradients), self.kept * count)
 
+    def with_logits(self, most: int) -> Footprint:
+        """Of a loss that holds at most so many bytes of logits at a time."""
+
+        def capped(kinds: Kinds) -> Kinds:
+            return {kind: min(size, most) if kind == "logits" else size for kind, size in kinds.items()}
+
+        return Footprint(capped(self.peak), capped(self.without_gradients), self.kept)
+
 
 class _Meter(TorchDispatchMode):
     """Counts the storages that operators make, by kind, for as long as they live, and what the operators compute."""
@@ -134,6 +142,8 @@ class _Meter(TorchDispatchMode):
         product = function.overloadpacket in PRODUCTS
         head = product and not widths and not storages.isdisjoint(self._heads)
         gradients = self.backward and not (product and not storages.isdisjoint(self._weights))
+        # A loss in chunks begins the sum of its head's gradient in the forward pass.
+        gradients = gradients or function.overloadpacket is _aten.zeros
 
         def kind(tensor: torch.Tensor) -> str:
             if gradients and tensor.shape in self._shapes:
@@ -254,7 +264,7 @@ def measure(
 def whole(passage: Passage) -> Footprint:
     """The footprint of a module that is passed by itself."""
     most = max(passage.forward, passage.backward, key=lambda kinds: sum(kinds.values()))
-    return Footprint(passage.peak, most, sum(passage.kept.values()))
+    return Footprint(passage.peak, most, sum(size for kind, size in passage.kept.items() if kind != "gradients"))
 
 
 def chain(passages: list[Passage]) -> Footprint:
@@ -280,7 +290,7 @@ def chain(passages: list[Passage]) -> Footprint:
         see(passage.forward, passage.given, 0)
         live.update(passage.kept)
         live["activations"] -= passage.given
-    kept = live.total()
+    kept = live.total() - live["gradients"]
     done = 0
     for passage in reversed(passages):
         # Its own part is in what was measured.

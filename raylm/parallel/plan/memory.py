@@ -24,6 +24,7 @@ from raylm.parallel.layout.pipeline_stages import StageLayer, balanced_stages, s
 from raylm.parallel.layout.tensor import TensorGroup, split_loss
 from raylm.parallel.plan.footprint import KINDS, Footprint, Passage, Work, chain, measure, whole
 from raylm.parallel.plan.layout import BUCKET_ELEMENTS, Layout
+from raylm.tasks.chunked import MOST_ELEMENTS, head_loss
 from raylm.tasks.objective import Batch, Objective, ObjectiveModule
 
 FP32 = 4
@@ -33,6 +34,8 @@ GATHERED_LIMIT, BUCKET_LIMIT = 1_000_000_000, 500_000_000
 WHOLE_ELEMENTS = 100_000
 # What an allocator holds beyond what comes and goes, as a share of it; tests/benchmarks/plan_memory.py measures it.
 ALLOCATOR_SHARE = 0.05
+# The logits of some tokens with their softmax and the gradient.
+CHUNK_BYTES = 3 * FP32 * MOST_ELEMENTS
 MOMENTS = {"adamw": 2, "muon": 2, "sgd": 1}
 
 
@@ -124,7 +127,7 @@ class ModelMemory:
 
     def __init__(self, config: PretrainedConfig, objective: Objective, sequence_length: int, *, bf16: bool) -> None:
         self._config, self._objective, self._length, self._bf16 = config, objective, sequence_length, bf16
-        self._segments: dict[tuple[int, bool], _Segments] = {}
+        self._segments: dict[tuple[int, bool, bool], _Segments] = {}
         self._whole: dict[bool, StageMemory] = {}
 
     def stages(self, layout: Layout) -> list[StageMemory]:
@@ -135,14 +138,17 @@ class ModelMemory:
                 self._whole[checkpointing] = self._measure_whole(checkpointing)
             stages = [self._whole[checkpointing]]
         else:
-            if (layout.tensor, checkpointing) not in self._segments:
-                self._segments[layout.tensor, checkpointing] = self._measure_segments(layout.tensor, checkpointing)
-            stages = self._segments[layout.tensor, checkpointing].stages(layout)
+            key = (layout.tensor, checkpointing, self._chunked(layout))
+            if key not in self._segments:
+                self._segments[key] = self._measure_segments(*key)
+            stages = self._segments[key].stages(layout)
+        stages = [replace(stage, footprint=stage.footprint.times(count)) for stage in stages]
+        if self._chunked(layout):
+            stages = [replace(stage, footprint=stage.footprint.with_logits(CHUNK_BYTES)) for stage in stages]
         # Measured with one sequence; what does not grow with their number (a mask, positions) is small.
         return [
             replace(
                 stage,
-                footprint=stage.footprint.times(count),
                 reduced=stage.reduced * count,
                 received=stage.received * count,
                 sent=stage.sent * count,
@@ -150,6 +156,10 @@ class ModelMemory:
             )
             for stage in stages
         ]
+
+    def _chunked(self, layout: Layout) -> bool:
+        """Whether the loss is computed from hidden states, some at a time."""
+        return self._objective.chunks_logits(self._config) and layout.tensor * layout.pipeline == 1
 
     def _build(self, checkpointing: bool) -> tuple[Any, Batch]:
         """The model and a batch of one sequence; within a ``FakeTensorMode``."""
@@ -171,7 +181,7 @@ class ModelMemory:
                 footprint, work = whole(passage), passage.work
         return StageMemory(sum(sizes), max(sizes), footprint, 1, 0, 0, 0, work, sharded=_sharded(sizes))
 
-    def _measure_segments(self, tensor: int, checkpointing: bool) -> _Segments:
+    def _measure_segments(self, tensor: int, checkpointing: bool, chunked: bool) -> _Segments:
         """The parts of the first of ``tensor`` ranks, each different one passed once."""
         with FakeTensorMode():
             model, batch = self._build(checkpointing)
@@ -182,23 +192,25 @@ class ModelMemory:
             given = self._objective.inputs(batch, model.config)
             values: Any = tuple(given[name] for name in plan.inputs)
 
-            def loss(logits: torch.Tensor) -> torch.Tensor:
-                return split_loss(self._objective, logits, batch["targets"], group, vocab_size)
+            def loss(made: torch.Tensor) -> torch.Tensor:
+                if chunked:
+                    return head_loss(model.get_output_embeddings(), made.flatten(0, 1), batch["targets"].flatten())
+                return split_loss(self._objective, made, batch["targets"], group, vocab_size)
 
-            parts = [steps.before, *([block] for block in steps.blocks), steps.after]
+            # The head, the last step, is a part of a loss in chunks.
+            last = steps.after[:-1] if chunked else steps.after
+            parts = [steps.before, *([block] for block in steps.blocks), last]
             known: dict[str, tuple[_Segment, Any]] = {}
             segments, tied = [], 0
             for number, part in enumerate(parts):
-                stage = _Stage(
-                    [StageLayer(step, model, plan, group) for step in part], loss if part is steps.after else None
-                )
+                stage = _Stage([StageLayer(step, model, plan, group) for step in part], loss if part is last else None)
+                if chunked and part is last:
+                    stage.head = model.get_output_embeddings()
                 shapes = [(name, tuple(p.shape)) for name, p in stage.named_parameters()]
-                key = str(
-                    (part is steps.after, [s.forward for s in part], shapes, [(t.shape, t.dtype) for t in values])
-                )
+                key = str((part is last, [s.forward for s in part], shapes, [(t.shape, t.dtype) for t in values]))
                 if key not in known:
                     group.added = group.sums = 0
-                    heads = _head_weights(model, stage) if part is steps.after else []
+                    heads = _head_weights(model, None if chunked else stage) if part is last else []
                     passage, made = measure(stage, values, heads, _is_causal(model))
                     sizes = tuple(p.numel() for p in stage.parameters())
                     known[key] = _Segment(passage, sizes, group.added, group.sums), made

@@ -1,0 +1,89 @@
+"""Cross-entropy from hidden states, which never holds all logits.
+
+4,096 tokens of a vocabulary of 49,152 are 805 MB in fp32, and a plain pass holds three of them: the logits, their
+softmax and the gradient. Here the logits of some tokens are made at a time, and the gradient with respect to the hidden
+states and the head with them (as in Wijmans et al. 2024, arXiv:2411.09009, without the kernel).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from raylm.data.samples.token_samples import IGNORED
+
+# Elements of the logits that are in memory at a time: 32 MiB in fp32.
+MOST_ELEMENTS = 1 << 23
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy, nats, of targets by a linear head.
+
+    The backward pass multiplies the gradients that the forward pass made.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """``hidden`` [n, width], ``weight`` [vocabulary, width], ``bias`` [vocabulary], ``targets``, int64 [n]; some of
+        these may be :data:`IGNORED`."""
+        needs = context.needs_input_grad
+        of_hidden = torch.empty_like(hidden) if needs[0] else None
+        # Sums over many chunks: in fp32 also where the weights are not.
+        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
+        of_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if needs[2] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = max(1, MOST_ELEMENTS // len(weight))
+        for first in range(0, len(hidden), rows):
+            part = slice(first, first + rows)
+            logits = functional.linear(hidden[part], weight, bias).float()
+            likely = torch.log_softmax(logits, dim=-1)
+            total += functional.nll_loss(likely, targets[part], ignore_index=IGNORED, reduction="sum")
+            if not any(needs[:3]):
+                continue
+            counted = (targets[part] != IGNORED).unsqueeze(1)
+            gradient = likely.exp_().scatter_add_(1, targets[part].clamp(min=0).unsqueeze(1), -counted.float())
+            gradient *= counted
+            if of_bias is not None:
+                of_bias += gradient.sum(dim=0)
+            gradient = gradient.to(hidden.dtype)
+            if of_hidden is not None:
+                of_hidden[part] = gradient @ weight
+            if of_weight is not None:
+                of_weight.addmm_(gradient.t().float(), hidden[part].float())
+        context.save_for_backward(
+            of_hidden,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(weight.dtype),
+        )
+        return total
+
+    @staticmethod
+    def backward(context: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of hidden states, weight and bias."""
+        return (*(None if one is None else one * outer.to(one.dtype) for one in context.saved_tensors), None)
+
+
+def head_loss(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed cross-entropy of ``targets`` [n] by ``head`` over ``hidden`` [n, width].
+
+    It is computed within the call of the head itself, which ZeRO 3 gathers the weights for.
+    """
+
+    def forward(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets)
+
+    # DeepSpeed may have put a function of its own in the place of the module's.
+    before = head.__dict__.get("forward")
+    head.forward = forward  # type: ignore[method-assign]
+    try:
+        return head(hidden, targets)
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before  # type: ignore[method-assign]
