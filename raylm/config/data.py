@@ -35,6 +35,10 @@ class FieldsSection(Section):
     """Column of a conversation: a list of messages, each with a role and a content."""
     tools: str = "tools"
     """Column of the tools that a conversation may call, for chat templates that list them; may be missing."""
+    chosen: str = "chosen"
+    """Preferences: column of the answer that is preferred, a text or messages."""
+    rejected: str = "rejected"
+    """Preferences: column of the other answer."""
     label: str | None = None
     """Column of a document's class; none by default. The objective classification takes the column 'label' by
     default."""

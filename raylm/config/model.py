@@ -39,7 +39,8 @@ class ObjectiveSection(Section):
     type: Literal["auto", *TRAINED_TASKS] = "auto"  # type: ignore[valid-type]
     """causal: predict each next token. masked: predict tokens that were hidden (BERT). span: write the text
     that was removed (T5). extractive_qa: point at the answer in a context (encoders; SQuAD files). classification: the
-    class of a text (encoders; rows with a text and a label). auto: the family's own."""
+    class of a text (encoders; rows with a text and a label). preference: write the better of two answers (DPO; rows
+    with prompt, chosen and rejected). auto: the family's own."""
     answer_only: bool = True
     """Pairs and conversations: count the loss on what is answered only."""
     packing: bool = True
@@ -52,5 +53,7 @@ class ObjectiveSection(Section):
     """masked and span: share of the tokens that are hidden."""
     span_length: float = Field(default=3.0, ge=1, le=1e6)
     """span: mean number of tokens in a gap."""
+    beta: float = Field(default=0.1, gt=0, le=1e3)
+    """preference: how far the model may go from what it was; a smaller one lets it go farther."""
     overlap: CountFromZero = 64
     """extractive_qa: tokens that two windows of a long context share."""

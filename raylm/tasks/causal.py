@@ -18,7 +18,6 @@ from raylm.config.model import ObjectiveSection
 from raylm.data.samples.opening import open_samples
 from raylm.data.samples.token_samples import IGNORED, PackedSamples, Samples
 from raylm.data.sources.documents import Split
-from raylm.models.families import find_family
 from raylm.models.heads import CAUSAL, Head
 from raylm.tasks.base import GENERATION, Task
 from raylm.tasks.chunked import head_loss
@@ -54,8 +53,7 @@ class CausalObjective(Objective):
 
     def chunks_logits(self, config: PretrainedConfig) -> bool:
         """See :class:`Objective`."""
-        family = find_family(config.model_type)
-        return family is not None and family.plain_head
+        return self.plain_head(config)
 
     def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """See :class:`Objective`; never holds all logits, and of pairs and conversations only the answers' tokens go

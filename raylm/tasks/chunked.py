@@ -7,6 +7,7 @@ states and the head with them (as in Wijmans et al. 2024, arXiv:2411.09009, with
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,9 +38,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
         of_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if needs[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = max(1, MOST_ELEMENTS // len(weight))
-        for first in range(0, len(hidden), rows):
-            part = slice(first, first + rows)
+        for part in _parts(hidden, weight):
             logits = functional.linear(hidden[part], weight, bias).float()
             likely = torch.log_softmax(logits, dim=-1)
             total += functional.nll_loss(likely, targets[part], ignore_index=IGNORED, reduction="sum")
@@ -68,14 +67,70 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (*(None if one is None else one * outer.to(one.dtype) for one in context.saved_tensors), None)
 
 
-def head_loss(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The summed cross-entropy of ``targets`` [n] by ``head`` over ``hidden`` [n, width].
+class ChunkedLogProbabilities(torch.autograd.Function):
+    """The log-probability of each target by a linear head.
 
-    It is computed within the call of the head itself, which ZeRO 3 gathers the weights for.
+    What a gradient counts is known in the backward pass only, which makes the logits again.
     """
 
+    @staticmethod
+    def forward(
+        context: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """``hidden`` [n, width], ``weight`` [vocabulary, width], ``bias`` [vocabulary], ``targets``, int64 [n], to fp32
+        [n]."""
+        found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for part in _parts(hidden, weight):
+            likely = torch.log_softmax(functional.linear(hidden[part], weight, bias).float(), dim=-1)
+            found[part] = likely.gather(1, targets[part].unsqueeze(1))[:, 0]
+        context.save_for_backward(hidden, weight, bias, targets)
+        return found
+
+    @staticmethod
+    def backward(context: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of hidden states, weight and bias."""
+        hidden, weight, bias, targets = context.saved_tensors
+        needs = context.needs_input_grad
+        of_hidden = torch.empty_like(hidden) if needs[0] else None
+        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
+        of_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if needs[2] else None
+        for part in _parts(hidden, weight):
+            gradient = -torch.softmax(functional.linear(hidden[part], weight, bias).float(), dim=-1)
+            gradient.scatter_add_(1, targets[part].unsqueeze(1), torch.ones_like(gradient[:, :1]))
+            gradient *= outer[part].unsqueeze(1)
+            if of_bias is not None:
+                of_bias += gradient.sum(dim=0)
+            gradient = gradient.to(hidden.dtype)
+            if of_hidden is not None:
+                of_hidden[part] = gradient @ weight
+            if of_weight is not None:
+                of_weight.addmm_(gradient.t().float(), hidden[part].float())
+        found = (None if one is None else one.to(hidden.dtype) for one in (of_weight, of_bias))
+        return (of_hidden, *found, None)
+
+
+def _parts(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
+    """Rows whose logits are in memory at a time."""
+    rows = max(1, MOST_ELEMENTS // len(weight))
+    for first in range(0, len(hidden), rows):
+        yield slice(first, first + rows)
+
+
+def head_loss(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed cross-entropy of ``targets`` [n] by ``head`` over ``hidden`` [n, width]."""
+    return _within(head, ChunkedCrossEntropy, hidden, targets)
+
+
+def head_log_probabilities(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The log-probability of each of ``targets`` [n] by ``head`` over ``hidden`` [n, width], fp32 [n]."""
+    return _within(head, ChunkedLogProbabilities, hidden, targets)
+
+
+def _within(head: nn.Linear, function: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Compute ``function`` within the call of the head itself, which ZeRO 3 gathers the weights for."""
+
     def forward(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets)
+        return function.apply(hidden, head.weight, head.bias, targets)
 
     # DeepSpeed may have put a function of its own in the place of the module's.
     before = head.__dict__.get("forward")

@@ -20,6 +20,7 @@ from raylm.config.model import ObjectiveSection
 from raylm.data.samples.token_samples import IGNORED, Samples
 from raylm.data.sources.documents import Split
 from raylm.errors import UserError
+from raylm.models.families import find_family
 from raylm.models.heads import Head
 from raylm.tasks.rows import RowReader
 
@@ -78,6 +79,14 @@ class Objective(ABC):
             UserError: the data, its tokenizer or ``sequence_length`` does not fit the objective.
         """
 
+    def finish_data(self, directory: Path, model: str, sequence_length: int) -> None:
+        """Add to the ``directory`` of prepared samples what only the model that training begins with can say.
+
+        Args:
+            model: its directory or hub name.
+        """
+        return
+
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, place: str) -> None:
         """Refuse a tokenizer that lacks what the objective needs.
 
@@ -96,6 +105,11 @@ class Objective(ABC):
     def lengths(self, sequence_length: int) -> tuple[int, int]:
         """Tokens of a sample's input and, for a model with a decoder of its own, of its target (else 0)."""
         return sequence_length, 0
+
+    def plain_head(self, config: PretrainedConfig) -> bool:
+        """Whether the logits of a text generator are its last hidden states times the output embedding."""
+        family = find_family(config.model_type)
+        return family is not None and family.plain_head
 
     def chunks_logits(self, config: PretrainedConfig) -> bool:
         """Whether the loss of a whole model never holds all logits."""
@@ -150,6 +164,11 @@ class Objective(ABC):
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Sums over the rows of ``batch`` in which a target counts, [measures]; validation divides by these rows."""
         return logits.new_zeros(len(self.measures), dtype=torch.float64)
+
+    def scored(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of a batch and what :meth:`measure` finds, in evaluation."""
+        logits = self.logits(model, batch)
+        return self.loss(logits, batch["targets"]), self.measure(logits, batch)
 
     def tokens(self, batch: Batch) -> torch.Tensor:
         """How many tokens of ``batch`` count as trained on; by default its counted targets."""
@@ -215,10 +234,10 @@ class ObjectiveModule(nn.Module):
             return self.objective.taught_loss(self.model, batch)
         if self.training or not self.objective.measures:
             return self.objective.summed_loss(self.model, batch)
-        logits = self.logits(batch)
         rows = (batch["targets"] != IGNORED).any(dim=1).sum().double()
-        self.measured = torch.cat([self.objective.measure(logits, batch), rows[None]])
-        return self.objective.loss(logits, batch["targets"])
+        loss, measured = self.objective.scored(self.model, batch)
+        self.measured = torch.cat([measured, rows[None]])
+        return loss
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """A batch to the model's logits."""

@@ -205,7 +205,7 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple
         directory: the run directory.
         checked: what :func:`validate` returned.
     """
-    from raylm.data.loading import load_tokenizer
+    from raylm.data.loading import load_tokenizer, resolve_model
     from raylm.data.prepare.inputs import note_inputs, open_inputs, stamps_of
     from raylm.data.prepare.stage import prepare_directory, prepared_directory
 
@@ -215,6 +215,7 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple
             stamps = stamps_of(open_inputs(config.data))
             checked.data.write(own, load_tokenizer(config.model.path), config.training.sequence_length)
             note_inputs(own, stamps)
+        objective.finish_data(own, resolve_model(config.model.path), config.training.sequence_length)
         return own, own / "tokenizer"
     if (source := prepared_directory(config.data)) is not None:
         return source, source / "tokenizer"

@@ -10,6 +10,7 @@ medians of the ratios to training all weights.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -54,6 +55,9 @@ def measure(way: str, model: str, text: str, tokens: int, length: int, checkpoin
         ids = torch.tensor(load_tokenizer(model)(Path(text).read_text())["input_ids"])
         count = tokens // length
         rows = ids[: (STEPS + 1) * count * (length + 1)].view(STEPS + 1, count, length + 1)
+        # Libraries are no part of a way.
+        for name in ("deepspeed", "peft", "transformers.models.llama.modeling_llama"):
+            importlib.import_module(name)
         before = resident_bytes()
         outline = make_outline(load_config(model))
         if checkpointing:

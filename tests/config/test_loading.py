@@ -52,9 +52,9 @@ def test_numbers_with_exponent_are_numbers(pretrain_file: Path) -> None:
         ("resources.workers=0", "resources.workers: found 0, allowed: 1 or more, or auto"),
         (
             "data.fields.foo=1",
-            "data.fields.foo: unknown key; allowed: answer, context, label, messages, preset, prompt, text, tools",
+            "data.fields.foo: unknown key; allowed: answer, chosen, context, label, messages, preset",
         ),
-        ("foo=1", "foo: unknown key; allowed: checkpoint, data, distillation, model"),
+        ("foo=1", "foo: unknown key; allowed: adapter, checkpoint, data, distillation, freezing, model"),
         ("training.early_stopping.pa=1", "training.early_stopping.pa: unknown key; allowed: metric, minimum_change"),
         ("resources.elastic=[2, 1]", "resources.elastic: found [2, 1], allowed: [least, most]"),
         ("resources={elastic: [1, 2], workers: 2}", "resources.workers: found 2, allowed with elastic: auto"),

@@ -107,9 +107,15 @@ class ArraySamples:
         self.pad_id, self.length = manifest["pad_id"], manifest["sequence_length"]
         self._seed, self._shuffle = seed, split == "train"
 
+    def in_order(self) -> None:
+        """From now on give the samples in the order of the rows."""
+        self._shuffle = False
+
+    def numbers(self, indices: np.ndarray) -> np.ndarray:
+        """The numbers of the rows of the samples with these global numbers, int64 [n]."""
+        epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), self.count)
+        return permute(places, epochs, self.count, self._seed) if self._shuffle else places
+
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """The rows of the samples with these global numbers, int64 [n]."""
-        epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), self.count)
-        if self._shuffle:
-            places = permute(places, epochs, self.count, self._seed)
-        return np.asarray(self.arrays[-1][places])
+        return np.asarray(self.arrays[-1][self.numbers(indices)])

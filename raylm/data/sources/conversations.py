@@ -73,6 +73,20 @@ def _system(text: str) -> list[dict[str, Any]]:
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
+def messages_of(value: Any, column: str, role: str) -> list[dict[str, Any]]:
+    """The messages that a value is: a text of ``role``, one message, or a list of them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, str):
+        return [{"role": role, "content": encodable(value, column)}]
+    messages = [value] if isinstance(value, Mapping) else value
+    if not isinstance(messages, list) or not messages or not all(isinstance(one, Mapping) for one in messages):
+        raise ValueError(f"column '{column}': found {type(value).__name__}, allowed: a text, or messages")
+    return [_message(message, column) for message in messages]
+
+
 def _message(message: Mapping[str, Any], column: str) -> dict[str, Any]:
     role = message.get("role", message.get("from"))
     if not isinstance(role, str) or not ("content" in message or "value" in message):

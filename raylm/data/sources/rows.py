@@ -43,7 +43,17 @@ def wanted_columns(names: Sequence[str], fields: FieldsSection) -> list[str]:
     """Those of a file's columns that are read at all."""
     if fields.preset is not None:
         return [name for name in names if name in {*PRESET_COLUMNS, fields.messages, fields.tools, fields.label}]
-    wanted = {fields.text, fields.prompt, fields.answer, fields.context, fields.messages, fields.tools, fields.label}
+    wanted = {
+        fields.chosen,
+        fields.rejected,
+        fields.text,
+        fields.prompt,
+        fields.answer,
+        fields.context,
+        fields.messages,
+        fields.tools,
+        fields.label,
+    }
     if is_squad(names):
         wanted |= set(SQUAD_COLUMNS)
     return [name for name in names if name in wanted]

@@ -114,7 +114,7 @@ def make_tokenizer(
     """
     if section.path is not None:
         return reuse_tokenizer(section.path, chat_template)
-    return _with_template(_trained(section, texts), chat_template)
+    return with_template(_trained(section, texts), chat_template)
 
 
 def _trained(section: TokenizerSection, texts: Iterator[str]) -> TokenizerFiles:
@@ -130,12 +130,15 @@ def _trained(section: TokenizerSection, texts: Iterator[str]) -> TokenizerFiles:
     return _wrap(_train_bpe(texts, section.vocab_size, special), special)
 
 
-def _with_template(
+def with_template(
     tokenizer: TokenizerFiles | PreTrainedTokenizerFast, chat_template: str | None
 ) -> TokenizerFiles | PreTrainedTokenizerFast:
-    """The tokenizer with the chat template of that name or file."""
+    """The tokenizer with the chat template of that name or file; where it has none and none is named, with ours."""
     if chat_template is not None:
         tokenizer.chat_template = find_template(chat_template, _added_tokens(tokenizer))
+    elif not tokenizer.chat_template:
+        ours = {USER, ASSISTANT} <= _special_tokens(tokenizer)
+        tokenizer.chat_template = CHAT_TEMPLATE if ours else PLAIN_TEMPLATE
     return tokenizer
 
 
@@ -164,14 +167,11 @@ def reuse_tokenizer(path: str, chat_template: str | None = None) -> TokenizerFil
             found.eos_token = found.sep_token
     if found.eos_token_id is None:
         raise UserError(f"{key}: {path} has neither an EOS token nor a separator, one of which ends documents")
-    if not found.chat_template:
-        ours = {USER, ASSISTANT} <= _special_tokens(found)
-        found.chat_template = CHAT_TEMPLATE if ours else PLAIN_TEMPLATE
     if isinstance(found, TokenizerFiles):
         found.settings["clean_up_tokenization_spaces"] = False
     else:
         found.clean_up_tokenization_spaces = False
-    return _with_template(found, chat_template)
+    return with_template(found, chat_template)
 
 
 def _added_tokens(tokenizer: TokenizerFiles | PreTrainedTokenizerFast) -> set[str]:
