@@ -24,8 +24,9 @@ import raylm
 from raylm import telemetry
 from raylm.errors import RunFailure, UserError
 from raylm.interrupts import SIGNALLED, SIGNALS, Interrupts, ended_at_once, ending, interruptible
-from raylm.launcher.commands import add_commands
+from raylm.launcher import commands as launcher_commands
 from raylm.progress import Activity
+from raylm.serving import commands as serving_commands
 
 app = typer.Typer(
     name="raylm",
@@ -228,29 +229,6 @@ def plan(
 
 
 @app.command()
-def generate(
-    model: Annotated[Path, typer.Argument(help="Model or run directory.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time; above, samples.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-) -> None:
-    """Generate text from a prompt, without a server.
-
-    Reads MODEL: a run directory, a Hugging Face directory or a hub name. Prints PROMPT's continuation.
-
-    \b
-    Example:
-      raylm generate runs/quickstart/pretrain "Return the" --max-new-tokens 32
-    """
-    from raylm.evaluation.generation import generate_text
-
-    with ended_at_once():
-        text = generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    print(text)
-
-
-@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.", show_default=False)],
     output: Annotated[
@@ -326,7 +304,8 @@ def quickstart(
     run_quickstart(directory, keep_serving=serve)
 
 
-add_commands(app)
+serving_commands.add_commands(app)
+launcher_commands.add_commands(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

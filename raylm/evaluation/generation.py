@@ -24,7 +24,7 @@ def generate_text(
     Raises:
         UserError: an option out of its range, no such model, or a prompt that leaves no room in its positions.
     """
-    _check_options(prompt, max_new_tokens, temperature, seed)
+    check_options(prompt, max_new_tokens, temperature, seed)
     import torch
 
     from raylm.models.loading import load_model, load_parts
@@ -54,7 +54,15 @@ def generate_text(
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def _check_options(prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+def check_options(prompt: str, max_new_tokens: int, temperature: float, seed: int, text: str = "PROMPT") -> None:
+    """Refuse options out of their range.
+
+    Args:
+        text: what the command calls the prompt.
+
+    Raises:
+        UserError: names the option.
+    """
     for option, found, least, most in (
         ("--max-new-tokens", max_new_tokens, 1, LARGEST_COUNT),
         ("--temperature", temperature, 0, MOST_TEMPERATURE),
@@ -65,4 +73,4 @@ def _check_options(prompt: str, max_new_tokens: int, temperature: float, seed: i
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise UserError("PROMPT: found bytes that are not UTF-8, allowed: a text in UTF-8") from None
+        raise UserError(f"{text}: found bytes that are not UTF-8, allowed: a text in UTF-8") from None

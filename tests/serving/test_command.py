@@ -22,6 +22,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raylm.errors import UserError
+
 
 def write_config(directory: Path, model: Path, port: int) -> Path:
     path = directory / "serve.yaml"
@@ -187,3 +189,17 @@ def test_refused_with_one_line(broken: str, tiny_model: Path, tmp_path: Path) ->
     assert {"missing model": "nowhere", "damaged model": "model.safetensors is damaged"}.get(
         broken, str(port)
     ) in errors[0]
+
+
+@pytest.mark.slow
+def test_a_conversation_in_the_terminal_is_the_same_over_http(server: str, tiny_model: Path) -> None:
+    from raylm.serving.terminal.local import LocalModel
+    from raylm.serving.terminal.remote import RemoteModel
+
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello there"}]
+    remote, local = RemoteModel(server, None, 8, 0.0, 0), LocalModel(str(tiny_model), 8, 0.0, 0)
+    assert remote.name == "tiny"
+    pieces = list(remote.answer(messages))
+    assert "".join(pieces) == "".join(local.answer(messages))
+    with pytest.raises(UserError, match="does not exist; served: 'tiny'"):
+        list(RemoteModel(f"{server}/v1/", "nobody", 8, 0.0, 0).answer(messages))

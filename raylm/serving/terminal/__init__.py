@@ -1,0 +1,1 @@
+"""``raylm chat``: a conversation in the terminal."""
