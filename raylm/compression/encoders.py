@@ -1,7 +1,7 @@
 """``compress`` for models that are scored on examples: readers, classifiers, encoders that embed, encoder-decoders.
 
 In: the forms of the model as directories and what they are measured on: questions of a reader, labelled texts of a
-classifier, gaps of an encoder-decoder, any texts of another encoder. Out: the figures of each form for
+classifier, pairs or gaps of an encoder-decoder, any texts of another encoder. Out: the figures of each form for
 ``report.json``: quality, latency (of an encoder-decoder the speed of its answers), memory.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from raylm.compression.measuring import Variant, agreement, in_rounds, medians
 from raylm.config.compression import CompressionSection
 from raylm.data.loading import same_tokens
-from raylm.models.encoder_decoders import EncoderDecoder, open_scored
+from raylm.models.encoder_decoders import EncoderDecoder
 from raylm.models.encoders import Encoder
 from raylm.progress import Activity
 
@@ -94,9 +94,16 @@ class ExampleComparison:
         return figures
 
     def _prompts(self, examples: ScoredSet) -> list[list[int]]:
-        """Inputs of some examples, cut to one length."""
-        rows = [row for batch in examples.batches[: self.section.prompts] for row in batch["input_ids"]]
-        return [row[: self.section.prompt_tokens].tolist() for row in rows[: self.section.prompts]]
+        """Inputs of some examples, the longest, cut to one length."""
+        rows: list[np.ndarray] = []
+        for batch in reversed(examples.batches):
+            pairs = zip(batch["input_ids"], batch["attention_mask"].sum(axis=1), strict=True)
+            rows += [row[:count] for row, count in pairs]
+            if len(rows) >= self.section.prompts:
+                break
+        rows = sorted(rows, key=len, reverse=True)[: self.section.prompts]
+        length = min(self.section.prompt_tokens, len(rows[-1]))
+        return [row[:length].tolist() for row in rows]
 
     def check_export(self, model: Path, export: Path) -> dict[str, Any]:
         """How close the outputs of an export and of the ``model`` that it was made from are, and for what length.
@@ -106,12 +113,14 @@ class ExampleComparison:
         """
         assert self.task.evaluation is not None
         examples = self.sets_of(model)[""]
-        before = _outputs(open_scored(str(model), self.task.head, self.threads), examples)
-        after = _outputs(open_scored(str(export), self.task.head, self.threads, engine="openvino"), examples)
+        opened = self.task.evaluation.open_model
+        before = _outputs(opened(str(model), self.task.head, self.threads), examples)
+        after = _outputs(opened(str(export), self.task.head, self.threads, engine="openvino"), examples)
         return {"sequence_length": examples.length, **self.task.evaluation.closeness(examples, before, after)}
 
     def _open(self, variant: Variant) -> Encoder | EncoderDecoder:
-        return open_scored(variant.path, self.task.head, self.threads, engine=variant.engine)
+        assert self.task.evaluation is not None
+        return self.task.evaluation.open_model(variant.path, self.task.head, self.threads, engine=variant.engine)
 
     def _quality(self, encoder: Encoder | EncoderDecoder, sets: dict[str, ScoredSet]) -> dict[str, Any]:
         assert self.task.evaluation is not None

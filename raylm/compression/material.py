@@ -134,7 +134,10 @@ class Material:
         else:
             section = self.config.evaluation.model_copy(update={"split": "train"})
             opened = evaluation.open(self.config.model_copy(update={"evaluation": section}), self.source)
-            parts = [np.unique(batch["input_ids"]) for batch in opened.batches]
+            # What is to be written is in the vocabulary as well.
+            sides = ("input_ids", "targets")
+            parts = [np.unique(batch[side]) for batch in opened.batches for side in sides if side in batch]
+            parts = [numbers[numbers >= 0] for numbers in parts]
         if not parts:
             raise UserError(f"data: {', '.join(self.config.data.train_sources)} has no text in the train split")
         return np.unique(np.concatenate(parts)).tolist()

@@ -164,8 +164,9 @@ def _encoder_decoder(job: dict[str, Any]):
     from raylm.models.loading import load_config
 
     # Libraries are no part of a model.
-    load_config(job["model"])
-    importlib.import_module("openvino" if job["engine"] == "openvino" else "transformers.models.t5.modeling_t5")
+    kind = load_config(job["model"]).model_type.replace("-", "_")
+    own = f"transformers.models.{kind}.modeling_{kind}"
+    importlib.import_module("openvino" if job["engine"] == "openvino" else own)
     before = resident_bytes()
     model = open_scored(job["model"], SEQUENCE_TO_SEQUENCE, job["threads"], engine=job["engine"])
     return model.generate, resident_bytes() - before

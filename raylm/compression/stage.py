@@ -53,7 +53,7 @@ def compress(config: CompressConfig) -> None:
         RunFailure: a step failed, the export's outputs do not agree with the model's, or measuring failed.
     """
     from raylm.models.loading import load_parts
-    from raylm.tasks import task_of
+    from raylm.tasks import chosen_task
 
     run = RunDirectory("compress", config)
     run.check()
@@ -62,7 +62,7 @@ def compress(config: CompressConfig) -> None:
         print(f"compress: {run.path} is done already\n{table(report)}\n{_next(run)}")
         return
     source, model_config = open_source(config.model)
-    task, steps = task_of(model_config), Steps(config)
+    task, steps = chosen_task(model_config, config.objective), Steps(config)
     material = Material(config, task, source)
     work = Work(config, run.path, source, task, steps, material)
     with Activity("compress: checking the model and the data"), ended_at_once():

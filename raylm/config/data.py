@@ -75,8 +75,9 @@ class DataSection(Section):
 
     train: PathText | list[PathText | SourceSection]
     """Source, or list of sources, to train on. A source is a name, or ``{path: ..., weight: ..., format: ...}``."""
-    validation: PathText | list[PathText] | None = None
-    """Source, or list of sources, to validate on. Without it, ``validation_fraction`` of the documents is held out."""
+    validation: PathText | list[PathText | SourceSection] | None = None
+    """Source, or list of sources as in ``train``, to validate on; weights do not count. Without it,
+    ``validation_fraction`` of the documents is held out."""
     format: Format = "auto"
     """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2. json: a
     list of rows, or SQuAD. squad: questions of that format, also as rows of a .json file. parallel: text files
@@ -161,8 +162,8 @@ class DataSection(Section):
         return [source if isinstance(source, str) else source.path for source in self.train]
 
     @property
-    def validation_sources(self) -> list[str]:
-        """``validation`` as a list, empty where a share of ``train`` is held out."""
+    def validation_sources(self) -> list[str | SourceSection]:
+        """``validation`` as a list of names and sections, empty where a share of ``train`` is held out."""
         if self.validation is None:
             return []
         return [self.validation] if isinstance(self.validation, str) else list(self.validation)

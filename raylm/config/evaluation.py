@@ -11,14 +11,23 @@ from raylm.config.reading import ReadingSection
 
 
 class EvaluationSection(Section):
-    """``evaluation``: how a model is measured: windows of text, or the windows of a reader."""
+    """``evaluation``: how a model is measured: windows of text, or the windows of a reader, or pairs
+    of texts."""
 
     sequence_length: int | None = Field(default=None, ge=2, le=LARGEST_COUNT)
-    """Tokens of a window; by default the model's positions, at most 1024."""
+    """Tokens of a window; by default the model's positions, at most 1024. Of pairs most tokens of a source, at most
+    512 by default."""
     stride: Count | None = None
     """Tokens between the starts of two windows; by default half a window. Each token is counted once."""
     batch_size: Count = 8
-    """Windows in a batch."""
+    """Windows, texts or pairs in a batch."""
+    beams: int = Field(default=1, ge=1, le=64)
+    """Pairs: texts that a beam search follows; 1 takes the likeliest token each time."""
+    new_tokens: Count = 128
+    """Pairs: most tokens that a model writes to a source."""
+    language: str | None = Field(default=None, pattern="^[a-z]{2,3}$")
+    """Pairs: language of the targets, such as de or zh. BLEU cuts Chinese as sacrebleu's zh does and counts characters
+    of Japanese, Thai, Lao, Khmer and Burmese; ROUGE counts characters of all of these. By default words."""
     split: Literal["train", "validation"] = "validation"
     """Part of the data to measure on."""
     reading: ReadingSection = ReadingSection()

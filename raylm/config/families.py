@@ -28,7 +28,7 @@ FAMILIES: dict[str, FamilyTraits] = {
     "gpt2": FamilyTraits(("causal",)),
     "llama": FamilyTraits(("causal",)),
     "bert": FamilyTraits(("masked",)),
-    "t5": FamilyTraits(("span",)),
+    "t5": FamilyTraits(("span", "sequence_to_sequence")),
     "ngram": FamilyTraits(("causal",), counted=True, own=True),
 }
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from raylm.config.base import CountFromZero, PathText, Section
+from raylm.config.base import LARGEST_COUNT, CountFromZero, PathText, Section
 from raylm.config.families import FAMILIES
 from raylm.config.tasks import TRAINED_TASKS
 
@@ -38,8 +38,9 @@ class ObjectiveSection(Section):
 
     type: Literal["auto", *TRAINED_TASKS] = "auto"  # type: ignore[valid-type]
     """causal: predict each next token. masked: predict tokens that were hidden (BERT). span: write the text
-    that was removed (T5). extractive_qa: point at the answer in a context (encoders; SQuAD files). classification: the
-    class of a text (encoders; rows with a text and a label). preference: write the better of two answers (DPO; rows
+    that was removed (T5). sequence_to_sequence: read a text and write another, as in translation and summarisation
+    (encoder-decoders; pairs). extractive_qa: point at the answer in a context (encoders; SQuAD files). classification:
+    the class of a text (encoders; rows with a text and a label). preference: write the better of two answers (DPO; rows
     with prompt, chosen and rejected). auto: the family's own."""
     answer_only: bool = True
     """Pairs and conversations: count the loss on what is answered only."""
@@ -55,5 +56,11 @@ class ObjectiveSection(Section):
     """span: mean number of tokens in a gap."""
     beta: float = Field(default=0.1, gt=0, le=1e3)
     """preference: how far the model may go from what it was; a smaller one lets it go farther."""
+    source_prefix: str | None = None
+    """sequence_to_sequence: what every source begins with, such as "translate English to German: ". The model keeps it,
+    so that evaluate and serve put it before a text themselves. By default nothing, or what the model has kept."""
+    target_length: int | None = Field(default=None, ge=4, le=LARGEST_COUNT)
+    """sequence_to_sequence: most tokens of a target; by default as many as of a source
+    (``training.sequence_length``)."""
     overlap: CountFromZero = 64
     """extractive_qa: tokens that two windows of a long context share."""

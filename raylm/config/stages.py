@@ -189,6 +189,7 @@ class EvaluateConfig(Section):
     run: LocalRunSection
     data: DataSection
     model: ModelSection
+    objective: ObjectiveSection = ObjectiveSection()
     evaluation: EvaluationSection = EvaluationSection()
     resources: Annotated[ResourcesSection, MayChange()] = ResourcesSection()
 

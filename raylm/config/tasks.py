@@ -34,6 +34,7 @@ TASKS = {
     "masked": TaskNeeds(tokenizer={"mask_token": True}),
     # As many sentinels as T5 has.
     "span": TaskNeeds(tokenizer={"sentinels": 100}),
+    "sequence_to_sequence": TaskNeeds(),
     "extractive_qa": TaskNeeds(trains_encoders=True),
     "classification": TaskNeeds(trains_encoders=True),
     "preference": TaskNeeds(trains_generators=True),

@@ -92,10 +92,11 @@ class ExampleScorer:
         """Load the model; not in the constructor, whose exceptions Ray does not hand on as they are."""
         import torch
 
-        from raylm.models.encoder_decoders import open_scored
         from raylm.tasks import find_task
 
-        self._model = open_scored(model_path, find_task(task).head, torch.get_num_threads())
+        found = find_task(task)
+        assert found.evaluation is not None
+        self._model = found.evaluation.open_model(model_path, found.head, torch.get_num_threads())
 
     def score(self, batch: Arrays) -> np.ndarray:
         """What the model gives, [n, ...]."""
@@ -128,13 +129,14 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
     from raylm.models.heads import CAUSAL
     from raylm.models.loading import load_config, load_parts
     from raylm.models.openvino import find_export
-    from raylm.tasks import task_of
+    from raylm.tasks import chosen_task
 
     with Activity("evaluate: reading the model's configuration and the data"), ended_at_once():
         source = resolve_model(config.model.path)
         stamps = run_stamps(config.data, config.model.path)
         model_config = load_config(source)
-        task = task_of(model_config)
+        task = chosen_task(model_config, config.objective, measured=True)
+        check_task(task, config)
         if scored := task.evaluation is not None and task.evaluation.results:
             # An export needs no other weights.
             load_parts(source, weights=find_export(source) is None)
@@ -159,6 +161,27 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
         note_inputs(run.path, stamps)
         run.write_report(report)
     return report
+
+
+def check_task(task: Task, config: EvaluateConfig) -> None:
+    """Refuse an ``objective.type`` that says something else than what the model is for.
+
+    Raises:
+        UserError: names the key.
+    """
+    if config.objective.type not in ("auto", task.name):
+        raise UserError(
+            f"objective.type: found {config.objective.type}, allowed for {config.model.path}, {task.service.what}: auto"
+            f"{', sequence_to_sequence' if task.generates else ''}"
+        )
+    plain, given = EvaluationSection(), config.evaluation
+    if task.name != "sequence_to_sequence":
+        for key in ("beams", "new_tokens", "language"):
+            if getattr(given, key) != getattr(plain, key):
+                raise UserError(
+                    f"evaluation.{key}: found {getattr(given, key)}, allowed with objective.type sequence_to_sequence, "
+                    f"as {config.model.path} is {task.service.what}"
+                )
 
 
 def describe(report: dict[str, Any]) -> str:

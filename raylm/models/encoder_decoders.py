@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Arrays = dict[str, np.ndarray]
+# In a configuration: the model is for pairs of texts.
+PAIRS = "sequence_to_sequence"
 
 
 class EncoderDecoder(Protocol):
@@ -37,7 +39,7 @@ class EncoderDecoder(Protocol):
 
         Args:
             batch: ``input_ids`` and ``attention_mask`` [n, T], ``decoder_input_ids`` and ``targets`` [n, targets],
-                int64; each of these counts.
+                int64; a target below 0 has the loss 0.
         """
 
     def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -50,6 +52,9 @@ class TransformersEncoderDecoder:
     Args:
         path: of its directory.
 
+    Attributes:
+        model: as it is loaded.
+
     Raises:
         UserError: there is no model, or it is damaged.
     """
@@ -57,8 +62,8 @@ class TransformersEncoderDecoder:
     name = "transformers"
 
     def __init__(self, path: str, key: str = "model.path") -> None:
-        self._model = load_model(path, key=key, head=SEQUENCE_TO_SEQUENCE).eval()
-        self._model.generation_config.eos_token_id = None
+        self.model = load_model(path, key=key, head=SEQUENCE_TO_SEQUENCE).eval()
+        self.model.generation_config.eos_token_id = None
 
     def outputs(self, batch: Arrays) -> np.ndarray:
         """See :class:`EncoderDecoder`."""
@@ -66,7 +71,7 @@ class TransformersEncoderDecoder:
 
         given = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask", "decoder_input_ids")}
         with torch.inference_mode():
-            return _losses(self._model(**given, use_cache=False).logits, batch["targets"])
+            return nats_of_targets(self.model(**given, use_cache=False).logits, batch["targets"])
 
     def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         """See :class:`EncoderDecoder`."""
@@ -74,7 +79,7 @@ class TransformersEncoderDecoder:
 
         ids = torch.tensor(prompts)
         with torch.inference_mode():
-            written = self._model.generate(
+            written = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
                 min_new_tokens=count, pad_token_id=0,
             )  # fmt: skip
@@ -89,6 +94,9 @@ class OpenVinoEncoderDecoder:
         directory: model directory with ``openvino/`` inside.
         threads: threads to compute with.
 
+    Attributes:
+        compiled: the graphs by their names.
+
     Raises:
         UserError: there is no export, it is damaged, or it is one of another kind of model.
     """
@@ -96,12 +104,8 @@ class OpenVinoEncoderDecoder:
     name = "openvino"
 
     def __init__(self, directory: str | Path, threads: int, key: str = "model.path") -> None:
-        export = check_export(directory, key, SEQUENCE_TO_SEQUENCE.graphs)
-        import openvino
-
-        core, properties = openvino.Core(), engine_properties(export, threads)
-        compiled = {name: core.compile_model(export / name, "CPU", properties) for name in SEQUENCE_TO_SEQUENCE.graphs}
-        self._graphs = Graphs(compiled)
+        self.compiled = compile_graphs(directory, threads, key)
+        self._graphs = Graphs(self.compiled)
         self._start = decoder_start(load_config(str(directory), key))
 
     def outputs(self, batch: Arrays) -> np.ndarray:
@@ -117,6 +121,19 @@ class OpenVinoEncoderDecoder:
             last = self._graphs.write(read, mask, last)[:, -1:].argmax(axis=-1)
             written.append(last)
         return np.concatenate(written, axis=1).tolist()
+
+
+def compile_graphs(directory: str | Path, threads: int, key: str = "model.path") -> dict[str, Any]:
+    """The two graphs of the export in a model ``directory``, by their names, for the CPU.
+
+    Raises:
+        UserError: there is no export, it is damaged, or it is one of another kind of model.
+    """
+    export = check_export(directory, key, SEQUENCE_TO_SEQUENCE.graphs)
+    import openvino
+
+    core, properties = openvino.Core(), engine_properties(export, threads)
+    return {name: core.compile_model(export / name, "CPU", properties) for name in SEQUENCE_TO_SEQUENCE.graphs}
 
 
 class Graphs:
@@ -147,7 +164,7 @@ class Graphs:
 
         read = self.read(batch["input_ids"], batch["attention_mask"])
         logits = self.write(read, batch["attention_mask"], batch["decoder_input_ids"])
-        return _losses(torch.from_numpy(logits), batch["targets"])
+        return nats_of_targets(torch.from_numpy(logits), batch["targets"])
 
 
 def decoder_inputs(read: np.ndarray, mask: np.ndarray, input_ids: np.ndarray) -> Arrays:
@@ -172,7 +189,25 @@ def decoder_start(config: PretrainedConfig) -> int:
     return config.pad_token_id if start is None else start
 
 
-def _losses(logits: torch.Tensor, targets: np.ndarray) -> np.ndarray:
+def pairs_note(prefix: str) -> dict[str, Any]:
+    """Keys of a configuration that say that its model reads and writes pairs of texts.
+
+    They stand where T5's own configurations say what its tasks begin with.
+
+    Args:
+        prefix: what every source begins with.
+    """
+    return {"task_specific_params": {PAIRS: {"prefix": prefix}}}
+
+
+def source_prefix(config: PretrainedConfig) -> str | None:
+    """What every source begins with, of a model for pairs; None of a configuration that does not say so."""
+    noted = getattr(config, "task_specific_params", None)
+    noted = noted.get(PAIRS) if isinstance(noted, dict) else None
+    return str(noted.get("prefix") or "") if isinstance(noted, dict) else None
+
+
+def nats_of_targets(logits: torch.Tensor, targets: np.ndarray) -> np.ndarray:
     """Nats of each target [n, time] by logits [n, time, vocabulary]."""
     import torch
     from torch.nn import functional

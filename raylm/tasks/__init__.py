@@ -10,12 +10,16 @@ from raylm.config.families import ENCODERS, FAMILIES
 from raylm.config.model import ObjectiveSection
 from raylm.config.tasks import TASKS, tasks_of
 from raylm.errors import UserError
+from raylm.models.encoder_decoders import source_prefix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from raylm.tasks.base import Task
     from raylm.tasks.objective import Objective
+
+# Types of encoder-decoders that were trained on span corruption and have its sentinels.
+FILL_GAPS = ("t5", "mt5", "umt5", "longt5")
 
 
 def find_task(name: str) -> Task:
@@ -29,13 +33,41 @@ def all_tasks() -> list[Task]:
 
 
 def task_of(config: PretrainedConfig) -> Task:
-    """What a model of this configuration is for: the task of its head, of an encoder without one embedding."""
+    """What a model of this configuration is for: the task of its head, of an encoder without one embedding, of an
+    encoder-decoder what it says."""
     for task in all_tasks():
         if task.head.is_named_in(config):
             return task
     if config.is_encoder_decoder:
-        return find_task("span")
+        # A model for pairs says so; T5 and its relatives fill gaps unless they do, which others have no tokens for.
+        fills_gaps = config.model_type in FILL_GAPS and source_prefix(config) is None
+        return find_task("span" if fills_gaps else "sequence_to_sequence")
     return find_task("embedding" if config.model_type in ENCODERS else "causal")
+
+
+def chosen_task(config: PretrainedConfig, section: ObjectiveSection, *, measured: bool = False) -> Task:
+    """What a model is taken for: what ``objective.type`` names among the tasks of its head, else what it says itself.
+
+    Args:
+        measured: it is only measured: a next-token model can be taken for one that writes an answer to a text.
+    """
+    found = task_of(config)
+    if section.type == "auto":
+        return found
+    named = find_task(section.type)
+    writes = measured and named.name == "sequence_to_sequence" and found.name == "causal"
+    return named if named.head == found.head or writes else found
+
+
+def _own_tasks(model_type: str) -> tuple[str, ...]:
+    """What models of that type are trained on, the default first, beside the tasks of any encoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    if (family := FAMILIES.get(model_type)) is not None:
+        return family.tasks
+    if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return ("sequence_to_sequence",)
+    return ("masked",) if model_type in ENCODERS else ("causal",)
 
 
 def make_objective(
@@ -50,9 +82,7 @@ def make_objective(
         UserError: a model of that type cannot be trained so.
     """
     encoder = model_type in ENCODERS
-    family = FAMILIES.get(model_type)
-    tasks = family.tasks if family else ("masked",) if encoder else ("causal",)
-    allowed = tasks_of(tasks, encoder=encoder)
+    allowed = tasks_of(_own_tasks(model_type), encoder=encoder)
     name = allowed[0] if section.type == "auto" else section.type
     if name not in allowed:
         raise UserError(f"objective.type: found '{name}', allowed for a {model_type} model: {', '.join(allowed)}")

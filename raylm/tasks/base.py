@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from raylm.config.stages import CompressConfig, EvaluateConfig
+from raylm.models.encoder_decoders import open_scored
 from raylm.models.heads import Head
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Evaluation:
         unit: what the examples are.
         results: file of :meth:`ScoredSet.rows` in the run directory.
         describe: the report of ``evaluate`` in some lines.
+        open_model: from a path, the head, a number of threads and an ``engine`` to what has ``outputs`` of a batch.
     """
 
     open: Callable[[EvaluateConfig | CompressConfig, str], ScoredSet]
@@ -86,6 +88,7 @@ class Evaluation:
     unit: str
     results: str = ""
     describe: Callable[[dict[str, Any]], str] | None = None
+    open_model: Callable[..., Any] = open_scored
 
 
 @dataclass(frozen=True)

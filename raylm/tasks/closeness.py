@@ -1,4 +1,4 @@
-"""How alike two forms of one model answer: the same labels, or vectors in the same direction."""
+"""How alike two forms of one model answer: the same labels, losses that go together, vectors in the same direction."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from raylm.tasks.base import ScoredSet
 LEAST_COSINE = 0.95
 # A classifier is held to its labels: of few labels, logits move without a change of what is said.
 LEAST_AGREEMENT = 0.95
+# Weights of few bits move each loss a little; a broken export moves them altogether.
+LEAST_CORRELATION = 0.8
+
+
+def losses_correlation(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> dict[str, Any]:
+    """How the losses of all targets by two models go together; of each batch [n, targets].
+
+    Raises:
+        RunFailure: they do not.
+    """
+    losses = [np.concatenate([batch.astype(np.float64).ravel() for batch in one]) for one in (before, after)]
+    one, other = (values - values.mean() for values in losses)
+    found = float(one @ other / max(np.linalg.norm(one) * np.linalg.norm(other), 1e-12))
+    if not found >= LEAST_CORRELATION:
+        raise RunFailure(
+            f"the export's losses do not agree with the model's: correlation {found:.4f} < {LEAST_CORRELATION}"
+        )
+    return {"losses_correlation": found}
 
 
 def label_agreement(scored: ScoredSet, before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> dict[str, Any]:

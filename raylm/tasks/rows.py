@@ -5,7 +5,7 @@ Running text goes through ``raylm prepare``; a row of such a task is an example 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +30,13 @@ class Rows(Protocol):
         """Write the directory; returns the manifest."""
 
 
+class RowsWithTexts(Rows, Protocol):
+    """Rows that a new model can be trained on."""
+
+    def texts(self, most_bytes: int) -> Iterator[str]:
+        """Training texts for a new tokenizer, of larger sets about ``most_bytes``."""
+
+
 @dataclass(frozen=True)
 class RowReader:
     """How a task's rows are read.
@@ -39,11 +46,14 @@ class RowReader:
         what: the rows, in words.
         read: from the ``data`` section, the model's configuration and the ``objective`` section to the rows; raises
             UserError where one is wrong.
+        for_new_models: whether a new model can be trained on them, which has no configuration yet; then they are
+            :class:`RowsWithTexts`.
     """
 
     kind: str
     what: str
-    read: Callable[[DataSection, PretrainedConfig, ObjectiveSection], Rows]
+    read: Callable[[DataSection, PretrainedConfig | None, ObjectiveSection], Rows]
+    for_new_models: bool = False
 
     def check(self, data: DataSection, task: str) -> None:
         """Refuse what such rows do not go through.

@@ -5,6 +5,7 @@ In: the configuration. Out: the model's configuration and objective, and the dir
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,12 @@ from raylm.data.sources.segments import MANIFEST
 from raylm.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from raylm.data.prepare.stage import Input
     from raylm.parallel.plan.planning import TrainedModel
     from raylm.tasks.objective import Objective
-    from raylm.tasks.rows import Rows
+    from raylm.tasks.rows import Rows, RowsWithTexts
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,12 @@ def check_data(config: TrainConfig, objective: Objective, model: PretrainedConfi
 
     source, own = prepared_directory(config.data), config.run.directory / "data"
     if objective.rows is not None:
-        if model is None:
+        if model is None and not objective.rows.for_new_models:
             raise UserError(
                 f"objective.type: found {objective.name}, which needs a model.path: an encoder to go on from"
             )
+        if source is not None and config.tokenizer is not None:
+            raise UserError("tokenizer: leave it out, the prepared data in data.train has its own")
         objective.rows.check(config.data, objective.name)
         if written := objective.rows.written(own, objective.name):
             check_raw_unchanged(config)
@@ -205,7 +208,7 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple
         directory: the run directory.
         checked: what :func:`validate` returned.
     """
-    from raylm.data.loading import load_tokenizer, resolve_model
+    from raylm.data.loading import resolve_model
     from raylm.data.prepare.inputs import note_inputs, open_inputs, stamps_of
     from raylm.data.prepare.stage import prepare_directory, prepared_directory
 
@@ -213,15 +216,38 @@ def ensure_data(config: TrainConfig, directory: Path, checked: Checked) -> tuple
     if objective.rows is not None:
         if checked.data is not None:
             stamps = stamps_of(open_inputs(config.data))
-            checked.data.write(own, load_tokenizer(config.model.path), config.training.sequence_length)
+            checked.data.write(own, rows_tokenizer(config, checked.data), config.training.sequence_length)
             note_inputs(own, stamps)
-        objective.finish_data(own, resolve_model(config.model.path), config.training.sequence_length)
+        if config.model.path is not None:
+            objective.finish_data(own, resolve_model(config.model.path), config.training.sequence_length)
         return own, own / "tokenizer"
     if (source := prepared_directory(config.data)) is not None:
         return source, source / "tokenizer"
     prepare_directory(own, config.data, tokenizer_section(config), checked=checked.data)
     check_samples(config, own, objective)
     return own, own / "tokenizer"
+
+
+def rows_tokenizer(config: TrainConfig, rows: RowsWithTexts) -> PreTrainedTokenizerBase:
+    """The tokenizer that rows are read with: the model's own; of a new model that of the prepared data or of
+    ``tokenizer.path``, else one that is trained on the rows.
+
+    Raises:
+        UserError: there is none.
+    """
+    from raylm.data.loading import load_tokenizer
+    from raylm.data.prepare.stage import prepared_directory
+    from raylm.data.tokens.tokenizers import make_tokenizer
+
+    if config.model.path is not None:
+        return load_tokenizer(config.model.path)
+    if (source := prepared_directory(config.data)) is not None:
+        return load_tokenizer(source / "tokenizer", "data.train")
+    section = config.new_tokenizer
+    with tempfile.TemporaryDirectory() as directory:
+        made = make_tokenizer(section, rows.texts(section.sample_bytes), config.data.chat_template)
+        made.save_pretrained(directory)
+        return load_tokenizer(directory, "tokenizer")
 
 
 def shared_inputs(config: TrainConfig) -> dict[str, Path]:

@@ -6,10 +6,11 @@ import sys
 from types import ModuleType
 
 import pytest
-from transformers import BertConfig, GPT2Config, T5Config
+from transformers import BartConfig, BertConfig, GPT2Config, T5Config
 
 from raylm.config.model import ObjectiveSection
 from raylm.config.tasks import TASKS, TRAINED_TASKS, TaskNeeds
+from raylm.models.encoder_decoders import pairs_note
 from raylm.models.heads import Head
 from raylm.tasks import all_tasks, find_task, make_objective, task_of
 from raylm.tasks.base import Service, Task
@@ -30,6 +31,9 @@ def test_every_name_has_its_record() -> None:
     [
         (GPT2Config(), "causal"),
         (T5Config(), "span"),
+        (T5Config(task_specific_params={"summarization": {"prefix": "summarize: "}}), "span"),
+        (T5Config(**pairs_note("")), "sequence_to_sequence"),
+        (BartConfig(), "sequence_to_sequence"),
         (BertConfig(), "embedding"),
         (BertConfig(architectures=["BertForMaskedLM"]), "embedding"),
         (BertConfig(architectures=["BertForQuestionAnswering"]), "extractive_qa"),
@@ -46,6 +50,8 @@ def test_a_model_says_what_it_is_for(config: object, expected: str) -> None:
         ("gpt2", "auto", "causal"),
         ("bert", "auto", "masked"),
         ("t5", "auto", "span"),
+        ("t5", "sequence_to_sequence", "sequence_to_sequence"),
+        ("marian", "auto", "sequence_to_sequence"),
         ("roberta", "auto", "masked"),
         ("mistral", "auto", "causal"),
         ("bert", "classification", "classification"),

@@ -132,8 +132,9 @@ def graph_samples(material: Material, head: Head, section: QuantizeSection) -> G
 
 
 def _decoder_side(batch: Batch, material: Material) -> Batch:
-    """What an encoder-decoder's graphs take beside the text: the decoder's tokens, and a mask that hides nothing."""
+    """What an encoder-decoder's graphs take beside the text: the decoder's tokens, and a mask, which hides nothing
+    where the samples have none."""
     import torch
 
     given = material.objective.inputs(batch, load_config(material.source))
-    return given | {"attention_mask": torch.ones_like(batch["input_ids"])}
+    return {"attention_mask": torch.ones_like(batch["input_ids"])} | given

@@ -77,11 +77,11 @@ def _checked(config: TuneConfig, run: RunDirectory) -> _Search:
         UserError: the model, the data, or a value of the space cannot be used.
     """
     from raylm.models.loading import load_parts
-    from raylm.tasks import task_of
+    from raylm.tasks import chosen_task
 
     source, model_config = open_source(config.model)
     load_parts(source)
-    task, directory = task_of(model_config), trial_directory(run.path, 0)
+    task, directory = chosen_task(model_config, config.objective), trial_directory(run.path, 0)
     outcomes, reads, trainings = [], False, [] if config.training is None else [config.training]
     for candidate in corners(config.tuning.space):
         _, compress = trial_configs(config, candidate, directory)

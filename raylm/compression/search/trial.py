@@ -94,12 +94,12 @@ def _known(asked: dict[str, Any], directory: Path) -> dict[str, Any] | None:
 def _compress(config: CompressConfig, directory: Path, data: Path | None) -> dict[str, Any]:
     import torch
 
-    from raylm.tasks import task_of
+    from raylm.tasks import chosen_task
 
     # An actor of Ray has one thread by default; the search runs one trial at a time.
     torch.set_num_threads(os.cpu_count() or 1)
     source, model_config = open_source(config.model)
-    task = task_of(model_config)
+    task = chosen_task(model_config, config.objective)
     material, steps = Material(config, task, source), Steps(config)
     if data is not None:
         material.use(data)

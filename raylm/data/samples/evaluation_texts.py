@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from raylm.config.data import DataSection
 from raylm.data.prepare.stage import prepared_directory
@@ -25,7 +26,7 @@ def evaluation_texts(data: DataSection, split: Split = "validation") -> Iterator
         documents = read_documents(directory, split)
     else:
         use_validation = split == "validation" and bool(data.validation_sources)
-        names = data.validation_sources if use_validation else data.train_sources
+        names: list[Any] = data.validation_sources if use_validation else data.train_sections
         sources = open_sources(data, names, "data.validation" if use_validation else "data.train")
         documents = (document for source in sources for document in source_documents(source, data))
     # Blank documents are no documents, as in ``prepare``.

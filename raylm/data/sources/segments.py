@@ -7,6 +7,7 @@ prepare`` made. Opening one checks that it exists and lists its files; nothing o
 from __future__ import annotations
 
 import glob
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Source:
     segments: tuple[Segment, ...]
 
 
-def open_sources(data: DataSection, names: list[str] | list[SourceSection], key: str) -> list[Source]:
+def open_sources(data: DataSection, names: Sequence[str | SourceSection], key: str) -> list[Source]:
     """Sources for ``names``; ``key`` (data.train or data.validation) names them in errors.
 
     Raises:
@@ -84,6 +85,9 @@ def _segments(section: SourceSection, file_format: str, data: DataSection, key: 
         from raylm.data.sources.hub import hub_segments
 
         return hub_segments(name, data, key)
+    if section.target is not None and file_format == "auto":
+        # Files of parallel text are named by their language, such as train.en.
+        file_format = "text"
     path = Path(name).expanduser()
     is_prepared = file_format == "auto" and not is_remote(name) and (path / MANIFEST).is_file()
     if file_format == "prepared" or is_prepared:

@@ -363,7 +363,7 @@ def _planned_tokenizer(config: TrainConfig):
     for source in config.data.train_sources:
         if (directory := Path(source) / "tokenizer").is_dir():
             return load_tokenizer(directory, "data.train")
-    open_sources(config.data, config.data.train_sources, "data.train")
+    open_sources(config.data, config.data.train_sections, "data.train")
     section = config.new_tokenizer
     # Byte and character tokenizers find their vocabulary in the text; the plan takes the size of the byte one.
     return PlannedTokenizer(section.vocab_size or BYTE_ALPHABET + len(section.special_tokens))

@@ -15,10 +15,11 @@ from raylm.config.model import ObjectiveSection
 from raylm.config.stages import CompressConfig, EvaluateConfig
 from raylm.data.loading import load_tokenizer
 from raylm.data.samples.evaluation_texts import evaluation_texts
-from raylm.errors import RunFailure, UserError
+from raylm.errors import UserError
 from raylm.models.encoder_decoders import decoder_start
 from raylm.models.loading import load_config
 from raylm.tasks.base import Arrays, Batches, ScoredSet, by_length
+from raylm.tasks.closeness import losses_correlation
 from raylm.tasks.intervals import ratio_interval
 from raylm.tasks.span.objective import Gaps, SpanObjective, corruption
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 # As the authors trained on (T5, section 3.1.4).
 DEFAULT_LENGTH = 512
-# Weights of few bits move each loss a little; a broken export moves them altogether.
-LEAST_CORRELATION = 0.8
 SEED = 0
 
 
@@ -123,14 +122,7 @@ def closeness(scored: ScoredSet, before: Sequence[np.ndarray], after: Sequence[n
     Raises:
         RunFailure: they do not.
     """
-    losses = [np.concatenate(one).astype(np.float64).ravel() for one in (before, after)]
-    one, other = (values - values.mean() for values in losses)
-    found = float(one @ other / max(np.linalg.norm(one) * np.linalg.norm(other), 1e-12))
-    if not found >= LEAST_CORRELATION:
-        raise RunFailure(
-            f"the export's losses do not agree with the model's: correlation {found:.4f} < {LEAST_CORRELATION}"
-        )
-    return {"losses_correlation": found}
+    return losses_correlation(before, after)
 
 
 def describe(report: dict[str, Any]) -> str:
