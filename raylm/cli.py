@@ -142,11 +142,11 @@ def tune(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 @app.command()
 def evaluate(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Measure a model on text, questions or labels.
+    """Measure a model on text, questions, labels or pairs.
 
     Reads CONFIG, a YAML file, the model at model.path and the validation data. Writes report.json in the directory
     <run.storage>/<run.name>: bits per byte and perplexity of a next-token model, exact match and F1 of a reader,
-    accuracy and macro-F1 of a classifier. KEY=VALUE sets a key of CONFIG.
+    accuracy and macro-F1 of a classifier, BLEU, chrF and ROUGE of a model that writes. KEY=VALUE sets a key of CONFIG.
 
     \b
     Example:

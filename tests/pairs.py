@@ -38,7 +38,7 @@ def write_model(directory: Path, source: Path, target: Path, **values: object) -
     tokenizer = load_tokenizer(directory, "tokenizer")
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
         decoder_start_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, **values,
     )  # fmt: skip

@@ -87,6 +87,17 @@ def _at_a_time(batch: str) -> str:
 
 def notes(report: dict[str, Any]) -> list[str]:
     """What no column says: how alike the two models answer, one sentence each."""
+    return [*_same_texts(report), *_alike(report)]
+
+
+def _same_texts(report: dict[str, Any]) -> list[str]:
+    """Of a model that is scored on pairs."""
+    if (same := report.get("same_texts")) is None:
+        return []
+    return [f"The export writes the same text as {_made_from(report)} to {same:.1%} of the sources."]
+
+
+def _alike(report: dict[str, Any]) -> list[str]:
     # Reports of an older raylm have it at the top.
     agreed = report["after"].get("greedy_agreement") or report.get("greedy_agreement")
     if agreed is not None and agreed["identical_outputs"] == 1:

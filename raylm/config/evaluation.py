@@ -23,8 +23,8 @@ class EvaluationSection(Section):
     """Windows, texts or pairs in a batch."""
     beams: int = Field(default=1, ge=1, le=64)
     """Pairs: texts that a beam search follows; 1 takes the likeliest token each time."""
-    new_tokens: Count = 128
-    """Pairs: most tokens that a model writes to a source."""
+    new_tokens: Count | None = None
+    """Pairs: most tokens that a model writes to a source; by default 128, or as many as its positions leave."""
     language: str | None = Field(default=None, pattern="^[a-z]{2,3}$")
     """Pairs: language of the targets, such as de or zh. BLEU cuts Chinese as sacrebleu's zh does and counts characters
     of Japanese, Thai, Lao, Khmer and Burmese; ROUGE counts characters of all of these. By default words."""

@@ -102,14 +102,20 @@ def _evaluate_headline(report: dict[str, Any]) -> dict[str, str]:
         "exact_match": ("exact match (higher is better)", "{:.2f}%"),
         "f1": ("F1", "{:.2f}%"),
         "accuracy": ("accuracy (higher is better)", "{:.2f}%"),
+        "bleu": ("BLEU (higher is better)", "{:.2f}"),
+        "chrf": ("chrF", "{:.2f}"),
+        "rouge_l": ("ROUGE-L", "{:.2f}%"),
+        "target_loss": ("loss, nats a token of references (lower is better)", "{:.4f}"),
         "macro_f1": ("macro-F1", "{:.2f}%"),
         "documents": ("documents", "{:,}"),
         "questions": ("questions", "{:,}"),
         "texts": ("labelled texts", "{:,}"),
+        "pairs": ("pairs", "{:,}"),
         "tokens": ("tokens", "{:,}"),
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
         "questions_per_second": ("questions/s", "{:,.1f}"),
         "texts_per_second": ("texts/s", "{:,.0f}"),
+        "pairs_per_second": ("pairs/s", "{:,.1f}"),
         "workers": ("workers", "{:,}"),
         "seconds": ("seconds", "{:,.1f}"),
     }
@@ -120,7 +126,7 @@ def _compress_headline(report: dict[str, Any]) -> dict[str, str]:
     return {
         f"{row.name}, before {row.before:,.{row.decimals}f}": f"{row.after:,.{row.decimals}f}"
         for row in rows(report)
-        if row.name.startswith(("weights", "speed, 1 ", "time for 1 ", "loss", "F1", "accuracy"))
+        if row.name.startswith(("weights", "speed, 1 ", "time for 1 ", "loss", "F1", "accuracy", "BLEU"))
     }
 
 

@@ -203,8 +203,8 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
     if directory.is_dir():
         chosen = serving.model_copy(update={"engine": model.engine})
         engine_key = key.removesuffix("path") + "engine" if key != "model.path" else "serving.engine"
-        if choose_engine(source, chosen, engine_key, generates=task.generates) == "openvino":
-            check_export(source, key)
+        if choose_engine(source, chosen, engine_key, continues=task.continues) == "openvino":
+            check_export(source, key, task.head.graphs)
         else:
             check_weights(directory, key)
     check_vocabulary(model_config, tokenizer, source, key)
@@ -235,7 +235,7 @@ def example_request(config: ServeConfig, url: str, name: str) -> str:
     """A curl line that asks the server something."""
     task = task_of(load_config(config.model.path))
     route, body = task.service.route, task.service.example
-    if task.generates and config.serving.collection is not None:
+    if task.continues and config.serving.collection is not None:
         route, body = "qa", {"question": "What does json.dumps do?"}
     body = {key: name if key == "model" else value for key, value in body.items()}
     return f"curl -s {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

@@ -114,6 +114,13 @@ class Service:
 
 GENERATION = Service("generation", "a text generator", "completions", {"model": "", "prompt": "The", "max_tokens": 32})
 
+WRITING = Service(
+    "sequence_to_sequence",
+    "a sequence-to-sequence model",
+    "completions",
+    {"model": "", "prompt": "The old house stands by the river."},
+)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -137,6 +144,11 @@ class Task:
     def generates(self) -> bool:
         """Whether its models write text, rather than read one."""
         return self.head.network != "encoder"
+
+    @property
+    def continues(self) -> bool:
+        """Whether its models write text by continuing one."""
+        return self.head.network == "decoder"
 
 
 @dataclass(frozen=True)

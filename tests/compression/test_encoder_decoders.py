@@ -26,7 +26,6 @@ from raylm.errors import RunFailure, UserError
 from raylm.evaluation.stage import evaluate
 from raylm.models.encoder_decoders import OpenVinoEncoderDecoder, TransformersEncoderDecoder
 from raylm.models.heads import SEQUENCE_TO_SEQUENCE
-from raylm.serving.stage import serve
 from raylm.tasks import find_task
 
 LENGTH = 32
@@ -168,14 +167,11 @@ def test_what_they_do_not_take_is_refused(
     assert not (tmp_path / "small").exists()
 
 
-def test_too_little_text_and_serving_are_refused(model: Path, tmp_path: Path) -> None:
+def test_too_little_text_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the river falls")
     path = write_config(tmp_path, model, tmp_path / "short.txt")
     with pytest.raises(UserError, match=r"^data: found .* tokens in the validation split, allowed: .* or more"):
         compress(load_config("compress", path))
-    path.write_text(yaml.safe_dump({"run": {"name": "s", "storage": str(tmp_path)}, "model": {"path": str(model)}}))
-    with pytest.raises(UserError, match="a sequence-to-sequence model, which is not served"):
-        serve(load_config("serve", path))
 
 
 @pytest.mark.slow

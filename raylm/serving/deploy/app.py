@@ -26,6 +26,7 @@ from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.data.loading import load_tokenizer, resolve_model
 from raylm.errors import UserError
+from raylm.models.encoder_decoders import source_prefix
 from raylm.models.encoders import sentence_pooling
 from raylm.models.loading import load_config
 from raylm.serving.deploy.service import Models, ModelService
@@ -39,6 +40,7 @@ from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.routes import create_app
 from raylm.serving.retrieval.opening import open_library
 from raylm.serving.tasks.encoders import EncoderService
+from raylm.serving.tasks.sources import SourceService
 from raylm.tasks import task_of
 
 # Requests beyond the model's own limits that a replica takes, to refuse them itself and to answer /health.
@@ -126,7 +128,7 @@ def open_service(
     model_config = load_config(source)
     task = task_of(model_config)
     start = functools.partial(start_engine, source, serving, threads=threads, task=task.name)
-    engine = pool.engine(name, choose_engine(source, serving, generates=task.generates), start) if pool else start()
+    engine = pool.engine(name, choose_engine(source, serving, continues=task.continues), start) if pool else start()
     common: dict[str, Any] = {
         "name": name,
         "engine": engine,
@@ -140,8 +142,10 @@ def open_service(
         "service": task.service,
         "vocabulary": getattr(model_config.get_text_config(), "vocab_size", None),
     }
-    if task.generates:
+    if task.continues:
         return ModelService(**common, context_length=context_length(source))
+    if task.generates:
+        return SourceService(**common, context_length=context_length(source), prefix=source_prefix(model_config) or "")
     assert task.service.settings is not None
     return EncoderService(**common, **task.service.settings(source, model_config, serving))
 

@@ -22,7 +22,7 @@ from raylm.serving.engines.stats import EngineStats
 from raylm.serving.http import request_log
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.metrics import ServerMetrics
-from raylm.serving.http.requests import GenerationRequest
+from raylm.serving.http.requests import ChatRequest, CompletionRequest, GenerationRequest
 from raylm.serving.tasks.prompts import TextWork, check_fits, token_ids
 from raylm.serving.tasks.text import IncrementalDecoder, StopStrings
 from raylm.tasks import all_tasks
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # Seeds are taken modulo this: engines want them in 63 bits, clients may send any integer.
 SEEDS = 2**63
+# OpenAI's default for completions; chat answers run as long as they may.
+COMPLETION_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,18 @@ class ModelService:
     def task(self) -> str:
         """What the model does, by its name in ``/v1/models``."""
         return self.service.name
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """Tokens of a completion that does not say how many; None for as many as there may be."""
+        return min(COMPLETION_TOKENS, self.max_new_tokens)
+
+    def check_request(self, request: CompletionRequest | ChatRequest) -> None:
+        """Refuse what this kind of model does not do.
+
+        Raises:
+            RequestError: names the parameter.
+        """
 
     def load(self) -> EngineStats:
         """What the engine has in work, and its counters."""

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from raylm.config.serving import ServingSection
 from raylm.data.loading import load_tokenizer
 from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions, open_encoder
-from raylm.models.heads import Head
+from raylm.models.heads import SEQUENCE_TO_SEQUENCE, Head
 from raylm.models.loading import load_config, load_model
 from raylm.models.openvino import find_export
 from raylm.models.stops import end_token_ids, read_json
 from raylm.serving.engines.base import Backend
 
+if TYPE_CHECKING:
+    from raylm.models.writing import Writer
 
-def choose_engine(source: str, serving: ServingSection, key: str = "serving.engine", *, generates: bool = True) -> str:
+
+def choose_engine(source: str, serving: ServingSection, key: str = "serving.engine", *, continues: bool = True) -> str:
     """``openvino``, ``transformers`` or ``vllm``: what ``serving.engine`` says, where ``auto`` goes by artifact and
     hardware.
 
     Args:
-        generates: the model generates text; vLLM is for no other here.
+        continues: the model continues a text; vLLM is for no other here.
 
     Raises:
         UserError: OpenVINO is asked for where there is no export, or together with a GPU; vLLM without a GPU, where it
-            is not installed, or for an encoder.
+            is not installed, or for another model than one of next tokens.
     """
     exported, on_gpu = find_export(source) is not None, bool(serving.gpus_per_replica)
     if serving.engine == "auto":
         if on_gpu:
-            return "vllm" if generates and _has_vllm() else "transformers"
+            return "vllm" if continues and _has_vllm() else "transformers"
         return "openvino" if exported else "transformers"
     if serving.engine == "openvino":
         if not exported:
@@ -40,8 +44,10 @@ def choose_engine(source: str, serving: ServingSection, key: str = "serving.engi
         if on_gpu:
             raise UserError(f"{key}: found openvino, allowed: transformers where serving.gpus_per_replica is not 0")
     if serving.engine == "vllm":
-        if not generates:
-            raise UserError(f"{key}: found vllm, allowed: auto, openvino, transformers, as {source} generates no text")
+        if not continues:
+            raise UserError(
+                f"{key}: found vllm, allowed: auto, openvino, transformers, as {source} is no next-token model"
+            )
         if not on_gpu:
             raise UserError(f"{key}: found vllm, allowed: auto, openvino, transformers where gpus_per_replica is 0")
         if not _has_vllm():
@@ -81,6 +87,27 @@ def load_backend(source: str, serving: ServingSection, *, threads: int) -> Backe
     return TransformersBackend(
         model, end_ids, sequences=serving.max_concurrent_requests, tokenizer=load_tokenizer(source)
     )
+
+
+def load_encoder_decoder(source: str, serving: ServingSection, *, threads: int) -> Backend:
+    """Load an encoder-decoder; arguments as in :func:`load_backend`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    import torch
+
+    from raylm.models.encoder_decoders import compile_graphs
+    from raylm.models.writing import OpenVinoWriter, TransformersWriter
+    from raylm.serving.engines.encoder_decoder import EncoderDecoderBackend
+
+    if choose_engine(source, serving, continues=False) == "openvino":
+        writer: Writer = OpenVinoWriter(compile_graphs(source, threads), source)
+    else:
+        torch.set_num_threads(threads)
+        model = load_model(source, head=SEQUENCE_TO_SEQUENCE).to("cuda" if serving.gpus_per_replica else "cpu")
+        writer = TransformersWriter(model, source)
+    return EncoderDecoderBackend(writer, sequences=serving.max_concurrent_requests)
 
 
 def load_encoder(source: str, serving: ServingSection, head: Head, *, threads: int) -> Backend:

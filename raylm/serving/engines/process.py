@@ -215,18 +215,21 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(descriptor) as connection:
         from raylm.models.stops import end_token_ids
-        from raylm.serving.engines.opening import choose_engine, load_backend, load_encoder
+        from raylm.serving.engines.opening import choose_engine, load_backend, load_encoder, load_encoder_decoder
         from raylm.tasks import find_task
 
         source, serving, threads, name = connection.recv()
         task = find_task(name)
         try:
-            if task.generates and choose_engine(source, serving) == "vllm":
+            network = task.head.network
+            if network == "decoder" and choose_engine(source, serving) == "vllm":
                 from raylm.serving.engines import vllm
 
                 vllm.run(connection, source, serving, end_token_ids(source))
                 return
-            if task.generates:
+            if network == "encoder_decoder":
+                backend = load_encoder_decoder(source, serving, threads=threads)
+            elif network == "decoder":
                 backend = load_backend(source, serving, threads=threads)
             else:
                 backend = load_encoder(source, serving, task.head, threads=threads)

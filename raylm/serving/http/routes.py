@@ -21,6 +21,7 @@ from raylm.serving.tasks.answering import answer_question
 from raylm.serving.tasks.classification import ClassifyRequest, classify
 from raylm.serving.tasks.completions import chat, complete
 from raylm.serving.tasks.embeddings import embed
+from raylm.tasks.base import GENERATION, WRITING
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
 # The page loads nothing from elsewhere, talks to this server only, and no other page may frame it.
@@ -28,6 +29,8 @@ PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
 }
+# Tasks of models that write text; where a request names none, the first served one of the first of them answers.
+WRITERS = (GENERATION.name, WRITING.name)
 # For the OpenAPI document: what a route answers where the request says ``stream``.
 STREAMS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -110,13 +113,13 @@ def _add_model_routes(app: FastAPI, models: Models) -> None:
 
     @app.post("/v1/completions", responses=STREAMS)
     async def completions(request: CompletionRequest) -> Response:
-        """Continue each prompt."""
-        return await complete(models.find(request.model, "generation"), request)
+        """Continue each prompt; a sequence-to-sequence model writes what answers it, such as its translation."""
+        return await complete(models.find(request.model, *WRITERS), request)
 
     @app.post("/v1/chat/completions", responses=STREAMS)
     async def chat_completions(request: ChatRequest) -> Response:
         """The assistant's next message in a conversation."""
-        return await chat(models.find(request.model, "generation"), request)
+        return await chat(models.find(request.model, *WRITERS), request)
 
     @app.post("/v1/embeddings", response_model=dict[str, Any])
     async def embeddings(request: EmbeddingRequest) -> Response:

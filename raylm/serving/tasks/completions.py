@@ -15,18 +15,16 @@ from raylm.serving.tasks.logprobs import chat_logprobs, completion_logprobs, des
 from raylm.serving.tasks.prompts import encode_messages, encode_prompts
 from raylm.serving.tasks.structured import wanted_schema
 
-# OpenAI's default for completions; chat answers run as long as they may.
-COMPLETION_TOKENS = 16
-
 
 async def complete(service: ModelService, request: CompletionRequest) -> Response:
-    """Text that goes on from each prompt."""
+    """Text that goes on from each prompt, or answers it."""
+    service.check_request(request)
     prompts = await encode_prompts(service, request.prompts)
     echoes = [_echo(service, prompt, ids) for prompt, ids in zip(request.prompts, prompts, strict=True)]
     if only_scores(request):
         return await _score(service, request, prompts, echoes)
     choices = request.n or 1
-    wanted = request.max_tokens or min(COMPLETION_TOKENS, service.max_new_tokens)
+    wanted = request.max_tokens or service.completion_tokens
     schema = await _schema(service, request)
     parameters = [service.parameters(request, wanted, len(prompt), schema=schema) for prompt in prompts]
     repeated = [echo for echo in echoes for _ in range(choices)] if request.echo else ()
@@ -39,6 +37,7 @@ async def complete(service: ModelService, request: CompletionRequest) -> Respons
 
 async def chat(service: ModelService, request: ChatRequest) -> Response:
     """The assistant's next message in a conversation."""
+    service.check_request(request)
     prompt = await encode_messages(service, [message.plain() for message in request.messages])
     wanted = request.max_completion_tokens or request.max_tokens
     schema = await _schema(service, request)

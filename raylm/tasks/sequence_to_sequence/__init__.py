@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raylm.models.heads import SEQUENCE_TO_SEQUENCE
 from raylm.models.pairs import open_pair_model
-from raylm.tasks.base import Evaluation, Measure, Service, Task
+from raylm.tasks.base import WRITING, Evaluation, Measure, Task
 from raylm.tasks.sequence_to_sequence.objective import SequenceToSequenceObjective
 from raylm.tasks.sequence_to_sequence.pairs import closeness, describe, open_pairs
 
@@ -28,5 +28,5 @@ TASK = Task(
         describe=describe,
         open_model=open_pair_model,
     ),
-    service=Service("sequence_to_sequence", "a sequence-to-sequence model", "completions", {}),
+    service=WRITING,
 )

@@ -7,6 +7,7 @@ length alone, so that the figures do not depend on how many workers share them.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 LONGEST_DEFAULT = 512
+NEW_TOKENS = 128
 IGNORED = -100
 
 
@@ -133,15 +135,14 @@ def open_pairs(config: EvaluateConfig | CompressConfig, source: str) -> PairSet:
             f"evaluation.beams: found {section.beams}, allowed in compress: 1, as all forms take the likeliest token"
         )
     pairs = evaluation_pairs(config.data, section.split)
-    positions = getattr(model, "max_position_embeddings", None)
-    if positions is not None and section.new_tokens >= positions:
-        raise UserError(
-            f"evaluation.new_tokens: found {section.new_tokens}, allowed: fewer than the model's {positions} positions"
-        )
     if model.is_encoder_decoder:
         encoded = _for_encoder_decoder(pairs, config, model, tokenizer)
+        # Source and answer have positions of their own; the first of these is the start token's.
+        before = 1
     else:
-        encoded = _as_messages(pairs, source, section, positions)
+        encoded = _as_messages(pairs, source)
+        before = max(map(len, encoded.sources))
+    section = _fitted(section, model, before, max(map(len, encoded.targets)))
     found = PairSet(pairs, encoded, tokenizer, section)
     most = config.compression.text_tokens if isinstance(config, CompressConfig) else None
     if most is None or (total := sum(map(len, encoded.targets))) <= most:
@@ -173,23 +174,36 @@ def _for_encoder_decoder(
     return EncodedPairs(sources, targets, decoder_start(model))
 
 
-def _as_messages(pairs: list[TextPair], source: str, section: EvaluationSection, positions: int | None) -> EncodedPairs:
+def _as_messages(pairs: list[TextPair], source: str) -> EncodedPairs:
     """Pairs as ``raylm prepare`` lays them out for training, and ``raylm serve`` for generation."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as directory:
         reuse_tokenizer(source).save_pretrained(directory)
         tokens, places = PairEncoder(Path(directory)).encode([make_pair(pair.source, pair.target) for pair in pairs])
     sources = [ids[:first] for ids, (first, _, _) in zip(tokens, places, strict=True)]
     targets = [ids[first:] for ids, (first, _, _) in zip(tokens, places, strict=True)]
-    sides = zip(sources, targets, strict=True)
-    longest = max(len(prompt) + max(section.new_tokens, len(answer)) for prompt, answer in sides)
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"evaluation.new_tokens: found {section.new_tokens}, with which the longest pair needs {longest} tokens, "
-            f"allowed: at most the model's {positions} positions for a source and its answer together"
-        )
     return EncodedPairs(sources, targets, None)
+
+
+def _fitted(section: EvaluationSection, model: PretrainedConfig, before: int, longest: int) -> EvaluationSection:
+    """The section with the number of new tokens, which the model has positions for.
+
+    Args:
+        before: most tokens before an answer.
+        longest: tokens of the longest reference.
+
+    Raises:
+        UserError: it has not.
+    """
+    positions, asked = getattr(model, "max_position_embeddings", None), section.new_tokens
+    if positions is None:
+        return section.model_copy(update={"new_tokens": asked or NEW_TOKENS})
+    room = positions - before
+    because = f"as the model has {positions} positions and {before} tokens may stand before an answer"
+    if (asked or 1) > room:
+        raise UserError(f"evaluation.new_tokens: found {asked or 'none'}, allowed: at most {max(room, 0)}, {because}")
+    if longest > room + 1:
+        raise UserError(f"data: found a target of {longest} tokens, allowed: at most {room + 1}, {because}")
+    return section.model_copy(update={"new_tokens": asked or min(NEW_TOKENS, room)})
 
 
 def closeness(scored: ScoredSet, before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> dict[str, Any]:

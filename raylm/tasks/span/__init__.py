@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from raylm.errors import UserError
 from raylm.models.heads import SEQUENCE_TO_SEQUENCE
-from raylm.tasks.base import Evaluation, Measure, Service, Task
+from raylm.tasks.base import WRITING, Evaluation, Measure, Task
 from raylm.tasks.span.gaps import closeness, describe, open_gaps
 from raylm.tasks.span.objective import SpanObjective
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from raylm.config.serving import ServingSection
-
-
-def _refuse(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, serving: ServingSection, path: str) -> None:
-    raise UserError(
-        f"model.path: found {path}, a sequence-to-sequence model, which is not served; allowed: a text generator, a "
-        "reader, a classifier or another encoder"
-    )
-
 
 TASK = Task(
     name="span",
@@ -35,11 +19,5 @@ TASK = Task(
         results="gaps.jsonl",
         describe=describe,
     ),
-    service=Service(
-        name="span",
-        what="a sequence-to-sequence model",
-        route="completions",
-        example={"model": "", "prompt": "The", "max_tokens": 32},
-        check=_refuse,
-    ),
+    service=WRITING,
 )

@@ -340,9 +340,9 @@ def test_vllm_is_for_gpus_and_has_to_be_there(
     assert choose_engine(model, ServingSection(gpus_per_replica=1.0)) == "vllm"
     assert choose_engine(model, ServingSection()) == "openvino"
     # Encoders stay where they are.
-    assert choose_engine(model, ServingSection(gpus_per_replica=1.0), generates=False) == "transformers"
-    with pytest.raises(UserError, match="generates no text"):
-        choose_engine(model, on_gpu, generates=False)
+    assert choose_engine(model, ServingSection(gpus_per_replica=1.0), continues=False) == "transformers"
+    with pytest.raises(UserError, match="is no next-token model"):
+        choose_engine(model, on_gpu, continues=False)
 
 
 def test_a_schema_that_fails_in_the_engine_is_refused_there(engine: Engine) -> None:
