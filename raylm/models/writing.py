@@ -82,7 +82,7 @@ class TransformersWriter:
         with torch.inference_mode():
             found = self.model.generate(
                 ids, attention_mask=mask, num_beams=beams, do_sample=False, max_new_tokens=most,
-                eos_token_id=sorted(self.end_ids), pad_token_id=self.model.config.pad_token_id or 0,
+                eos_token_id=sorted(self.end_ids) or None, pad_token_id=self.model.config.pad_token_id or 0,
             )  # fmt: skip
         # Behind the start token.
         return [until_end(row, self.end_ids) for row in found[:, 1:].tolist()]

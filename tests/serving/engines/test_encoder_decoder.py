@@ -55,10 +55,17 @@ def test_greedy_is_model_generate(engine: Engine, model: Path) -> None:
     loaded, pad = AutoModelForSeq2SeqLM.from_pretrained(model).eval(), load_tokenizer(model).pad_token_id
     for source in SOURCES:
         found = asyncio.run(collect(engine, source, SamplingParameters(12, temperature=0)))
-        expected = loaded.generate(
-            torch.tensor([source]), do_sample=False, num_beams=1, max_new_tokens=12, bad_words_ids=[[pad]]
-        )
-        assert found == expected[0, 1:].tolist()
+        if engine.name == "transformers":
+            expected = loaded.generate(
+                torch.tensor([source]), do_sample=False, num_beams=1, max_new_tokens=12, bad_words_ids=[[pad]]
+            )
+            assert found == expected[0, 1:].tolist()
+        # Another engine's numbers differ in their last digits: each token is the likeliest, or as good as.
+        with torch.inference_mode():
+            logits = loaded(input_ids=torch.tensor([source]), labels=torch.tensor([found])).logits[0]
+        logits[:, pad] = -1e4
+        lost = logits.max(dim=-1).values - logits.gather(1, torch.tensor(found)[:, None])[:, 0]
+        assert float(lost.max()) < 0.1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
