@@ -16,6 +16,7 @@ from raylm.compression.exporters.openvino import export_model
 from raylm.config import load_config
 from raylm.data.loading import load_tokenizer
 from raylm.errors import RunFailure, UserError
+from raylm.evaluation.generation import generate_text
 from raylm.evaluation.stage import evaluate
 from raylm.models.heads import SEQUENCE_TO_SEQUENCE
 from raylm.models.pairs import open_pair_model
@@ -166,6 +167,18 @@ def test_a_next_token_model_is_asked_as_it_is_served(
         assert row["loss"] == pytest.approx(float(losses[-len(answer) :].mean()), rel=1e-4)
         assert row["hypothesis"] == tokenizer.decode(written, skip_special_tokens=True).strip()
     assert examples.figures(outputs)["target_loss"] > 0
+
+
+def test_generate_answers_a_text(models: dict[str, Path], files: tuple[Path, Path]) -> None:
+    path, text = models["t5"], files[0].read_text().splitlines()[0]
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(path).eval(), load_tokenizer(path)
+    ids = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]])
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True)
+    assert generate_text(path, text, max_new_tokens=8) == expected
+    drawn = [generate_text(path, text, max_new_tokens=8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(UserError, match=r"^PROMPT: found \d+ tokens, and 64 new ones, allowed: at most the model's 64"):
+        generate_text(models["bart"], text, max_new_tokens=64)
 
 
 def test_figures_are_those_of_the_libraries() -> None:
