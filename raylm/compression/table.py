@@ -111,6 +111,8 @@ def _alike(report: dict[str, Any]) -> list[str]:
         ]
     if (agreed := report.get("labels_agreement")) is not None:
         return [f"The export gives {agreed:.1%} of the texts the same label as {_made_from(report)}."]
+    if (agreed := report.get("tags_agreement")) is not None:
+        return [f"The export gives {agreed:.1%} of the words the same tag as {_made_from(report)}."]
     if "outputs_cosine" not in report or "accuracy" in report["before"]:
         # Older reports have a cosine of a classifier's logits: of few labels 1 or -1 for each text, which says nothing.
         return []

@@ -42,6 +42,14 @@ class FieldsSection(Section):
     label: str | None = None
     """Column of a document's class; none by default. The objective classification takes the column 'label' by
     default."""
+    tokens: str | None = None
+    """tagging: column of a sentence's words, a list; ``tokens`` by default. Of a column file (``data.format: conll``)
+    the number of the column, from 1, or its name in a line ``# global.columns = ...``; the first by default."""
+    tags: str | None = None
+    """tagging: column of the words' tags, a list as long; ``tags`` by default. Of a column file the number of the
+    column or its name; the last by default."""
+    tag_names: list[str] | None = Field(default=None, min_length=1)
+    """tagging: the names of tags that are numbers, that of 0 first."""
 
     @model_validator(mode="after")
     def _of_preset(self) -> FieldsSection:
@@ -50,7 +58,7 @@ class FieldsSection(Section):
         return self
 
 
-Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "squad", "parallel", "hub", "prepared"]
+Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "squad", "conll", "parallel", "hub", "prepared"]
 
 
 class SourceSection(Section):
@@ -81,7 +89,8 @@ class DataSection(Section):
     format: Format = "auto"
     """Format of the sources; ``auto`` goes by the file's suffix. Files may be compressed: .gz .zst .xz .bz2. json: a
     list of rows, or SQuAD. squad: questions of that format, also as rows of a .json file. parallel: text files
-    with a sentence, a tab and its translation on each line, without a header; makes pairs."""
+    with a sentence, a tab and its translation on each line, without a header; makes pairs. conll: a word and its tag on
+    each line, sentences parted by blank lines (tagging)."""
     fields: FieldsSection = FieldsSection()
     """Which column of a row holds what."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)

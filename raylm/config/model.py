@@ -10,6 +10,8 @@ from raylm.config.base import LARGEST_COUNT, CountFromZero, PathText, Section
 from raylm.config.families import FAMILIES
 from raylm.config.tasks import TRAINED_TASKS
 
+Scheme = Literal["auto", "bio", "bioes", "none"]
+
 
 class ModelSection(Section):
     """``model``: a new model of a ``family``, or the one at ``path``."""
@@ -40,8 +42,9 @@ class ObjectiveSection(Section):
     """causal: predict each next token. masked: predict tokens that were hidden (BERT). span: write the text
     that was removed (T5). sequence_to_sequence: read a text and write another, as in translation and summarisation
     (encoder-decoders; pairs). extractive_qa: point at the answer in a context (encoders; SQuAD files). classification:
-    the class of a text (encoders; rows with a text and a label). preference: write the better of two answers (DPO; rows
-    with prompt, chosen and rejected). auto: the family's own."""
+    the class of a text (encoders; rows with a text and a label). tagging: the tag of each word (encoders; rows with
+    tokens and tags, or column files). preference: write the better of two answers (DPO; rows with prompt, chosen and
+    rejected). auto: the family's own."""
     answer_only: bool = True
     """Pairs and conversations: count the loss on what is answered only."""
     packing: bool = True
@@ -64,3 +67,7 @@ class ObjectiveSection(Section):
     (``training.sequence_length``)."""
     overlap: CountFromZero = 64
     """extractive_qa: tokens that two windows of a long context share."""
+    scheme: Scheme = "auto"
+    """tagging: how tags say where spans are. bio: B-TYPE begins a span, I-TYPE goes on with it, O is outside (IOB2).
+    bioes: E-TYPE ends it, S-TYPE is a span of one word. none: each tag stands for itself, as parts of speech do. auto:
+    what the tags look like."""

@@ -37,6 +37,7 @@ TASKS = {
     "sequence_to_sequence": TaskNeeds(),
     "extractive_qa": TaskNeeds(trains_encoders=True),
     "classification": TaskNeeds(trains_encoders=True),
+    "tagging": TaskNeeds(trains_encoders=True),
     "preference": TaskNeeds(trains_generators=True),
     "embedding": TaskNeeds(is_trained=False),
 }

@@ -1,5 +1,6 @@
 """The stage ``evaluate``: a model directory and text to cross-entropy, perplexity and bits per byte; a reader and
-questions to exact match and F1; a classifier and labelled texts to accuracy and macro-F1."""
+questions to exact match and F1; a classifier and labelled texts to accuracy and macro-F1; a
+tagger and tagged sentences to token accuracy and the F1 of spans."""
 
 from __future__ import annotations
 
@@ -145,8 +146,8 @@ def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
             check_head(model_config, CAUSAL, config.model.path)
             if not task.generates:
                 raise UserError(
-                    f"model.path: found {config.model.path}, {task.service.what}, allowed: a text generator, a reader "
-                    "or a classifier"
+                    f"model.path: found {config.model.path}, {task.service.what}, allowed: a text generator, a reader, "
+                    "a classifier or a tagger"
                 )
             _, tokenizer = load_parts(source)
             window = window_of(config.evaluation, model_config)

@@ -25,7 +25,12 @@ NAME = "default"
 FIRST, SECOND, LENGTHS = (f".{part}.{NAME}.weight" for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
 BASE = ".base_layer."
 # By a head's network and name, what peft calls a task.
-TASK_TYPES = {"causal": "CAUSAL_LM", "sequence_to_sequence": "SEQ_2_SEQ_LM", "extractive_qa": "QUESTION_ANS"}
+TASK_TYPES = {
+    "causal": "CAUSAL_LM",
+    "sequence_to_sequence": "SEQ_2_SEQ_LM",
+    "extractive_qa": "QUESTION_ANS",
+    "tagging": "TOKEN_CLS",
+}
 
 
 def check_adapter(section: AdapterSection, config: PretrainedConfig, head: Head) -> None:

@@ -65,3 +65,7 @@ CLASSIFIER = Head(
     "classification", "encoder", "AutoModelForSequenceClassification", ("logits",), "classifier",
     class_ending="ForSequenceClassification", exporter="OVModelForSequenceClassification",
 )  # fmt: skip
+TAGGER = Head(
+    "tagging", "encoder", "AutoModelForTokenClassification", ("logits",), "tagger",
+    class_ending="ForTokenClassification", exporter="OVModelForTokenClassification",
+)  # fmt: skip

@@ -7,7 +7,7 @@ the number of targets. It needs only the logits and the targets, so that a pipel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -50,7 +50,7 @@ class Objective(ABC):
         forward_options: further arguments of the model's forward pass.
         rows: how it reads rows of its own, each an example; None where it reads the token shards that
             ``raylm prepare`` makes.
-        measures: names of what :meth:`measure` gives.
+        measures: names of what is measured while it trains; :meth:`figures` gives them.
         predicts_tokens: whether the logits are of the vocabulary and the loss follows from their cross-entropy alone: a
             model can compute it whose parts are on several ranks.
         counts_text: whether each token of a text is a target once, so that the loss can be told per byte.
@@ -162,8 +162,17 @@ class Objective(ABC):
         return cross_entropy(logits, targets)
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Sums over the rows of ``batch`` in which a target counts, [measures]; validation divides by these rows."""
-        return logits.new_zeros(len(self.measures), dtype=torch.float64)
+        """Sums over the rows of ``batch`` in which a target counts, [sums]."""
+        return logits.new_zeros(self.sums, dtype=torch.float64)
+
+    @property
+    def sums(self) -> int:
+        """How many numbers :meth:`measure` gives."""
+        return len(self.measures)
+
+    def figures(self, sums: Sequence[float], rows: float) -> dict[str, float]:
+        """The measures, from what :meth:`measure` gave for all batches; by default means over the rows that count."""
+        return {name: value / max(1.0, rows) for name, value in zip(self.measures, sums, strict=True)}
 
     def scored(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss of a batch and what :meth:`measure` finds, in evaluation."""

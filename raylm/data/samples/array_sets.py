@@ -1,4 +1,4 @@
-"""Samples as flat arrays on disk: how sets of questions and of labelled texts are written and verified.
+"""Samples as flat arrays on disk: how sets of questions, labelled texts or tagged sentences are written and verified.
 
 In: the arrays of each split. Out: a directory with ``tokenizer/``, ``<split>-<name>.npy`` files that are memory-mapped,
 and ``manifest.json`` with their checksums, written last.

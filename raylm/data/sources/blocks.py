@@ -27,7 +27,7 @@ class Segment:
 
     Attributes:
         path: file, URI, hub name or embedded corpus.
-        format: text, jsonl, csv, parquet, squad, parallel, hub, stdlib or documents.
+        format: text, jsonl, csv, parquet, squad, conll, parallel, hub, stdlib or documents.
         start, stop: bytes of a text or JSONL file, row groups of a Parquet file, rows of a dataset; stop is None for
             all that follows.
         size: bytes, for sharing out.

@@ -141,10 +141,23 @@ def read_prepared(segment: Segment, data: DataSection, errors: InputErrors) -> I
             yield document.on_side(split)
 
 
+def refuse_columns(segment: Segment, data: DataSection, errors: InputErrors) -> Iterator[Document]:
+    """Column files are no running text.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"{segment.path}: found the format conll, words with tags, allowed for running text: text, jsonl, json, csv, "
+        "parquet; tags are for objective.type: tagging"
+    )
+
+
 READERS: dict[str, Callable[[Segment, DataSection, InputErrors], Iterator[Document]]] = {
     **dict.fromkeys(TABLES, read_table),
     "text": read_text,
     "parallel": read_parallel,
     "stdlib": read_stdlib,
     "documents": read_prepared,
+    "conll": refuse_columns,
 }

@@ -46,6 +46,9 @@ SUFFIXES = {
     ".tsv": "csv",
     ".parquet": "parquet",
     ".json": "json",
+    ".conll": "conll",
+    ".conllu": "conll",
+    ".bio": "conll",
 }
 
 

@@ -88,7 +88,7 @@ class Validation:
     Attributes:
         loss: summed over all ranks, nats.
         targets: that it is the sum over.
-        measures: the objective's own, by name, each a mean over the rows in which a target counts.
+        measures: the objective's own, by name.
     """
 
     loss: float

@@ -127,17 +127,16 @@ class DataParallelEngine:
     def evaluate(self, batches: list[Batch]) -> Validation:
         """See :class:`Engine`."""
         self.engine.eval()
-        names = self.objective.objective.measures
-        total = torch.zeros(len(names) + 3, dtype=torch.float64, device=self.device)
+        objective = self.objective.objective
+        total = torch.zeros(objective.sums + 3, dtype=torch.float64, device=self.device)
         for batch in batches:
             total[0] += self.engine(**batch).double()
             total[1] += (batch["targets"] != IGNORED).sum()
-            if names:
+            if objective.measures:
                 total[2:] += self.objective.measured
         dist.all_reduce(total)
         loss, targets, *sums, rows = total.tolist()
-        measures = {name: value / max(1.0, rows) for name, value in zip(names, sums, strict=True)}
-        return Validation(loss, int(targets), measures)
+        return Validation(loss, int(targets), objective.figures(sums, rows))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""Tagging: say of each word of a sentence what it is, or to which span it belongs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from raylm.models.encoders import encoder_positions, label_names
+from raylm.models.heads import TAGGER
+from raylm.tasks.base import Evaluation, Measure, Service, Task
+from raylm.tasks.tagging.objective import TaggingObjective
+from raylm.tasks.tagging.sentences import describe, model_scheme, open_sentences, tag_agreement
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from raylm.config.serving import ServingSection
+
+
+def _settings(source: str, config: PretrainedConfig, serving: ServingSection) -> dict[str, Any]:
+    return {
+        "context_length": encoder_positions(config), "labels": label_names(config), "scheme": model_scheme(config)
+    }  # fmt: skip
+
+
+TASK = Task(
+    name="tagging",
+    head=TAGGER,
+    objective=TaggingObjective,
+    evaluation=Evaluation(
+        open=open_sentences,
+        measures=(
+            Measure("token_accuracy", "token accuracy, %", "larger", 2),
+            Measure("span_precision", "precision of spans, %", "larger", 2),
+            Measure("span_recall", "recall of spans, %", "larger", 2),
+            Measure("span_f1", "F1 of spans, %", "larger", 2),
+        ),
+        closeness=tag_agreement,
+        unit="sentences",
+        results="tags.jsonl",
+        describe=describe,
+    ),
+    service=Service(
+        name="tagging",
+        what="a tagger",
+        route="tag",
+        example={"model": "", "input": ["Anna lives in Berlin."]},
+        settings=_settings,
+    ),
+)

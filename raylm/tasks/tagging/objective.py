@@ -1,0 +1,105 @@
+"""The tagging objective: say of each word what it is.
+
+Devlin et al. 2019, "BERT", section 5.3: a linear layer over the last hidden state of a word's first sub-word gives a
+logit a tag, and the loss is the cross-entropy with the right one. The other sub-words have no target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from raylm.config.data import DataSection
+from raylm.config.model import ObjectiveSection
+from raylm.data.samples.tag_schemes import KnownScheme
+from raylm.data.samples.tagged_sets import KIND, TaggedInput, TaggedSamples
+from raylm.data.samples.token_samples import IGNORED, Samples
+from raylm.data.samples.word_windows import check_word_tokenizer
+from raylm.data.sources.documents import Split
+from raylm.data.tokens.shards import read_manifest
+from raylm.errors import UserError
+from raylm.models.encoders import label_names
+from raylm.models.heads import TAGGER, Head
+from raylm.tasks.objective import Batch, EncoderObjective
+from raylm.tasks.rows import RowReader
+from raylm.tasks.tagging.scoring import Counts, count
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+SHORTEST = 4
+
+
+def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection) -> TaggedInput:
+    # A tagger that is trained further keeps its tags.
+    return TaggedInput(data, section.scheme, label_names(config) if TAGGER.is_named_in(config) else None)
+
+
+class TaggingObjective(EncoderObjective):
+    """Cross-entropy of the tags; a target a word.
+
+    Attributes:
+        labels, scheme: of the data, once its samples were opened.
+    """
+
+    name: ClassVar[str] = "tagging"
+    head: ClassVar[Head] = TAGGER
+    rows: ClassVar[RowReader | None] = RowReader(KIND, "tagged sentences", _read)
+    measures: ClassVar[tuple[str, ...]] = ("token_accuracy", "span_f1")
+    choices_vary: ClassVar[bool] = True
+
+    labels: Sequence[str] = ()
+    scheme: KnownScheme = "none"
+
+    def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
+        """See :class:`Objective`; the directory is one of tagged sentences, whose windows have their length already."""
+        found = TaggedSamples(directory, split, seed)
+        self.labels, self.scheme = found.labels, found.scheme
+        return found
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, place: str) -> None:
+        """See :class:`Objective`."""
+        least = SHORTEST + tokenizer.num_special_tokens_to_add(pair=False)
+        if sequence_length < least:
+            raise UserError(f"training.sequence_length: found {sequence_length}, allowed: {least} or more")
+        check_word_tokenizer(tokenizer, place)
+
+    def settings(self, directory: Path | str) -> dict[str, Any]:
+        """See :class:`Objective`: the tags by number, and what they say of spans."""
+        manifest = read_manifest(directory)
+        return {
+            "id2label": dict(enumerate(manifest["labels"])),
+            "label2id": {label: number for number, label in enumerate(manifest["labels"])},
+            "tagging_scheme": manifest["scheme"],
+        }
+
+    def example(self, sequence_length: int) -> Batch:
+        """See :class:`Objective`; each token has a target."""
+        return {**super().example(sequence_length), "targets": torch.zeros((1, sequence_length), dtype=torch.long)}
+
+    @property
+    def sums(self) -> int:
+        """See :class:`Objective`."""
+        return len(Counts.NAMES)
+
+    def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Words, right tags, and spans: right, found, and there; a span that a window cuts counts in its parts."""
+        targets = batch["targets"].cpu().numpy()
+        found = logits.argmax(dim=-1).cpu().numpy()
+        total = Counts()
+        for said, expected in zip(found, targets, strict=True):
+            words = expected != IGNORED
+            total += count(self._names(expected[words]), self._names(said[words]), self.scheme)
+        return torch.tensor(total.numbers(), dtype=torch.float64, device=logits.device)
+
+    def figures(self, sums: Sequence[float], rows: float) -> dict[str, float]:
+        """See :class:`Objective`: token accuracy and, where tags say where spans are, their micro-F1."""
+        total = Counts(*(int(value) for value in sums))
+        return {"token_accuracy": total.accuracy} | ({} if self.scheme == "none" else {"span_f1": total.f1})
+
+    def _names(self, numbers: np.ndarray) -> list[str]:
+        return [self.labels[number] for number in numbers.tolist()]
