@@ -115,8 +115,8 @@ def finetune(config: ConfigArgument, overrides: OverridesArgument = None) -> Non
     """Train an existing model further.
 
     Reads CONFIG, a YAML file, the model at model.path, and data.train: prompt and answer pairs, text, questions in the
-    SQuAD format, or labelled texts. Writes the run directory <run.storage>/<run.name> with model/, a Hugging Face
-    directory. KEY=VALUE sets a key of CONFIG. The same command resumes a run that was stopped.
+    SQuAD format, labelled texts, or tagged words. Writes the run directory <run.storage>/<run.name> with model/, a
+    Hugging Face directory. KEY=VALUE sets a key of CONFIG. The same command resumes a run that was stopped.
 
     \b
     Example:
@@ -142,11 +142,12 @@ def tune(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 @app.command()
 def evaluate(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Measure a model on text, questions, labels or pairs.
+    """Measure a model on text, questions, labels, tags or pairs.
 
     Reads CONFIG, a YAML file, the model at model.path and the validation data. Writes report.json in the directory
     <run.storage>/<run.name>: bits per byte and perplexity of a next-token model, exact match and F1 of a reader,
-    accuracy and macro-F1 of a classifier, BLEU, chrF and ROUGE of a model that writes. KEY=VALUE sets a key of CONFIG.
+    accuracy and macro-F1 of a classifier, token accuracy and F1 of spans of a tagger, BLEU, chrF and ROUGE of a model
+    that writes. KEY=VALUE sets a key of CONFIG.
 
     \b
     Example:
@@ -175,8 +176,8 @@ def serve(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Serve models over HTTP until Ctrl-C.
 
     Reads CONFIG, a YAML file, and the model at model.path. Answers on serving.host and serving.port (by default
-    http://127.0.0.1:8000): OpenAI's routes, /v1/qa, /v1/classify, and a page at /. Writes one line for each request
-    to <run.storage>/<run.name>/logs/. KEY=VALUE sets a key of CONFIG.
+    http://127.0.0.1:8000): OpenAI's routes, /v1/qa, /v1/classify, /v1/tag, and a page at /. Writes one line for each
+    request to <run.storage>/<run.name>/logs/. KEY=VALUE sets a key of CONFIG.
 
     \b
     Example:

@@ -335,7 +335,7 @@ def routes() -> dict[tuple[str, str], str | None]:
 
 def body_model(name: str | None) -> type[BaseModel]:
     """The class of a request's body."""
-    for module in ("http.requests", "retrieval.collections", "tasks.classification"):
+    for module in ("http.requests", "retrieval.collections", "tasks.classification", "tasks.tagging"):
         found = getattr(importlib.import_module(f"raylm.serving.{module}"), name or "", None)
         if found is not None:
             return found

@@ -1,7 +1,7 @@
 """Encoders: models that read a whole text and generate none, in fp32 in this process or as an OpenVINO export.
 
 A batch of token ids goes in, an array comes out: of a reader the scores of each token as an answer's first and last, of
-a classifier the logits of its labels, of any other encoder the last hidden states.
+a classifier the logits of its labels, of a tagger those of each token, of any other encoder the last hidden states.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Encoder(Protocol):
             batch: ``input_ids``, ``attention_mask`` and ``token_type_ids``, int64 [n, T].
 
         Returns:
-            [n, T, 2] of a reader, [n, labels] of a classifier, hidden states [n, T, width] of another encoder.
+            [n, T, 2] of a reader, [n, labels] of a classifier, [n, T, labels] of a tagger, hidden states [n, T, width]
+            of another encoder.
         """
 
 
@@ -54,7 +55,7 @@ def encoder_positions(config: Any) -> int | None:
 
 
 def label_names(config: PretrainedConfig) -> list[str]:
-    """The labels of a classifier, in the order of its logits."""
+    """The labels of a classifier or tagger, in the order of its logits."""
     return [config.id2label[number] for number in range(config.num_labels)]
 
 

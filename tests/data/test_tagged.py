@@ -189,12 +189,7 @@ def test_spans_of_tags_that_follow_no_scheme() -> None:
     assert spans(["B-a", "I-a", "I-b", "O", "I-b", "E-b", "I-b"]) == [
         Span(0, 1, "a"), Span(2, 2, "b"), Span(4, 5, "b"), Span(6, 6, "b"),
     ]  # fmt: skip
-    assert spans(["B-a", "B-a", "S-a", "E-a", "O"]) == [
-        Span(0, 0, "a"),
-        Span(1, 1, "a"),
-        Span(2, 2, "a"),
-        Span(3, 3, "a"),
-    ]
+    assert spans(["B-a", "B-a", "S-a", "E-a", "O"]) == [Span(number, number, "a") for number in range(4)]
 
 
 def test_scheme_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

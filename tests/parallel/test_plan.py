@@ -228,7 +228,7 @@ def test_plan_counts_parameters(config: PretrainConfig) -> None:
     assert whole.traffic_bytes() == {"data": 4 * plan.parameters, "tensor": 0, "pipeline": 0}
 
 
-@pytest.mark.parametrize("objective", ["extractive_qa", "classification"])
+@pytest.mark.parametrize("objective", ["extractive_qa", "classification", "tagging"])
 def test_encoders_with_another_head_are_measured(objective: str) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     for config in (BertConfig(vocab_size=99, **shape), RobertaConfig(vocab_size=99, **shape)):

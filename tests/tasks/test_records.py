@@ -38,6 +38,7 @@ def test_every_name_has_its_record() -> None:
         (BertConfig(architectures=["BertForMaskedLM"]), "embedding"),
         (BertConfig(architectures=["BertForQuestionAnswering"]), "extractive_qa"),
         (BertConfig(architectures=["BertForSequenceClassification"]), "classification"),
+        (BertConfig(architectures=["BertForTokenClassification"]), "tagging"),
     ],
 )
 def test_a_model_says_what_it_is_for(config: object, expected: str) -> None:
@@ -56,6 +57,7 @@ def test_a_model_says_what_it_is_for(config: object, expected: str) -> None:
         ("mistral", "auto", "causal"),
         ("bert", "classification", "classification"),
         ("roberta", "extractive_qa", "extractive_qa"),
+        ("bert", "tagging", "tagging"),
     ],
 )
 def test_what_models_are_trained_on(model_type: str, task: str, objective: str) -> None:
@@ -63,15 +65,13 @@ def test_what_models_are_trained_on(model_type: str, task: str, objective: str) 
 
 
 def test_a_new_task_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = Head(
-        "tagging", "encoder", "AutoModelForTokenClassification", ("logits",), "tagger", "ForTokenClassification"
-    )
-    objective = type("TaggingObjective", (ClassificationObjective,), {"name": "tagging", "head": head})
-    module = ModuleType("raylm.tasks.tagging")
-    module.TASK = Task("tagging", head, Service("tagging", "a tagger", "tag", {}), objective)
-    monkeypatch.setitem(sys.modules, "raylm.tasks.tagging", module)
-    monkeypatch.setitem(TASKS, "tagging", TaskNeeds(trains_encoders=True))
-    assert task_of(BertConfig(architectures=["BertForTokenClassification"])) is module.TASK
-    section = ObjectiveSection.model_construct(type="tagging")
+    head = Head("choosing", "encoder", "AutoModelForMultipleChoice", ("logits",), "chooser", "ForMultipleChoice")
+    objective = type("ChoosingObjective", (ClassificationObjective,), {"name": "choosing", "head": head})
+    module = ModuleType("raylm.tasks.choosing")
+    module.TASK = Task("choosing", head, Service("choosing", "a chooser", "choose", {}), objective)
+    monkeypatch.setitem(sys.modules, "raylm.tasks.choosing", module)
+    monkeypatch.setitem(TASKS, "choosing", TaskNeeds(trains_encoders=True))
+    assert task_of(BertConfig(architectures=["BertForMultipleChoice"])) is module.TASK
+    section = ObjectiveSection.model_construct(type="choosing")
     assert type(make_objective(section, "bert")) is objective
     assert module.TASK in all_tasks()

@@ -21,7 +21,7 @@ FOR_TEXT = {
 
 
 def test_which_tasks_read_rows() -> None:
-    assert WITH_ROWS == ["sequence_to_sequence", "extractive_qa", "classification", "preference"]
+    assert WITH_ROWS == ["sequence_to_sequence", "extractive_qa", "classification", "tagging", "preference"]
 
 
 @pytest.mark.parametrize("name", WITH_ROWS)

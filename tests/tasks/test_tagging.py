@@ -90,10 +90,10 @@ def test_tags_without_spans_count_by_tag() -> None:
 
 
 def test_loss_and_measures(encoder: Path, tmp_path: Path) -> None:
-    path = write_columns(
-        tmp_path / "a.conll", [(["anna", "zzz", "in", "berlin"], ["B-PER", "I-PER", "O", "B-LOC"])] * 2
-    )
-    TaggedInput(DataSection(train=str(path), validation=str(path))).write(tmp_path / "set", load_tokenizer(encoder), 16)
+    row = (["anna", "zzz", "in", "berlin"], ["B-PER", "I-PER", "O", "B-LOC"])
+    path = write_columns(tmp_path / "a.conll", [row] * 2)
+    read = TaggedInput(DataSection(train=str(path), validation=str(path)))
+    read.write(tmp_path / "set", load_tokenizer(encoder), 16)
     objective = TaggingObjective()
     samples = objective.samples(tmp_path / "set", "train", 16, 0)
     assert objective.settings(tmp_path / "set")["id2label"] == dict(enumerate(LABELS))

@@ -108,6 +108,8 @@ def check_word_tokenizer(tokenizer: PreTrainedTokenizerBase, place: str) -> None
 
 def _wants_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a word is known by the space before it, which the tokenizer does not add itself (GPT-2, RoBERTa)."""
-    steps = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    step = tokenizer.backend_tokenizer.pre_tokenizer
+    # Its state is its part of tokenizer.json: the vocabulary would take long to write.
+    steps = {} if step is None else json.loads(step.__getstate__())
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     return any(step.get("type") == "ByteLevel" and not step["add_prefix_space"] for step in steps)

@@ -61,7 +61,7 @@ class EncoderBackend(Backend):
         return batch
 
     def encode(self, batch: list[Encode | Embed]) -> list[np.ndarray]:
-        """What the encoder says of each text: scores [T, 2], logits [labels] or hidden states [T, width]."""
+        """What the encoder says of each text: scores [T, 2], logits [labels] or [T, labels], or states [T, width]."""
         types = [command.types if isinstance(command, Encode) else None for command in batch]
         ids = [command.ids for command in batch]
         arrays = encoder_batch(ids, self._pad_id, self._most, types, multiple=WIDTH_MULTIPLE)

@@ -21,6 +21,7 @@ from raylm.serving.tasks.answering import answer_question
 from raylm.serving.tasks.classification import ClassifyRequest, classify
 from raylm.serving.tasks.completions import chat, complete
 from raylm.serving.tasks.embeddings import embed
+from raylm.serving.tasks.tagging import TagRequest, tag
 from raylm.tasks.base import GENERATION, WRITING
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -130,6 +131,11 @@ def _add_model_routes(app: FastAPI, models: Models) -> None:
     async def classification(request: ClassifyRequest) -> dict[str, Any]:
         """The likeliest label of each text, and the probabilities of the labels."""
         return await classify(models.find(request.model, "classification"), request)
+
+    @app.post("/v1/tag")
+    async def tagging(request: TagRequest) -> dict[str, Any]:
+        """The spans of each text with their labels, or each word with its tag."""
+        return await tag(models.find(request.model, "tagging"), request)
 
 
 def _model_object(service: ModelService) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What the routes do with a model: generate, answer, point, classify, embed."""
+"""What the routes do with a model: generate, answer, point, classify, tag, embed."""

@@ -1,4 +1,4 @@
-"""Served models that read and generate nothing: readers, classifiers, and encoders that embed."""
+"""Served models that read and generate nothing: readers, classifiers, taggers, and encoders that embed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from raylm.config.reading import ReadingSection
+from raylm.data.samples.tag_schemes import KnownScheme
 from raylm.data.samples.windows import Window, Windows
 from raylm.serving.deploy.service import ModelService
 from raylm.serving.engines.base import EngineFailure
@@ -31,17 +32,19 @@ class EncoderService(ModelService):
     """A served encoder.
 
     Attributes:
-        labels: of a classifier, in the order of its logits.
+        labels: of a classifier or tagger, in the order of its logits.
+        scheme: what a tagger's labels say of spans.
         reading: of a reader, how it looks for answers.
     """
 
     labels: Sequence[str] = ()
+    scheme: KnownScheme = "none"
     reading: ReadingSection = field(default_factory=ReadingSection)
     # A tokenizer's own truncation is a setting of it: two threads would change it for each other.
     _cutting: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     async def logits(self, texts: Sequence[list[int]]) -> list[np.ndarray]:
-        """Logits of each text's labels, fp32 [labels].
+        """Logits fp32: of each text's labels, [labels], or of those of each of its tokens, [T, labels].
 
         Raises:
             RequestError: the queue is full.
