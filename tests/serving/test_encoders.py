@@ -15,37 +15,47 @@ import numpy as np
 import openai
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from raylm.compression.exporters.openvino import export_model
 from raylm.config.loading import validate
 from raylm.config.serving import ServingSection
 from raylm.config.stages import ServeConfig
 from raylm.data.loading import load_tokenizer
+from raylm.data.padding import encoder_batch
+from raylm.data.samples.tag_schemes import spans
 from raylm.data.samples.windows import Windows, pad
+from raylm.data.samples.word_windows import WordWindows
 from raylm.errors import UserError
 from raylm.models.encoders import OpenVinoEncoder, TransformersEncoder
-from raylm.models.heads import CLASSIFIER, NONE, READER
+from raylm.models.heads import CLASSIFIER, NONE, READER, TAGGER
 from raylm.serving.engines.base import Encode
 from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.encoder import EncoderBackend
 from raylm.serving.stage import check_model, running_server
 from raylm.serving.tasks.extraction import best_of
 from raylm.tasks import find_task
+from raylm.tasks.classification.texts import softmax
 from raylm.tasks.extractive_qa.spans import AnswerSpan, best_answer
+from raylm.tasks.tagging.entities import cut_words
 from tests.reading import write_encoder
 from tests.serving.conftest import free_port
 
 pytestmark = pytest.mark.slow
 
 LABELS = ["sport", "weather", "work"]
+TAGS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 CONTEXT = "Anna lives in Berlin . " + "Much rain fell on that . " * 20 + "Bert works as a baker in Paris ."
 QUESTION = "Where does Anna live?"
 
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A reader, a classifier and a bare encoder over one tiny BERT; the first two with an int8 export."""
+    """A reader, a classifier, taggers and a bare encoder over one tiny BERT; all but the last with an int8 export."""
     root = tmp_path_factory.mktemp("encoders")
     bare = write_encoder(root / "bare")
     torch.manual_seed(1)
@@ -53,6 +63,9 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "extractive_qa": AutoModelForQuestionAnswering.from_pretrained(bare),
         "classification": AutoModelForSequenceClassification.from_pretrained(
             bare, id2label=dict(enumerate(LABELS)), label2id={label: i for i, label in enumerate(LABELS)}
+        ),
+        "tagging": AutoModelForTokenClassification.from_pretrained(
+            bare, id2label=dict(enumerate(TAGS)), label2id={tag: i for i, tag in enumerate(TAGS)}, tagging_scheme="bio"
         ),
     }
     for task, model in made.items():
@@ -62,14 +75,21 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         model.save_pretrained(root / task)
         load_tokenizer(bare).save_pretrained(root / task)
         export_model(str(root / task), root / task / "openvino", find_task(task).head)
-    return SimpleNamespace(bare=bare, reader=root / "extractive_qa", classifier=root / "classification")
+    # The same tagger, whose tags are each for itself.
+    shutil.copytree(root / "tagging", root / "words")
+    config = json.loads((root / "words" / "config.json").read_text())
+    (root / "words" / "config.json").write_text(json.dumps(config | {"tagging_scheme": "none"}))
+    return SimpleNamespace(
+        bare=bare, reader=root / "extractive_qa", classifier=root / "classification", tagger=root / "tagging",
+        words=root / "words",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def server(
     ray_instance: object, encoders: SimpleNamespace, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
-    """A server of a generator, a reader (int8), a classifier (int8) and an encoder; gives ``url`` and ``client``."""
+    """A server of a generator, an encoder, and int8 readers, classifiers and taggers; gives ``url`` and ``client``."""
     values = {
         "run": {"name": "tiny", "storage": str(tmp_path_factory.mktemp("runs"))},
         "model": {"path": str(tiny_model)},
@@ -79,6 +99,8 @@ def server(
             "models": {
                 "reader": {"path": str(encoders.reader)},
                 "classifier": {"path": str(encoders.classifier)},
+                "tagger": {"path": str(encoders.tagger)},
+                "words": {"path": str(encoders.words)},
                 "bare": {"path": str(encoders.bare)},
             },
             "reading": {"sequence_length": 48, "overlap": 12},
@@ -104,10 +126,12 @@ def test_exports_agree(encoders: SimpleNamespace) -> None:
         "token_type_ids": np.zeros((3, 24), dtype=np.int64),
     }
     batch["attention_mask"][1, 10:] = 0
-    for task, path in (("extractive_qa", encoders.reader), ("classification", encoders.classifier)):
+    shapes = {"extractive_qa": (3, 24, 2), "classification": (3, 3), "tagging": (3, 24, 5)}
+    paths = {"extractive_qa": encoders.reader, "classification": encoders.classifier, "tagging": encoders.tagger}
+    for task, path in paths.items():
         plain = TransformersEncoder(str(path), find_task(task).head).outputs(batch)
         exported = OpenVinoEncoder(path, find_task(task).head, 1).outputs(batch)
-        assert plain.shape == exported.shape == ((3, 24, 2) if task == "extractive_qa" else (3, 3))
+        assert plain.shape == exported.shape == shapes[task]
         assert np.abs(plain - exported).max() < 0.1 * plain.std() + 0.05
     with pytest.raises(UserError, match="not the export of a classifier"):
         OpenVinoEncoder(encoders.reader, CLASSIFIER, 1)
@@ -212,6 +236,42 @@ def test_classify(server: SimpleNamespace, encoders: SimpleNamespace) -> None:
     assert len(one["data"][0]["scores"]) == 1
 
 
+TEXT = "Anna  lives in Berlin, and zzz works. " + "Much rain fell on that. " * 10 + "它在lima"
+
+
+def expected_tags(path: Path, text: str) -> tuple[list[tuple[int, int]], list[str], np.ndarray]:
+    """Of each word its place, tag and probability, by the export in windows of the model's 96 tokens."""
+    words = cut_words(text)
+    windows = WordWindows(load_tokenizer(path), 96).cut([[text[start:end] for start, end in words]])[0]
+    encoder = OpenVinoEncoder(path, TAGGER, 1)
+    rows = [encoder.outputs(encoder_batch([one.ids], 0))[0][one.firsts] for one in windows]
+    scores = softmax(np.concatenate(rows))
+    return words, [TAGS[number] for number in scores.argmax(axis=1)], scores.max(axis=1)
+
+
+def test_tags(server: SimpleNamespace, encoders: SimpleNamespace) -> None:
+    body = {"input": [TEXT, "", "\u200b anna"]}
+    found = server.client.post("/v1/tag", json=body).raise_for_status().json()
+    assert (found["model"], [row["index"] for row in found["data"]]) == ("tagger", [0, 1, 2])
+    words, tags, scores = expected_tags(encoders.tagger, TEXT)
+    # Both windows of the text were read.
+    assert found["usage"]["prompt_tokens"] > 96
+    expected = [(span.type, words[span.first][0], words[span.last][1]) for span in spans(tags)]
+    assert len(expected) > 3
+    given = found["data"][0]["entities"]
+    assert [(one["label"], one["start"], one["end"]) for one in given] == expected
+    assert all(one["text"] == TEXT[one["start"] : one["end"]] and 0.2 <= one["score"] <= 1 for one in given)
+    assert found["data"][1]["entities"] == []
+    # Where tags are no spans, each word has one.
+    answer = server.client.post("/v1/tag", json={"input": TEXT, "model": "words"}).raise_for_status().json()
+    tokens = answer["data"][0]["tokens"]
+    assert [(one["start"], one["end"]) for one in tokens] == words
+    assert [one["tag"] for one in tokens] == tags
+    assert [one["score"] for one in tokens] == pytest.approx(scores.tolist(), abs=0.02)
+    assert [one["text"] for one in tokens[:7]] == ["Anna", "lives", "in", "Berlin", ",", "and", "zzz"]
+    assert [one["text"] for one in tokens[-3:]] == ["它", "在", "lima"]
+
+
 def test_embeddings_of_an_encoder(server: SimpleNamespace, encoders: SimpleNamespace) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         vector = client.embeddings.create(model="bare", input="much rain fell").data[0].embedding
@@ -227,6 +287,10 @@ def test_embeddings_of_an_encoder(server: SimpleNamespace, encoders: SimpleNames
     [
         ("classify", {"input": "x", "model": "reader"}, 400, "is a reader; this needs a classifier"),
         ("classify", {"input": "x", "model": "no"}, 404, "does not exist"),
+        ("tag", {"input": "x", "model": "classifier"}, 400, "is a classifier; this needs a tagger"),
+        ("tag", {"input": []}, 400, "found 0 texts"),
+        ("tag", {"input": "rain " * 12_100}, 400, "more than 128 windows of 96 tokens"),
+        ("tag", {"text": "x"}, 400, "input"),
         ("classify", {"input": []}, 400, "found 0 texts"),
         ("classify", {"input": "rain " * 200}, 400, "maximum context length is 96"),
         ("completions", {"prompt": "x", "model": "classifier"}, 400, "this needs a text generator"),
@@ -246,9 +310,10 @@ def test_models_say_what_they_do(server: SimpleNamespace) -> None:
     tasks = {model["id"]: model["task"] for model in server.client.get("/v1/models").json()["data"]}
     assert tasks == {
         "tiny": "generation", "reader": "extractive_qa", "classifier": "classification", "bare": "embedding",
+        "tagger": "tagging", "words": "tagging",
     }  # fmt: skip
     engines = {name: load["engine"] for name, load in server.client.get("/health").json()["models"].items()}
-    assert engines["reader"] == engines["classifier"] == "openvino"
+    assert engines["reader"] == engines["classifier"] == engines["tagger"] == "openvino"
     assert engines["bare"] == "transformers"
 
 
