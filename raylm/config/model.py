@@ -71,3 +71,6 @@ class ObjectiveSection(Section):
     """tagging: how tags say where spans are. bio: B-TYPE begins a span, I-TYPE goes on with it, O is outside (IOB2).
     bioes: E-TYPE ends it, S-TYPE is a span of one word. none: each tag stands for itself, as parts of speech do. auto:
     what the tags look like."""
+    head: Literal["linear", "crf"] = "linear"
+    """tagging: what chooses the tags of a sentence. linear: each word its own, by its logits. crf: a linear chain
+    scores neighbouring tags as well, and the best sequence that the scheme allows is taken."""

@@ -121,6 +121,9 @@ class TrainConfig(Section):
             self._fits_adapter()
         if self.distillation is not None and self.distillation.teacher is None:
             raise ValueError("distillation.teacher: missing; allowed: the path of a model with the same tokenizer")
+        for key in ("adapter", "distillation"):
+            if self.objective.head == "crf" and getattr(self, key) is not None:
+                raise ValueError(f"objective.head: found crf, allowed with {key}: linear")
         if self.training is not None and (refusal := layout_refusal(self)):
             raise ValueError(refusal)
         return self

@@ -21,13 +21,14 @@ class Head:
     Attributes:
         name: of the head.
         network: what it stands on.
-        auto_class: the transformers class that builds and loads models with it.
+        auto_class: the class that builds and loads models with it.
         outputs: names of what the model gives, in transformers and in an OpenVINO export alike.
         what: a model with it, in words.
         class_ending: what the names in the configuration's ``architectures`` end with; None for a head that is not
             told by it.
         exporter: optimum-intel's class that exports models with it; None where raylm exports none.
         graphs: files of an OpenVINO export.
+        module: where ``auto_class`` is.
     """
 
     name: str
@@ -38,10 +39,11 @@ class Head:
     class_ending: str | None = None
     exporter: str | None = None
     graphs: tuple[str, ...] = (EXPORT_MODEL,)
+    module: str = "transformers"
 
     def load_class(self) -> Any:
-        """The transformers class."""
-        return getattr(importlib.import_module("transformers"), self.auto_class)
+        """The class that builds and loads."""
+        return getattr(importlib.import_module(self.module), self.auto_class)
 
     def is_named_in(self, config: PretrainedConfig) -> bool:
         """Whether the configuration is one of a model with this head."""
@@ -66,6 +68,6 @@ CLASSIFIER = Head(
     class_ending="ForSequenceClassification", exporter="OVModelForSequenceClassification",
 )  # fmt: skip
 TAGGER = Head(
-    "tagging", "encoder", "AutoModelForTokenClassification", ("logits",), "tagger",
-    class_ending="ForTokenClassification", exporter="OVModelForTokenClassification",
+    "tagging", "encoder", "TaggerModels", ("logits",), "tagger", class_ending="ForTokenClassification",
+    exporter="OVModelForTokenClassification", module="raylm.models.taggers",
 )  # fmt: skip

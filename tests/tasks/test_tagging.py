@@ -22,9 +22,10 @@ from raylm.data.samples.token_samples import IGNORED
 from raylm.errors import RunFailure, UserError
 from raylm.models.heads import TAGGER
 from raylm.models.loading import load_config as model_config
+from raylm.tasks.tagging.decoding import Decoder
 from raylm.tasks.tagging.objective import TaggingObjective
 from raylm.tasks.tagging.scoring import Counts, count, count_types
-from raylm.tasks.tagging.sentences import SentenceSet, describe, model_scheme, open_sentences, tag_agreement
+from raylm.tasks.tagging.sentences import SentenceSet, describe, open_sentences, tag_agreement
 from raylm.training.reports.metrics import read_metrics
 from tests.reading import write_encoder
 from tests.tagging import tagged_rows, write_columns
@@ -143,7 +144,7 @@ def test_figures_of_long_sentences(encoder: Path) -> None:
         (["bert"], ["B-PER"]),
     )
     # Six tokens: the first sentence is read in two windows, the first of which ends within a person.
-    read = SentenceSet(given, LABELS, "bio", tokenizer, 6, 2)
+    read = SentenceSet(given, Decoder(LABELS, "bio"), tokenizer, 6, 2)
     assert [len(cut) for cut in read._cuts] == [2, 1]
     said = {0: ["B-PER", "I-PER"], 1: ["O", "O", "B-PER", "O"], 2: ["B-PER"]}
     outputs = logits_of(read, said, LABELS)
@@ -159,7 +160,7 @@ def test_figures_of_long_sentences(encoder: Path) -> None:
     assert first["found"][4] == "B-PER" and second == {"tokens": ["bert"], "tags": ["B-PER"], "found": ["B-PER"]}
     speeds = {"sentences_per_second": 1.0, "workers": 1}
     assert "F1 66.67%" in describe(figures | speeds | {"model": "m"})
-    plain = SentenceSet(sentences((["bert"], ["X"])), ["X", "Y"], "none", tokenizer, 6, 2)
+    plain = SentenceSet(sentences((["bert"], ["X"])), Decoder(["X", "Y"], "none"), tokenizer, 6, 2)
     figures = plain.figures(logits_of(plain, {0: ["Y"]}, ["X", "Y"]))
     assert (figures["token_accuracy"], figures["labels"]["X"]["words"]) == (0.0, 1)
     assert "span_f1" not in figures and "spans" not in describe(figures | speeds | {"model": "m"})
@@ -167,7 +168,7 @@ def test_figures_of_long_sentences(encoder: Path) -> None:
 
 def test_how_alike_exports_are(encoder: Path) -> None:
     given = sentences((["bert", "in", "berlin"], ["B-PER", "O", "B-LOC"]))
-    read = SentenceSet(given, LABELS, "bio", load_tokenizer(encoder), 16, 2)
+    read = SentenceSet(given, Decoder(LABELS, "bio"), load_tokenizer(encoder), 16, 2)
     one, other = (logits_of(read, {0: ["B-PER", "O", tag]}, LABELS) for tag in ("B-LOC", "O"))
     assert tag_agreement(read, one, one) == {"tags_agreement": 1.0}
     with pytest.raises(RunFailure, match=r"66\.7% of the words get the same tag, at least 95%"):
@@ -176,9 +177,9 @@ def test_how_alike_exports_are(encoder: Path) -> None:
 
 def test_what_a_models_labels_say() -> None:
     names = dict(enumerate(LABELS))
-    assert model_scheme(BertConfig(id2label=names)) == "bio"
-    assert model_scheme(BertConfig(id2label=names, tagging_scheme="none")) == "none"
-    assert model_scheme(BertConfig(id2label={0: "NN", 1: "VB"})) == "none"
+    assert Decoder.of("", BertConfig(id2label=names)).scheme == "bio"
+    assert Decoder.of("", BertConfig(id2label=names, tagging_scheme="none")).scheme == "none"
+    assert Decoder.of("", BertConfig(id2label={0: "NN", 1: "VB"})).scheme == "none"
 
 
 @pytest.mark.parametrize(("scheme", "name"), [("bio", "auto"), ("bioes", "auto"), ("none", "none")])

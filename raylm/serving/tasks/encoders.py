@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from raylm.config.reading import ReadingSection
-from raylm.data.samples.tag_schemes import KnownScheme
 from raylm.data.samples.windows import Window, Windows
 from raylm.serving.deploy.service import ModelService
 from raylm.serving.engines.base import EngineFailure
@@ -22,6 +21,7 @@ from raylm.serving.http import request_log
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.metrics import TextTiming
 from raylm.tasks.extractive_qa.spans import AnswerSpan, best_answer
+from raylm.tasks.tagging.decoding import Decoder
 
 # Windows of one question: with the default ones some 30,000 tokens of context.
 MOST_WINDOWS = 128
@@ -32,13 +32,13 @@ class EncoderService(ModelService):
     """A served encoder.
 
     Attributes:
-        labels: of a classifier or tagger, in the order of its logits.
-        scheme: what a tagger's labels say of spans.
+        labels: of a classifier, in the order of its logits.
+        decoder: of a tagger, how its logits are read.
         reading: of a reader, how it looks for answers.
     """
 
     labels: Sequence[str] = ()
-    scheme: KnownScheme = "none"
+    decoder: Decoder | None = None
     reading: ReadingSection = field(default_factory=ReadingSection)
     # A tokenizer's own truncation is a setting of it: two threads would change it for each other.
     _cutting: threading.Lock = field(default_factory=threading.Lock, repr=False)

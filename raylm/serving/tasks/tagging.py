@@ -17,7 +17,6 @@ from raylm.serving.http.bodies import Items, RequestBody
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.requests import MOST_INPUTS
 from raylm.serving.tasks.encoders import MOST_WINDOWS, EncoderService
-from raylm.tasks.classification.texts import softmax
 from raylm.tasks.tagging.entities import cut_words, entities
 
 # Tokens of a window of a model without a limit.
@@ -107,15 +106,15 @@ def _item(
     service: EncoderService, index: int, text: str, words: Places, logits: Sequence[np.ndarray]
 ) -> dict[str, Any]:
     """The answer for one text, of whose words the ``logits`` are, [words, labels] for each window."""
-    scores = softmax(np.concatenate(logits)) if logits else np.zeros((0, len(service.labels)))
-    best = scores.argmax(axis=1) if len(scores) else np.zeros(0, dtype=np.int64)
-    tags = [service.labels[number] for number in best.tolist()]
-    found = entities(words, tags, scores.max(axis=1, initial=0.0).tolist(), service.scheme)
-    named = "tag" if service.scheme == "none" else "label"
+    decoder = service.decoder
+    assert decoder is not None
+    tags, scores = decoder.scored(np.concatenate(logits)) if logits else ([], [])
+    found = entities(words, tags, scores, decoder.scheme)
+    named = "tag" if decoder.scheme == "none" else "label"
     return {
         "object": "tagging",
         "index": index,
-        "tokens" if service.scheme == "none" else "entities": [
+        "tokens" if decoder.scheme == "none" else "entities": [
             {
                 named: one.label, "text": text[one.start : one.end], "start": one.start, "end": one.end,
                 "score": one.score,

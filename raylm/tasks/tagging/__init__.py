@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from raylm.models.encoders import encoder_positions, label_names
+from raylm.models.encoders import encoder_positions
 from raylm.models.heads import TAGGER
 from raylm.tasks.base import Evaluation, Measure, Service, Task
+from raylm.tasks.tagging.decoding import Decoder
 from raylm.tasks.tagging.objective import TaggingObjective
-from raylm.tasks.tagging.sentences import describe, model_scheme, open_sentences, tag_agreement
+from raylm.tasks.tagging.sentences import describe, open_sentences, tag_agreement
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -17,9 +18,7 @@ if TYPE_CHECKING:
 
 
 def _settings(source: str, config: PretrainedConfig, serving: ServingSection) -> dict[str, Any]:
-    return {
-        "context_length": encoder_positions(config), "labels": label_names(config), "scheme": model_scheme(config)
-    }  # fmt: skip
+    return {"context_length": encoder_positions(config), "decoder": Decoder.of(source, config)}
 
 
 TASK = Task(

@@ -1,7 +1,8 @@
 """The tagging objective: say of each word what it is.
 
 Devlin et al. 2019, "BERT", section 5.3: a linear layer over the last hidden state of a word's first sub-word gives a
-logit a tag, and the loss is the cross-entropy with the right one. The other sub-words have no target.
+logit a tag, and the loss is the cross-entropy with the right one. The other sub-words have no target. With a chain
+(:mod:`raylm.models.chains`) the loss is that of the sentence's sequence of tags.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ from raylm.data.samples.word_windows import check_word_tokenizer
 from raylm.data.sources.documents import Split
 from raylm.data.tokens.shards import read_manifest
 from raylm.errors import UserError
+from raylm.models.chains import has_chain
 from raylm.models.encoders import label_names
 from raylm.models.heads import TAGGER, Head
 from raylm.tasks.objective import Batch, EncoderObjective
 from raylm.tasks.rows import RowReader
+from raylm.tasks.tagging.decoding import followers
 from raylm.tasks.tagging.scoring import Counts, count
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SHORTEST = 4
 
 
 def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection) -> TaggedInput:
+    if has_chain(config) and section.head != "crf":
+        raise UserError(f"objective.head: found {section.head}, allowed: crf, as the model at model.path has one")
     # A tagger that is trained further keeps its tags.
     return TaggedInput(data, section.scheme, label_names(config) if TAGGER.is_named_in(config) else None)
 
@@ -75,6 +80,7 @@ class TaggingObjective(EncoderObjective):
             "id2label": dict(enumerate(manifest["labels"])),
             "label2id": {label: number for number, label in enumerate(manifest["labels"])},
             "tagging_scheme": manifest["scheme"],
+            "tagging_head": self.section.head,
         }
 
     def example(self, sequence_length: int) -> Batch:
@@ -85,6 +91,31 @@ class TaggingObjective(EncoderObjective):
     def sums(self) -> int:
         """See :class:`Objective`."""
         return len(Counts.NAMES)
+
+    def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """See :class:`Objective`."""
+        return self._loss(model, self.logits(model, batch), batch["targets"])
+
+    def scored(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`Objective`."""
+        logits = self.logits(model, batch)
+        found = self._best(model, logits, batch["targets"]) if has_chain(model.config) else logits
+        return self._loss(model, logits, batch["targets"]), self.measure(found, batch)
+
+    def _loss(self, model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of ``logits`` [batch, time, tags], nats."""
+        return model.crf(logits, targets, IGNORED) if has_chain(model.config) else self.loss(logits, targets)
+
+    def _best(self, model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """1 at the tags of the best sequence of a model with a chain, else 0; in the shape of ``logits``."""
+        # A window may begin and end within a span.
+        chain = model.crf().within(followers(self.labels, self.scheme, whole=False))
+        found = torch.zeros_like(logits)
+        for row, words in enumerate(targets != IGNORED):
+            places = words.nonzero()[:, 0]
+            if len(places):
+                found[row, places, chain.path(logits[row, places].float().cpu().numpy())] = 1
+        return found
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Words, right tags, and spans: right, found, and there; a span that a window cuts counts in its parts."""

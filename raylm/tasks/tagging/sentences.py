@@ -14,20 +14,20 @@ import numpy as np
 from raylm.config.stages import CompressConfig, EvaluateConfig
 from raylm.data.loading import load_tokenizer
 from raylm.data.padding import encoder_batch
-from raylm.data.samples.tag_schemes import KnownScheme, scheme_of
 from raylm.data.samples.tagged import TaggedSentence, evaluation_tagged, fitting
 from raylm.data.samples.tagged_sets import check_known
 from raylm.data.samples.word_windows import WordWindow, WordWindows
 from raylm.errors import RunFailure, UserError
-from raylm.models.encoders import encoder_positions, label_names
+from raylm.models.encoders import encoder_positions
 from raylm.models.loading import load_config
 from raylm.tasks.base import Batches, ScoredSet, by_length
 from raylm.tasks.closeness import LEAST_AGREEMENT
 from raylm.tasks.intervals import ratio_interval
+from raylm.tasks.tagging.decoding import Decoder
 from raylm.tasks.tagging.scoring import Counts, count, count_types
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 LONGEST_DEFAULT = 512
 SPEED_LENGTH = 128
@@ -39,9 +39,8 @@ class SentenceSet:
     See :class:`raylm.tasks.base.ScoredSet`; what the model gives are logits [n, T, tags].
 
     Args:
-        sentences: at least one, whose tags are among the ``labels``.
-        labels: the model's, in the order of its logits.
-        scheme: of the labels.
+        sentences: at least one, whose tags are among the decoder's.
+        decoder: reads the model's logits.
         tokenizer: the model's.
         length: most tokens of a window.
         batch_size: windows read together.
@@ -50,13 +49,12 @@ class SentenceSet:
     def __init__(
         self,
         sentences: list[TaggedSentence],
-        labels: list[str],
-        scheme: KnownScheme,
+        decoder: Decoder,
         tokenizer: PreTrainedTokenizerBase,
         length: int,
         batch_size: int,
     ) -> None:
-        self.sentences, self.labels, self.scheme = sentences, labels, scheme
+        self.sentences, self.decoder, self.scheme = sentences, decoder, decoder.scheme
         self.count, self.length, self.vocabulary_size = len(sentences), length, len(tokenizer)
         self._cuts = WordWindows(tokenizer, length).cut([sentence.tokens for sentence in sentences])
         windows = [window for cut in self._cuts for window in cut]
@@ -78,9 +76,7 @@ class SentenceSet:
     def tags(self, outputs: Sequence[np.ndarray]) -> list[list[str]]:
         """The tags of each sentence's words."""
         rest = iter(self.words(outputs))
-        return [
-            [self.labels[number] for _ in cut for number in next(rest).argmax(axis=-1).tolist()] for cut in self._cuts
-        ]
+        return [self.decoder.tags(np.concatenate([next(rest) for _ in cut])) for cut in self._cuts]
 
     def figures(self, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
         """In percent: token accuracy, the spans' precision, recall and F1, 95% intervals, and each label's own figures.
@@ -146,20 +142,14 @@ def open_sentences(config: EvaluateConfig | CompressConfig, source: str) -> Sent
             f"evaluation.sequence_length: found {asked}, allowed: at most the model's {positions} positions"
         )
     length = asked or min(positions or LONGEST_DEFAULT, LONGEST_DEFAULT)
-    labels, scheme = label_names(model_config), model_scheme(model_config)
-    sentences = list(fitting(evaluation_tagged(config.data, config.evaluation.split), scheme, config.data))
+    decoder = Decoder.of(source, model_config)
+    sentences = list(fitting(evaluation_tagged(config.data, config.evaluation.split), decoder.scheme, config.data))
     if not sentences:
         raise UserError("data: no sentence is left, allowed: one or more")
-    check_known(sentences, labels, "the model has")
-    found = SentenceSet(sentences, labels, scheme, load_tokenizer(source), length, config.evaluation.batch_size)
+    check_known(sentences, decoder.labels, "the model has")
+    found = SentenceSet(sentences, decoder, load_tokenizer(source), length, config.evaluation.batch_size)
     found.length = asked or min(length, SPEED_LENGTH)
     return found
-
-
-def model_scheme(config: PretrainedConfig) -> KnownScheme:
-    """What a tagger's labels say of spans: its configuration's ``tagging_scheme``, or what they look like."""
-    found = getattr(config, "tagging_scheme", None)
-    return found if found in ("bio", "bioes", "none") else scheme_of(label_names(config))
 
 
 def tag_agreement(scored: ScoredSet, before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> dict[str, Any]:

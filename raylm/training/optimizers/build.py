@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylm.config.training import TrainingSection
+from raylm.models.chains import CHAIN
 from raylm.models.depth import Rate
 from raylm.models.families.build import fused_parts
 from raylm.models.structure import lookup_names, read_out_names
@@ -33,10 +34,14 @@ def _dimensions(parameter: torch.Tensor) -> int:
 def hidden_matrices(named: dict[str, nn.Parameter], model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Those of the parameters ``named`` that are matrices between hidden layers of ``model``: what Muon is for.
 
-    Weights that are looked up, and all of the head that makes logits of tokens, are not.
+    Weights that are looked up, all of the head that makes logits of tokens, and a chain over tags are not.
     """
     outer = lookup_names(model) | read_out_names(model)
-    return {name: p for name, p in named.items() if _dimensions(p) == 2 and name not in outer}
+    return {
+        name: p
+        for name, p in named.items()
+        if _dimensions(p) == 2 and name not in outer and not name.startswith(f"{CHAIN}.")
+    }
 
 
 def make_optimizer(
