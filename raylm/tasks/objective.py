@@ -54,7 +54,7 @@ class Objective(ABC):
         predicts_tokens: whether the logits are of the vocabulary and the loss follows from their cross-entropy alone: a
             model can compute it whose parts are on several ranks.
         counts_text: whether each token of a text is a target once, so that the loss can be told per byte.
-        choices_vary: whether what can be chosen differs from sample to sample.
+        choices_vary: whether what can be chosen, or how often, differs from sample to sample.
     """
 
     name: ClassVar[str]

@@ -60,8 +60,8 @@ def check_kept(top_k: int, objective: Objective, run: RunSection) -> None:
     """
     if objective.choices_vary:
         raise UserError(
-            f"distillation.top_k: found {top_k} for {objective.name}, whose choices are a text's own tokens, allowed: "
-            "null, with which the teacher computes beside the model"
+            f"distillation.top_k: found {top_k} for {objective.name}, whose choices differ from text to text, "
+            "allowed: null, with which the teacher computes beside the model"
         )
     if run.remote:
         raise UserError(

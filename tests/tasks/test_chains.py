@@ -15,6 +15,9 @@ from transformers import AutoModelForTokenClassification, BertConfig
 
 from raylm.compression.exporters.openvino import export_model
 from raylm.config import load_config
+from raylm.config.loading import validate as validated
+from raylm.config.stages import ServeConfig
+from raylm.data.loading import load_tokenizer
 from raylm.errors import UserError
 from raylm.models.chains import Chain, read_chain
 from raylm.models.encoders import OpenVinoEncoder
@@ -23,6 +26,7 @@ from raylm.models.loading import load_config as model_config
 from raylm.models.loading import load_model
 from raylm.models.taggers import LinearChain
 from raylm.models.weights import DrawnWeights, make_outline
+from raylm.serving.stage import check_model
 from raylm.tasks.tagging.decoding import Decoder, followers
 from raylm.tasks.tagging.sentences import open_sentences
 from raylm.training.inputs import validate
@@ -207,7 +211,12 @@ def test_refusals(trained: Path, tmp_path: Path) -> None:
     bare = trained / "bare"
     model = AutoModelForTokenClassification.from_pretrained(trained / "linear" / "model")
     model.save_pretrained(bare)
+    load_tokenizer(trained / "linear").save_pretrained(bare)
     config = json.loads((bare / "config.json").read_text())
     (bare / "config.json").write_text(json.dumps(config | {"tagging_head": "crf"}))
     with pytest.raises(UserError, match=r"lack crf\.transitions, crf\.starts, crf\.ends, which the tagger decodes"):
         read_chain(bare, model_config(bare))
+    values = {"run": {"name": "x", "storage": str(tmp_path)}, "model": {"path": str(bare)}}
+    served = validated(ServeConfig, values, "test")
+    with pytest.raises(UserError, match=r"lack crf\.transitions"):
+        check_model(served)

@@ -26,6 +26,7 @@ from raylm.tasks.tagging.decoding import Decoder
 from raylm.tasks.tagging.objective import TaggingObjective
 from raylm.tasks.tagging.scoring import Counts, count, count_types
 from raylm.tasks.tagging.sentences import SentenceSet, describe, open_sentences, tag_agreement
+from raylm.training.inputs import validate
 from raylm.training.reports.metrics import read_metrics
 from tests.reading import write_encoder
 from tests.tagging import tagged_rows, write_columns
@@ -228,6 +229,11 @@ def test_training_and_evaluation(encoder: Path, tmp_path: Path, scheme: str, nam
     assert figures["token_accuracy"] == pytest.approx(100 * last["validation_token_accuracy"], abs=0.2)
     if scheme != "none":
         assert figures["span_f1"] == pytest.approx(100 * last["validation_span_f1"], abs=0.5)
+    # Trained further, it keeps its tags and what they say.
+    further = values | {"model": {"path": str(run)}, "run": {"name": "further", "storage": str(tmp_path)}}
+    path.write_text(yaml.safe_dump(further | {"objective": {"type": "tagging"}}))
+    checked = validate(load_config("finetune", path)).data
+    assert (checked.scheme, checked.labels) == (scheme, list(model.config.id2label.values()))
     lines = [json.dumps(row) for row in read.rows(outputs)]
     assert len(lines) == 40
     dev.write_text("anna B-ORG\n" if scheme != "none" else "anna ORG\n")

@@ -52,7 +52,7 @@ class TaggedInput:
         for side, sentence in read_tagged(data):
             read[side].append(sentence)
         found = {tag for sentence in read["train"] for tag in sentence.tags}
-        self.scheme: KnownScheme = scheme_of(known or found) if scheme == "auto" else scheme
+        self.scheme: KnownScheme = scheme_of(found) if scheme == "auto" else scheme
         self.sentences = {side: list(fitting(sentences, self.scheme, data)) for side, sentences in read.items()}
         for side in SPLITS:
             if not self.sentences[side]:

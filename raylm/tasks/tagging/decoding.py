@@ -38,9 +38,8 @@ class Decoder:
         Raises:
             UserError: its weights lack the chain that its configuration names.
         """
-        labels, found = label_names(config), getattr(config, "tagging_scheme", None)
-        scheme = found if found in ("bio", "bioes", "none") else scheme_of(labels)
-        chain = read_chain(source, config)
+        labels, chain = label_names(config), read_chain(source, config)
+        scheme = model_scheme(config)
         return cls(labels, scheme, chain and chain.within(followers(labels, scheme)))
 
     def tags(self, logits: np.ndarray) -> list[str]:
@@ -54,6 +53,12 @@ class Decoder:
         tags = self.tags(logits)
         numbers = {label: number for number, label in enumerate(self.labels)}
         return tags, [float(row[numbers[tag]]) for row, tag in zip(shares, tags, strict=True)]
+
+
+def model_scheme(config: PretrainedConfig) -> KnownScheme:
+    """What a tagger's labels say of spans: its configuration's ``tagging_scheme``, or what they look like."""
+    found = getattr(config, "tagging_scheme", None)
+    return found if found in ("bio", "bioes", "none") else scheme_of(label_names(config))
 
 
 def followers(labels: Sequence[str], scheme: KnownScheme, *, whole: bool = True) -> Follows:

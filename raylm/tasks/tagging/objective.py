@@ -28,7 +28,7 @@ from raylm.models.encoders import label_names
 from raylm.models.heads import TAGGER, Head
 from raylm.tasks.objective import Batch, EncoderObjective
 from raylm.tasks.rows import RowReader
-from raylm.tasks.tagging.decoding import followers
+from raylm.tasks.tagging.decoding import followers, model_scheme
 from raylm.tasks.tagging.scoring import Counts, count
 
 if TYPE_CHECKING:
@@ -40,8 +40,11 @@ SHORTEST = 4
 def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection) -> TaggedInput:
     if has_chain(config) and section.head != "crf":
         raise UserError(f"objective.head: found {section.head}, allowed: crf, as the model at model.path has one")
-    # A tagger that is trained further keeps its tags.
-    return TaggedInput(data, section.scheme, label_names(config) if TAGGER.is_named_in(config) else None)
+    if not TAGGER.is_named_in(config):
+        return TaggedInput(data, section.scheme)
+    # A tagger that is trained further keeps its tags, and what they say of spans unless the file says otherwise.
+    scheme = model_scheme(config) if section.scheme == "auto" else section.scheme
+    return TaggedInput(data, scheme, label_names(config))
 
 
 class TaggingObjective(EncoderObjective):
