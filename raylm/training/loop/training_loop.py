@@ -328,16 +328,19 @@ class TrainingLoop:
         difference = None
         if self.worker.rank == 0:
             self._check_owner()
-            dtype = torch.bfloat16 if self.bf16 else torch.float32
+            computed = dtype = torch.bfloat16 if self.bf16 else torch.float32
             output = self.job.directory / "model"
             merged = None if self.original is None else self._merged(reader)
+            if merged is not None:
+                # Rounding to fewer bits than the original has would lose much of what little an adapter adds.
+                dtype = self.model_config.dtype or torch.float32
             export_model(
                 source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head,
                 self.job.model_source, merged,
             )  # fmt: skip
             probe = {name: values.cpu() for name, values in probe.items()}
             difference = largest_difference(output, self.objective, probe, expected, rounding_of(self.config))
-            if not difference <= tolerated(expected, dtype):
+            if not difference <= tolerated(expected, computed):
                 raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
             self.mirror.send("model", *([] if merged is None else [FOLDER]), METRICS, BOARD)
         dist.barrier()
