@@ -7,6 +7,7 @@ order of the samples is a function of (seed, number of the sample).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import numpy as np
 from raylm.config.data import DataSection
 from raylm.data.padding import encoder_batch
 from raylm.data.samples.array_sets import SPLITS, ArraySamples, write_set
-from raylm.data.sources.documents import Split, hash_share
+from raylm.data.samples.sides import measured_on, with_sides
+from raylm.data.sources.documents import Split
 from raylm.data.sources.readers import read_table
 from raylm.data.sources.segments import open_sources
 from raylm.data.sources.streams import InputErrors
@@ -46,14 +48,7 @@ def read_labelled(data: DataSection) -> Iterator[tuple[Split, LabelledText]]:
     Raises:
         UserError: a source is wrong or of another format; names the file and the place.
     """
-    sides: list[tuple[str, list[Any], Split | None]] = [
-        ("data.train", data.train_sections, "train" if data.validation_sources else None),
-        ("data.validation", data.validation_sources, "validation"),
-    ]
-    for key, names, sole in sides:
-        for row in _of_sources(data, names, key):
-            held_out = hash_share(row.text, b"raylm-split") < data.validation_fraction
-            yield sole or ("validation" if held_out else "train"), row
+    return with_sides(data, functools.partial(_of_sources, data), lambda row: row.text)
 
 
 def evaluation_labelled(data: DataSection, split: Split = "validation") -> list[LabelledText]:
@@ -62,12 +57,7 @@ def evaluation_labelled(data: DataSection, split: Split = "validation") -> list[
     Raises:
         UserError: a source is wrong, or holds no text.
     """
-    use_validation = split == "validation" and bool(data.validation_sources)
-    key = "data.validation" if use_validation else "data.train"
-    found = list(_of_sources(data, data.validation_sources if use_validation else data.train_sections, key))
-    if not found:
-        raise UserError(f"{key}: found no text with a label")
-    return found
+    return measured_on(data, split, functools.partial(_of_sources, data), "text with a label")
 
 
 def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[LabelledText]:

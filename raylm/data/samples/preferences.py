@@ -6,6 +6,7 @@ directory with ``tokenizer/`` and flat arrays, as :mod:`raylm.data.samples.array
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ import numpy as np
 from raylm.config.data import DataSection
 from raylm.data.padding import pad_right, padded_length
 from raylm.data.samples.array_sets import SPLITS, ArraySamples, write_set
+from raylm.data.samples.sides import with_sides
 from raylm.data.samples.token_samples import IGNORED
 from raylm.data.sources.conversations import messages_of
-from raylm.data.sources.documents import Document, Split, hash_share, make_conversation
+from raylm.data.sources.documents import Document, Split, make_conversation
 from raylm.data.sources.segments import open_sources
 from raylm.data.sources.streams import InputErrors
 from raylm.data.sources.tables import TABLES, open_table
@@ -39,10 +41,12 @@ class Preference:
 
     Attributes:
         chosen, rejected: the preferred one, and the other.
+        asked: the text of what is asked.
     """
 
     chosen: Document
     rejected: Document
+    asked: str
 
 
 def read_preferences(data: DataSection) -> Iterator[tuple[Split, Preference]]:
@@ -52,31 +56,27 @@ def read_preferences(data: DataSection) -> Iterator[tuple[Split, Preference]]:
     Raises:
         UserError: a source is wrong or of another format; names the file and the place.
     """
-    sides: list[tuple[str, list[Any], Split | None]] = [
-        ("data.train", data.train_sections, "train" if data.validation_sources else None),
-        ("data.validation", data.validation_sources, "validation"),
-    ]
+    return with_sides(data, functools.partial(_of_sources, data), lambda row: row.asked)
+
+
+def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[Preference]:
     errors = InputErrors.of(data)
-    for key, names, sole in sides:
-        for source in open_sources(data, names, key):
-            for segment in source.segments:
-                if segment.format not in TABLES:
-                    allowed = ", ".join(TABLES)
-                    raise UserError(f"{key}: {source.name}: found the format {segment.format}, allowed: {allowed}")
-                table = open_table(segment, data, errors)
-                for number, row in table.rows:
-                    try:
-                        preference, asked = _preference(row, data)
-                    except ValueError as error:
-                        errors.bad("malformed", f"{table.place(number)}: {error}")
-                        continue
-                    held_out = hash_share(asked, b"raylm-split") < data.validation_fraction
-                    yield sole or ("validation" if held_out else "train"), preference
-    errors.say("data.train")
+    for source in open_sources(data, names, key):
+        for segment in source.segments:
+            if segment.format not in TABLES:
+                allowed = ", ".join(TABLES)
+                raise UserError(f"{key}: {source.name}: found the format {segment.format}, allowed: {allowed}")
+            table = open_table(segment, data, errors)
+            for number, row in table.rows:
+                try:
+                    yield _preference(row, data)
+                except ValueError as error:
+                    errors.bad("malformed", f"{table.place(number)}: {error}")
+    errors.say(key)
 
 
-def _preference(row: Mapping[str, Any], data: DataSection) -> tuple[Preference, str]:
-    """A row, and the text of what is asked.
+def _preference(row: Mapping[str, Any], data: DataSection) -> Preference:
+    """A row.
 
     Raises:
         ValueError: a column is missing, or there are no two answers to the same.
@@ -98,7 +98,7 @@ def _preference(row: Mapping[str, Any], data: DataSection) -> tuple[Preference, 
     for turns in both:
         turns[:-1] = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in turns[:-1]]
     documents = [make_conversation(turns, []) for turns in both]
-    return Preference(*documents), make_conversation(both[0][:-1], []).text
+    return Preference(*documents, make_conversation(both[0][:-1], []).text)
 
 
 class PreferenceInput:

@@ -6,12 +6,14 @@ layouts are read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raylm.config.data import DataSection
-from raylm.data.sources.documents import Split, hash_share
+from raylm.data.samples.sides import measured_on, with_sides
+from raylm.data.sources.documents import Split
 from raylm.data.sources.rows import Table
 from raylm.data.sources.segments import open_sources
 from raylm.data.sources.squad import COLUMNS, answers_of, is_squad
@@ -50,15 +52,9 @@ def read_questions(data: DataSection, split: Split | None = None) -> Iterator[tu
     Raises:
         UserError: a source is wrong or of another format; names the file and the place.
     """
-    sides: list[tuple[str, list[Any], Split | None]] = [
-        ("data.train", data.train_sections, "train" if data.validation_sources else None),
-        ("data.validation", data.validation_sources, "validation"),
-    ]
-    for key, names, sole in sides:
-        for question in _of_sources(data, names, key):
-            side = sole or _side(question.context, data.validation_fraction)
-            if split in (None, side):
-                yield side, question
+    for side, question in with_sides(data, functools.partial(_of_sources, data), lambda question: question.context):
+        if split in (None, side):
+            yield side, question
 
 
 def evaluation_questions(data: DataSection, split: Split = "validation") -> list[Question]:
@@ -67,12 +63,7 @@ def evaluation_questions(data: DataSection, split: Split = "validation") -> list
     Raises:
         UserError: a source is wrong, or holds no question.
     """
-    key = "data.validation" if split == "validation" and data.validation_sources else "data.train"
-    names = data.validation_sources if key == "data.validation" else data.train_sections
-    found = list(_of_sources(data, names, key))
-    if not found:
-        raise UserError(f"{key}: found no question")
-    return found
+    return measured_on(data, split, functools.partial(_of_sources, data), "question")
 
 
 def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[Question]:
@@ -107,10 +98,6 @@ def questions_of(table: Table, errors: InputErrors) -> Iterator[Question]:
             errors.bad("misplaced", str(error))
         except ValueError as error:
             errors.bad("malformed", f"{table.place(number)}: not a SQuAD question: {error}")
-
-
-def _side(context: str, validation_fraction: float) -> Split:
-    return "validation" if hash_share(context, b"raylm-split") < validation_fraction else "train"
 
 
 class Misplaced(ValueError):

@@ -5,16 +5,18 @@ In: the ``data`` section. Out: :class:`TaggedSentence`, in the order of the file
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raylm.config.data import DataSection, FieldsSection
+from raylm.data.samples.sides import measured_on, with_sides
 from raylm.data.samples.tag_schemes import KnownScheme, mistake
 from raylm.data.sources.blocks import Segment
 from raylm.data.sources.column_files import column_sentences
 from raylm.data.sources.conversations import encodable
-from raylm.data.sources.documents import Split, hash_share
+from raylm.data.sources.documents import Split
 from raylm.data.sources.segments import open_sources
 from raylm.data.sources.streams import InputErrors
 from raylm.data.sources.tables import open_table
@@ -50,14 +52,7 @@ def read_tagged(data: DataSection) -> Iterator[tuple[Split, TaggedSentence]]:
     Raises:
         UserError: a source is wrong or of another format; names the file and the place.
     """
-    sides: list[tuple[str, list[Any], Split | None]] = [
-        ("data.train", data.train_sections, "train" if data.validation_sources else None),
-        ("data.validation", data.validation_sources, "validation"),
-    ]
-    for key, names, sole in sides:
-        for sentence in _of_sources(data, names, key):
-            held_out = hash_share(" ".join(sentence.tokens), b"raylm-split") < data.validation_fraction
-            yield sole or ("validation" if held_out else "train"), sentence
+    return with_sides(data, functools.partial(_of_sources, data), lambda sentence: " ".join(sentence.tokens))
 
 
 def evaluation_tagged(data: DataSection, split: Split = "validation") -> list[TaggedSentence]:
@@ -66,12 +61,7 @@ def evaluation_tagged(data: DataSection, split: Split = "validation") -> list[Ta
     Raises:
         UserError: a source is wrong, or holds no sentence.
     """
-    use_validation = split == "validation" and bool(data.validation_sources)
-    key = "data.validation" if use_validation else "data.train"
-    found = list(_of_sources(data, data.validation_sources if use_validation else data.train_sections, key))
-    if not found:
-        raise UserError(f"{key}: found no sentence")
-    return found
+    return measured_on(data, split, functools.partial(_of_sources, data), "sentence")
 
 
 def fitting(sentences: Iterable[TaggedSentence], scheme: KnownScheme, data: DataSection) -> Iterator[TaggedSentence]:
