@@ -133,10 +133,13 @@ class Material:
             parts = [np.unique(tokenizer(text, verbose=False)["input_ids"]) for text in texts]
         else:
             section = self.config.evaluation.model_copy(update={"split": "train"})
-            opened = evaluation.open(self.config.model_copy(update={"evaluation": section}), self.source)
+            # All of it, not the part that forms are compared on.
+            whole = self.config.compression.model_copy(update={"text_tokens": None})
+            given = self.config.model_copy(update={"evaluation": section, "compression": whole})
+            opened = evaluation.open(given, self.source)
             # What is to be written is in the vocabulary as well.
-            sides = ("input_ids", "targets")
-            parts = [np.unique(batch[side]) for batch in opened.batches for side in sides if side in batch]
+            sides = ("input_ids", "targets") if self.task.generates else ("input_ids",)
+            parts = [np.unique(batch[side]) for batch in opened.batches for side in sides]
             parts = [numbers[numbers >= 0] for numbers in parts]
         if not parts:
             raise UserError(f"data: {', '.join(self.config.data.train_sources)} has no text in the train split")

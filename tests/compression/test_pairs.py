@@ -41,7 +41,8 @@ def write_config(directory: Path, files: tuple[Path, Path], model: Path, **value
 
 def test_what_is_written_is_in_the_vocabulary_too(files: tuple[Path, Path], tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", *files, **pairs_note(""))
-    config = load_config("compress", write_config(tmp_path, files, model))
+    few = {"compression": {"text_tokens": 10}}
+    config = load_config("compress", write_config(tmp_path, files, model, **few))
     used = Material(config, find_task("sequence_to_sequence"), str(model)).used_tokens()
     tokenizer = load_tokenizer(model)
     texts = [*files[0].read_text().splitlines(), *files[1].read_text().splitlines()]
