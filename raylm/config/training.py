@@ -2,22 +2,79 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raylm.config.base import LARGEST_COUNT, Count, CountFromZero, CountOrAuto, MayChange, Seconds, Section, Total
+
+
+def _known_form(metric: str) -> str:
+    """Whether the task gives the metric is checked where the task is known (``raylm.training.loop.best``)."""
+    if metric != "loss" and not re.fullmatch("validation_[a-z][a-z0-9_]*", metric):
+        raise ValueError("allowed: loss, validation_loss, or validation_ and the name of a measure of the task")
+    return metric
 
 
 class EarlyStoppingSection(Section):
     """``training.early_stopping``: stop when a metric no longer improves."""
 
-    metric: Literal["validation_loss", "loss"] = "validation_loss"
-    """Metric that must decrease."""
-    patience: Count = 3
-    """Evaluations in a row without improvement after which training stops; the best weights are exported."""
+    metric: str = "validation_loss"
+    """What must improve: validation_loss, loss (the training loss of the step that is evaluated), or validation_ and a
+    measure of the task, such as validation_accuracy. Losses improve by falling, what counts right answers by rising.
+    The checkpoint that is kept as the best is so by this metric."""
+    patience: Count | None = 3
+    """Evaluations in a row without improvement after which training stops; null never stops, and only says by what
+    metric the best weights are chosen."""
     minimum_change: float = Field(default=0.0, ge=0, le=1e30)
-    """Smallest decrease that counts as an improvement."""
+    """Smallest change that counts as an improvement."""
+
+    _named = field_validator("metric")(_known_form)
+
+
+class OneCycleSection(Section):
+    """``training.one_cycle``: the schedule one_cycle (Smith 2018, arXiv:1803.09820), with cosine phases."""
+
+    rise_fraction: float = Field(default=0.3, gt=0, lt=1)
+    """Share of the steps in which the learning rate rises to its peak."""
+    first_fraction: float = Field(default=0.04, gt=0, le=1)
+    """Learning rate of the first step, as a share of the peak."""
+    last_fraction: float = Field(default=4e-6, ge=0, le=1)
+    """Learning rate of the last step, as a share of the peak."""
+    momentum: list[Annotated[float, Field(ge=0, lt=1)]] | None = Field(default=[0.85, 0.95], min_length=2, max_length=2)
+    """[lowest, highest] momentum, or first beta of AdamW: it falls while the learning rate rises, and rises again
+    afterwards. null leaves it alone."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> OneCycleSection:
+        if self.momentum is not None and self.momentum[0] > self.momentum[1]:
+            raise ValueError(f"momentum: found {self.momentum}, allowed: [lowest, highest]")
+        return self
+
+
+class PlateauSection(Section):
+    """``training.plateau``: the schedule plateau, which lowers the learning rate where a metric improves no longer."""
+
+    metric: str = "validation_loss"
+    """As early_stopping.metric."""
+    factor: float = Field(default=0.5, gt=0, lt=1)
+    """By which the learning rate is multiplied; it does not fall below final_learning_rate_fraction of the peak."""
+    patience: Count = 2
+    """Evaluations in a row without improvement after which it is."""
+    minimum_change: float = Field(default=0.0, ge=0, le=1e30)
+    """Smallest change that counts as an improvement."""
+
+    _named = field_validator("metric")(_known_form)
+
+
+class EmaSection(Section):
+    """``training.ema``: an exponential moving average of the weights."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """Share of the average that stays in each step."""
+    warmup: bool = True
+    """Let the average follow faster in the beginning: the share is at most (1 + steps) / (10 + steps)."""
 
 
 class AnomaliesSection(Section):
@@ -62,14 +119,24 @@ class TrainingSection(Section):
     """AdamW's epsilon, which avoids division by zero."""
     weight_decay: float = Field(default=0.1, ge=0, le=1e6)
     """Decoupled weight decay of matrices. Norms and biases have no decay."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
+    schedule: Literal["cosine", "linear", "polynomial", "constant", "wsd", "one_cycle", "plateau"] = "cosine"
+    """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay; one_cycle rises and falls by itself;
+    plateau falls where a metric no longer improves."""
     warmup_steps: CountFromZero = 0
     """Steps of linear warm-up."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """wsd: share of the steps, at the end, in which the learning rate falls linearly."""
+    power: float = Field(default=2.0, gt=0, le=100)
+    """polynomial: power of what is left of the steps."""
+    one_cycle: OneCycleSection = OneCycleSection()
+    """one_cycle: its phases."""
+    plateau: PlateauSection = PlateauSection()
+    """plateau: when the learning rate falls, and by how much."""
     final_learning_rate_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak; of plateau the lowest. one_cycle has its own."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability of every dropout in the model while it trains; by default what the model's configuration says, which
+    the exported model keeps."""
     gradient_clipping: float = Field(default=1.0, ge=0, le=1e30)
     """Largest norm of the whole gradient; 0 does not clip."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], MayChange(to=("auto",))] = "auto"
@@ -88,6 +155,10 @@ class TrainingSection(Section):
     """Batches of an evaluation; by default the whole validation set."""
     early_stopping: Annotated[EarlyStoppingSection | None, MayChange()] = None
     """Stop when a metric no longer improves; off by default."""
+    restore_best: Annotated[bool | Literal["auto"], MayChange()] = "auto"
+    """Export the weights of the best evaluation, not the last ones; auto does so with early_stopping."""
+    ema: EmaSection | None = None
+    """Keep a moving average of the weights, and evaluate and export that; off by default."""
     anomalies: Annotated[AnomaliesSection, MayChange()] = AnomaliesSection()
     """What to do about a gradient that is not finite, or a loss that jumps."""
     log_samples: Annotated[bool, MayChange()] = False
@@ -100,9 +171,23 @@ class TrainingSection(Section):
             raise ValueError(f"give exactly one of steps, tokens and epochs; found: {', '.join(given) or 'none'}")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps: found {self.warmup_steps}, allowed: fewer than steps ({self.steps})")
-        if self.early_stopping and self.early_stopping.metric == "validation_loss" and not self.evaluate_every_steps:
-            raise ValueError("evaluate_every_steps: missing; early_stopping on validation_loss needs it")
+        if self.schedule == "one_cycle" and self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps: found {self.warmup_steps}, allowed with schedule one_cycle: 0; it has its own"
+            )
+        needing = {
+            "early_stopping": self.early_stopping is not None,
+            "restore_best": self.restore_best is True,
+            "schedule plateau": self.schedule == "plateau",
+        }
+        if not self.evaluate_every_steps and (name := next((name for name, needs in needing.items() if needs), None)):
+            raise ValueError(f"evaluate_every_steps: missing; {name} needs it")
         return self
+
+    @property
+    def restores_best(self) -> bool:
+        """Whether the weights of the best evaluation are exported."""
+        return self.early_stopping is not None if self.restore_best == "auto" else self.restore_best
 
 
 class ParallelSection(Section):
@@ -140,6 +225,7 @@ class CheckpointSection(Section):
     every_seconds: Seconds | None = 60.0
     """Seconds between two checkpoints; the end of training always saves one."""
     keep: Count = 2
-    """Newest checkpoints to keep. With evaluate_every_steps, the one with the best validation loss is kept too."""
+    """Newest checkpoints to keep. With evaluate_every_steps the best one is kept too, by training.early_stopping.metric
+    or else the validation loss."""
     asynchronous: bool = True
     """Write in the background. Training waits only if a write takes longer than a forward and backward pass."""

@@ -9,14 +9,10 @@ from raylm.compression.table import chain, notes, rows
 from raylm.pages import folded, number, size, table
 from raylm.reports.runs import Run, scalar
 from raylm.reports.trade_offs import forms, search
+from raylm.tasks.measures import measured, shown
 from raylm.training.reports.summary import clock, facts, interval_seconds, peak_memory, utilisation, validation_losses
 
 MOST_ROWS = 64
-MEASURES = {
-    "validation_accuracy": "validation accuracy",
-    "validation_span_exact": "validation exact match",
-    "validation_span_f1": "validation F1",
-}
 EVENT_NAMES = {
     "resume": "went on",
     "restart": "workers restarted",
@@ -52,9 +48,8 @@ def _training_headline(run: Run) -> dict[str, str]:
     if "bits_per_byte" in report:
         found["validation loss, bits per byte"] = f"{report['bits_per_byte']:.4f}"
     evaluated = [line for line in lines if "validation_loss" in line]
-    for key, name in MEASURES.items():
-        if evaluated and key in evaluated[-1]:
-            found[name] = f"{evaluated[-1][key]:.1%}"
+    for metric, measure in measured(evaluated[-1]).items() if evaluated else ():
+        found[f"validation {measure.name}"] = shown(metric, evaluated[-1][metric])
     seconds = max(1e-9, sum(interval_seconds(lines)))
     wanted = run.wanted_steps
     of = f" of {wanted:,}" if run.report is None and wanted else ""

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from raylm.tasks.measures import MEASURES, VALIDATION, TrainedMeasure
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -28,12 +30,16 @@ class Figure:
     smooth: bool = True
 
 
+def _of_measure(key: str, measure: TrainedMeasure) -> Figure:
+    better = {"larger": "higher", "smaller": "lower"}[measure.better]
+    unit, scale = ("%", 100.0) if measure.share else ("", 1.0)
+    return Figure(key, f"validation {measure.name}", unit, unit, scale, better, smooth=False)
+
+
 FIGURES = (
     Figure("loss", "training loss", "nats a target", "nats", better="lower"),
     Figure("validation_loss", "validation loss", "nats a target", "nats", better="lower", smooth=False),
-    Figure("validation_accuracy", "validation accuracy", "%", "%", 100.0, "higher", smooth=False),
-    Figure("validation_span_exact", "validation answers, exact match", "%", "%", 100.0, "higher", smooth=False),
-    Figure("validation_span_f1", "validation answers, F1", "%", "%", 100.0, "higher", smooth=False),
+    *(_of_measure(f"{VALIDATION}{name}", measure) for name, measure in MEASURES.items()),
     Figure("learning_rate", "learning rate", "", smooth=False),
     Figure("gradient_norm", "gradient norm", "before clipping"),
     Figure("tokens_per_second", "speed", "tokens/s", "tokens/s", better="higher"),

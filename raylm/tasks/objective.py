@@ -50,7 +50,8 @@ class Objective(ABC):
         forward_options: further arguments of the model's forward pass.
         rows: how it reads rows of its own, each an example; None where it reads the token shards that
             ``raylm prepare`` makes.
-        measures: names of what is measured while it trains; :meth:`figures` gives them.
+        measures: names of what is measured while it trains; :meth:`figures` gives them. Each has a line in
+            :mod:`raylm.tasks.measures`.
         predicts_tokens: whether the logits are of the vocabulary and the loss follows from their cross-entropy alone: a
             model can compute it whose parts are on several ranks.
         counts_text: whether each token of a text is a target once, so that the loss can be told per byte.
@@ -162,13 +163,9 @@ class Objective(ABC):
         return cross_entropy(logits, targets)
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Sums over the rows of ``batch`` in which a target counts, [sums]."""
-        return logits.new_zeros(self.sums, dtype=torch.float64)
-
-    @property
-    def sums(self) -> int:
-        """How many numbers :meth:`measure` gives."""
-        return len(self.measures)
+        """Sums over the rows of ``batch`` in which a target counts, fp64; as many of every batch, by default a sum for
+        each measure."""
+        return logits.new_zeros(len(self.measures), dtype=torch.float64)
 
     def figures(self, sums: Sequence[float], rows: float) -> dict[str, float]:
         """The measures, from what :meth:`measure` gave for all batches; by default means over the rows that count."""

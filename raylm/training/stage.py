@@ -20,6 +20,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import FinetuneConfig, PretrainConfig, TrainConfig
 from raylm.interrupts import ended_at_once
 from raylm.progress import Activity
+from raylm.tasks.measures import measured, shown
 from raylm.training.driver_log import DriverLog, driver_log
 from raylm.training.inputs import Checked, check_done, ensure_data, shared_inputs, validate
 from raylm.training.loop.worker import new_attempt
@@ -250,9 +251,11 @@ def describe(stage: str, run: RunDirectory, final: dict[str, Any]) -> str:
     counted = "entries" in final
     done = f"{final['tokens']:,} tokens counted" if counted else f"{final['step']:,} steps, {final['tokens']:,} tokens"
     per_byte = f", {final['bits_per_byte']:.4f} bits per byte of text" if "bits_per_byte" in final else ""
+    others = "".join(f", {one.name} {shown(metric, final[metric])}" for metric, one in measured(final).items())
+    result = f"validation loss {final['validation_loss']:.4f} nats a target{per_byte} (lower is better){others}"
     return (
         f"{stage}: {done}\n"
-        f"  result     validation loss {final['validation_loss']:.4f} nats a target{per_byte} (lower is better)\n"
+        f"  result     {result}\n"
         f"  check      the saved model was loaded again; its logits differ by {final['logits_difference']:.1e}\n"
         f"  model      {run.path / 'model'}\n"
         f"  next       {'figures' if counted else 'curves'} on one page: raylm report {run.path}"

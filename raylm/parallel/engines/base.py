@@ -147,6 +147,10 @@ class Engine(Protocol):
     def fragments(self, *, for_loading: bool = False) -> list[Fragment]:
         """What this rank answers for of weights and moments; ``for_loading`` also what others answer for."""
 
+    def refresh(self) -> None:
+        """After what :meth:`fragments` gives for loading was changed: bring the working weights in line; a
+        collective."""
+
     def adopt(self, read_part: Callable[[str, Slicing], torch.Tensor], optimizer_steps: int) -> None:
         """After a load has filled :meth:`fragments`: bring the working weights and the step counters in line.
 
@@ -226,6 +230,20 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float, step: 
     for group in optimizer.param_groups:
         is_open = step is None or step >= group.get("opens", 0)
         group["lr"] = group["peak_learning_rate"] * factor if is_open else 0.0
+
+
+def refresh_working(zero_stage: int, zero_optimizer: Any) -> None:
+    """See :meth:`Engine.refresh`; what DeepSpeed does at the end of a step. Under ZeRO 0 the fp32 weights are the
+    working ones."""
+    if zero_stage == 3:
+        # Small parameters are whole on every rank between steps: their parts are cut anew, and brought together anew.
+        zero_optimizer._partition_all_parameters()
+        for sub_group in range(len(zero_optimizer.fp32_partitioned_groups_flat)):
+            zero_optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if whole := zero_optimizer.persistent_parameters:
+            whole[0].all_gather(whole)
+    elif zero_stage:
+        zero_optimizer.update_lp_params()
 
 
 def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:

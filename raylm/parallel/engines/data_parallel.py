@@ -24,6 +24,7 @@ from raylm.parallel.engines.base import (
     count_batch,
     deepspeed_config,
     mean_loss,
+    refresh_working,
     scale_learning_rates,
     select_trained,
     set_steps,
@@ -128,15 +129,16 @@ class DataParallelEngine:
         """See :class:`Engine`."""
         self.engine.eval()
         objective = self.objective.objective
-        total = torch.zeros(objective.sums + 3, dtype=torch.float64, device=self.device)
+        found = []
         for batch in batches:
-            total[0] += self.engine(**batch).double()
-            total[1] += (batch["targets"] != IGNORED).sum()
-            if objective.measures:
-                total[2:] += self.objective.measured
+            loss = self.engine(**batch).double()
+            sums = [loss[None], (batch["targets"] != IGNORED).sum()[None]]
+            found.append(torch.cat([*sums, *([self.objective.measured] if objective.measures else [])]))
+        total = torch.stack(found).sum(dim=0)
         dist.all_reduce(total)
-        loss, targets, *sums, rows = total.tolist()
-        return Validation(loss, int(targets), objective.figures(sums, rows))
+        loss, targets, *measured = total.tolist()
+        measures = objective.figures(measured[:-1], measured[-1]) if objective.measures else {}
+        return Validation(loss, int(targets), measures)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -156,6 +158,11 @@ class DataParallelEngine:
             mine = partition_fragments(self.parameters, {}, self.engine.optimizer, self.rank)
         return [*mine, *frozen]
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """See :class:`Engine`."""
+        refresh_working(self.zero_stage, self.engine.optimizer)
+
     def _saved(self) -> dict[str, nn.Parameter]:
         """The parameters that checkpoints hold."""
         return self.parameters if self._saves_frozen else trained_parameters(self.parameters)
@@ -164,9 +171,7 @@ class DataParallelEngine:
     def adopt(self, read_part: Callable[[str, Slicing], torch.Tensor], optimizer_steps: int) -> None:
         """See :class:`Engine`."""
         if self.zero_stage == 3:
-            zero = self.engine.optimizer
-            for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
-                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+            self.refresh()
         else:
             for name, parameter in self._saved().items():
                 parameter.data.copy_(read_part(name, Slicing(tuple(parameter.shape))))

@@ -37,6 +37,7 @@ from raylm.parallel.engines.base import (
     count_batch,
     deepspeed_config,
     mean_loss,
+    refresh_working,
     scale_learning_rates,
     select_trained,
     set_steps,
@@ -364,6 +365,11 @@ class PipelineTensorEngine:
         else:
             mine = partition_fragments(chosen, slicings, self.engine.optimizer, self.data_rank)
         return [*mine, *frozen]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """See :class:`Engine`."""
+        refresh_working(self.zero_stage, self.engine.optimizer)
 
     @torch.no_grad()
     def adopt(self, read_part: Callable[[str, Slicing], torch.Tensor], optimizer_steps: int) -> None:

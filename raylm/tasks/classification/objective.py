@@ -6,6 +6,7 @@ loss is the cross-entropy with the right one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,7 +42,7 @@ class ClassificationObjective(EncoderObjective):
     name: ClassVar[str] = "classification"
     head: ClassVar[Head] = CLASSIFIER
     rows: ClassVar[RowReader | None] = RowReader(KIND, "labelled texts", _read)
-    measures: ClassVar[tuple[str, ...]] = ("accuracy",)
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`; the directory is one of labelled texts, which have their length already."""
@@ -71,5 +72,16 @@ class ClassificationObjective(EncoderObjective):
         return logits, targets[:, 0]
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Texts whose likeliest class is the right one."""
-        return (logits.argmax(dim=1) == batch["targets"][:, 0]).sum().double()[None]
+        """How often each label [labels] was given rightly, was given, and stands in the texts, end to end."""
+        targets = batch["targets"][:, 0]
+        counted = targets != IGNORED
+        found, targets, labels = logits.argmax(dim=1)[counted], targets[counted], logits.size(1)
+        counts = [torch.bincount(those, minlength=labels) for those in (targets[found == targets], found, targets)]
+        return torch.cat(counts).double()
+
+    def figures(self, sums: Sequence[float], rows: float) -> dict[str, float]:
+        """Accuracy, and the mean F1 of the labels that stand in the texts or among the answers."""
+        labels = len(sums) // 3
+        right, given, there = sums[:labels], sums[labels : 2 * labels], sums[2 * labels :]
+        each = [2 * r / (g + t) for r, g, t in zip(right, given, there, strict=True) if g + t]
+        return {"accuracy": sum(right) / max(1.0, rows), "macro_f1": sum(each) / max(1, len(each))}

@@ -90,11 +90,6 @@ class TaggingObjective(EncoderObjective):
         """See :class:`Objective`; each token has a target."""
         return {**super().example(sequence_length), "targets": torch.zeros((1, sequence_length), dtype=torch.long)}
 
-    @property
-    def sums(self) -> int:
-        """See :class:`Objective`."""
-        return len(Counts.NAMES)
-
     def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """See :class:`Objective`."""
         return self._loss(model, self.logits(model, batch), batch["targets"])

@@ -47,7 +47,10 @@ class LoopState(_Part):
 
     step: Count
     tokens: Count = 0
+    metric: str = "validation_loss"
     best: float | None = None
+    best_step: Count | None = None
+    best_validation_loss: float | None = None
     validation_loss: float | None = None
     without_improvement: Count = 0
     skipped: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []

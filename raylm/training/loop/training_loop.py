@@ -11,13 +11,11 @@ import os
 import time
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from raylm.data.loading import load_tokenizer
-from raylm.errors import RunFailure
 from raylm.models.families.build import build_config
 from raylm.models.loading import load_config
 from raylm.models.weights import DrawnWeights, Weights, make_outline, saved_weights
@@ -25,25 +23,24 @@ from raylm.parallel.engines.base import StepResult, seed_step
 from raylm.parallel.engines.compilation import check_compilation
 from raylm.parallel.engines.environment import limit_collectives
 from raylm.tasks import make_objective
+from raylm.tasks.measures import VALIDATION
 from raylm.tasks.objective import Batch
-from raylm.training.checkpoints.adapters import FOLDER, MergedWeights, write_adapter
-from raylm.training.checkpoints.export import export_model, largest_difference, tolerated
-from raylm.training.checkpoints.mirror import BOARD, METRICS, Mirror
+from raylm.training.checkpoints.mirror import Mirror
 from raylm.training.checkpoints.storage import Storage
-from raylm.training.checkpoints.store import CheckpointReader, CheckpointWriter, newest_whole, whole_best
-from raylm.training.loop.additions import rounding_of
+from raylm.training.checkpoints.store import CheckpointReader, CheckpointWriter, newest_whole
 from raylm.training.loop.agreement import Agreement, gather_names
 from raylm.training.loop.anomalies import batch_of_step, find_anomaly, leave_out
 from raylm.training.loop.batches import (
     evaluation_batches,
     step_batches,
-    to_tensors,
     total_steps,
 )
+from raylm.training.loop.best import check_metrics, initial_state, is_patience_over, judge
 from raylm.training.loop.engine import make_engine
+from raylm.training.loop.finishing import finish
 from raylm.training.loop.flops import flops_per_token, peak_flops
 from raylm.training.loop.sample_log import SampleLog
-from raylm.training.loop.schedules import learning_rate_factor
+from raylm.training.loop.schedules import learning_rate_factor, scheduled_momentum, set_momentum
 from raylm.training.loop.worker import TrainingJob, Worker
 from raylm.training.ray_train.preemption import Notice
 from raylm.training.reports.metrics import MetricsRecorder
@@ -72,6 +69,7 @@ class TrainingLoop:
         self.bf16 = training.precision == "bf16"
         self.model_config = self._model_config()
         self.objective = make_objective(self.config.objective, self.model_config.model_type, self.config.distillation)
+        check_metrics(training, self.objective)
         self.model_config.update(self.objective.settings(job.data_directory))
         self.samples, self.validation = (
             self.objective.samples(job.data_directory, split, training.sequence_length, run.seed)
@@ -99,11 +97,11 @@ class TrainingLoop:
             asynchronous=self.config.checkpoint.asynchronous,
             scratch=job.directory / "scratch",
             before_commit=self.mirror.send_metrics,
-            check_owner=self._check_owner,
+            check_owner=self.check_owner,
         )
         # Under every layout the moments are this optimizer's, and the weights change in its step only.
         self.engine.optimizer.register_step_pre_hook(lambda *_: self.writer.settle())
-        self.state = _initial_state()
+        self.state = initial_state()
         # Name of the checkpoint that was saved or gone on from last.
         self.newest: str | None = None
         self.recorder: MetricsRecorder | None = None
@@ -135,14 +133,14 @@ class TrainingLoop:
         """
         # Before anything is touched that a later start may use.
         if self.worker.rank == 0:
-            self._check_owner()
+            self.check_owner()
         self._resume()
         if self.worker.rank == 0:
             self.mirror.fetch_metrics()
         self._record_from_here()
         try:
             failure = self._train()
-            return self._finish() if failure is None else {"failure": failure}
+            return finish(self) if failure is None else {"failure": failure}
         finally:
             if self.recorder is not None:
                 self.recorder.close()
@@ -163,7 +161,7 @@ class TrainingLoop:
             self.writer.remove_leftovers()
         dist.barrier()
         if found is not None:
-            self._load(CheckpointReader(found))
+            self.load(CheckpointReader(found))
             self.newest, self.writer.committed = str(found).rpartition("/")[2], self.state["step"]
             if self.worker.rank == 0:
                 self.job.note("resume", self.state["step"], f"goes on from the checkpoint of step {self.state['step']}")
@@ -171,11 +169,12 @@ class TrainingLoop:
             # Something to go back to before the first checkpoint is due.
             self._save()
 
-    def _load(self, reader: CheckpointReader) -> None:
+    def load(self, reader: CheckpointReader) -> None:
+        """Go on from a checkpoint."""
         for fragment in self.engine.fragments(for_loading=True):
             reader.fill(fragment)
         self.engine.adopt(reader.part, reader.state["step"])
-        self.state = {**_initial_state(), **reader.state}
+        self.state = {**initial_state(), **reader.state}
 
     def _save(self, *, best: bool = False) -> None:
         self.newest = self.writer.save(self.state["step"], self.engine.fragments(), self.state, best=best)
@@ -193,7 +192,7 @@ class TrainingLoop:
             batch = batch_of_step(step, self.state["skipped"])
             batches = self._batches(step, batch)
             interval.data_wait += time.perf_counter() - began
-            self.engine.set_learning_rate(learning_rate_factor(training, step, self.total_steps), step)
+            self._set_rates(step)
             result = self.engine.train_step(batches)
             loss = self.engine.mean_loss(result) if training.anomalies.spike_factor is not None else 0.0
             if (found := find_anomaly(training.anomalies, self.state, result.gradient_norm, loss)) is not None:
@@ -219,6 +218,7 @@ class TrainingLoop:
                 metrics = self._metrics(result, interval)
                 if evaluated:
                     metrics |= self._evaluate()
+                    judge(self.state, training, metrics)
                 if self.recorder is not None:
                     self.mirror.check_owner_at_times(self.job.attempt)
                     self.recorder.record(metrics, self.writer.committed)
@@ -240,6 +240,12 @@ class TrainingLoop:
         self._finish_save()
         return None
 
+    def _set_rates(self, step: int) -> None:
+        training, factor = self.config.training, self.state["plateau"]["factor"]
+        self.engine.set_learning_rate(learning_rate_factor(training, step, self.total_steps, factor), step)
+        if (momentum := scheduled_momentum(training, step, self.total_steps)) is not None:
+            set_momentum(self.engine.optimizer, momentum)
+
     def _batches(self, step: int, batch: int) -> list[Batch]:
         """The micro-batches of a step, with the samples that ``batch`` is the number of."""
         batches = step_batches(
@@ -250,7 +256,8 @@ class TrainingLoop:
             self.sample_log.write(step, batch, self.config.training.batch_size)
         return batches
 
-    def _check_owner(self) -> None:
+    def check_owner(self) -> None:
+        """Stop where a later start of the run has taken over."""
         self.mirror.check_owner(self.job.attempt)
 
     def _finish_save(self) -> None:
@@ -265,7 +272,7 @@ class TrainingLoop:
         if section.policy == "stop" or count > section.limit:
             many = f" and the limit is {section.limit}" if section.policy != "stop" else ""
             return f"{text}{many}; the last checkpoint is {self.newest or 'none'}"
-        self._load(CheckpointReader(self.writer.root / str(self.newest)))
+        self.load(CheckpointReader(self.writer.root / str(self.newest)))
         first = batch if section.policy == "skip" else batch_of_step(self.state["step"], skipped)
         self.state["skipped"] = leave_out(skipped, first, batch + 1)
         self.state["anomalies"] = count
@@ -300,73 +307,10 @@ class TrainingLoop:
             self.engine.data_rank, self.engine.data_size, self.device,
         )  # fmt: skip
         found = self.engine.evaluate(batches)
-        loss = found.mean
-        self.state["validation_loss"] = loss
-        minimum = training.early_stopping.minimum_change if training.early_stopping else 0.0
-        if self.state["best"] is None or loss < self.state["best"] - minimum:
-            self.state |= {"best": loss, "without_improvement": 0}
-        else:
-            self.state["without_improvement"] += 1
-        return {"validation_loss": loss, **{f"validation_{name}": value for name, value in found.measures.items()}}
+        return {"validation_loss": found.mean, **{f"{VALIDATION}{name}": v for name, v in found.measures.items()}}
 
     def _should_stop(self) -> bool:
-        stopping = self.config.training.early_stopping
-        return stopping is not None and self.state["without_improvement"] >= stopping.patience
-
-    def _finish(self) -> dict[str, Any]:
-        """Export the final (under early stopping the best) weights, reload them and compare."""
-        if self.worker.rank == 0 and self.job.progress is not None:
-            self.job.progress.update.remote({"finishing": "exporting the model and comparing its outputs"})
-        best = whole_best(self.writer.root, *self.ranks) if self.config.training.early_stopping else None
-        source = best or self.writer.root / str(self.newest)
-        last_step = self.state["step"]
-        reader = CheckpointReader(source)
-        if reader.state["step"] != last_step:
-            self._load(reader)
-        probe = to_tensors(self.validation, np.arange(1), self.device)
-        expected = self.engine.logits(probe).cpu()
-        difference = None
-        if self.worker.rank == 0:
-            self._check_owner()
-            computed = dtype = torch.bfloat16 if self.bf16 else torch.float32
-            output = self.job.directory / "model"
-            merged = None if self.original is None else self._merged(reader)
-            if merged is not None:
-                # Rounding to fewer bits than the original has would lose much of what little an adapter adds.
-                dtype = self.model_config.dtype or torch.float32
-            export_model(
-                source, self.model_config, self.job.tokenizer_directory, output, dtype, self.objective.head,
-                self.job.model_source, merged,
-            )  # fmt: skip
-            probe = {name: values.cpu() for name, values in probe.items()}
-            difference = largest_difference(output, self.objective, probe, expected, rounding_of(self.config))
-            if not difference <= tolerated(expected, computed):
-                raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
-            self.mirror.send("model", *([] if merged is None else [FOLDER]), METRICS, BOARD)
-        dist.barrier()
-        return {
-            "finished": True,
-            "step": last_step,
-            "exported_step": reader.state["step"],
-            "tokens": self.state["tokens"],
-            "validation_loss": self.state.get("validation_loss"),
-            "best_validation_loss": self.state["best"],
-            "logits_difference": difference,
-            "stopped_early": last_step < self.total_steps,
-            "skipped": self.state["skipped"],
-        }
-
-    def _merged(self, reader: CheckpointReader) -> MergedWeights:
-        """The weights with the adapter in them, which is written by itself too."""
-        section, head, source = self.config.adapter, self.objective.head, self.job.model_source
-        assert section is not None and self.original is not None and source is not None
-        plain = make_outline(self.model_config, head).model
-        write_adapter(reader, plain, section, head, source, self.job.directory / FOLDER)
-        return MergedWeights(reader, self.original, plain, section)
-
-
-def _initial_state() -> dict[str, Any]:
-    return {"step": 0, "tokens": 0, "best": None, "without_improvement": 0, "skipped": [], "anomalies": 0}
+        return is_patience_over(self.state, self.config.training)
 
 
 class _Interval:

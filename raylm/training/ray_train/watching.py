@@ -18,6 +18,7 @@ from raylm.cluster.capacity import live_places
 from raylm.errors import RunFailure
 from raylm.interrupts import Deferred
 from raylm.progress import Activity, ProgressBar
+from raylm.tasks.measures import measured, shown
 from raylm.training.checkpoints.mirror import Mirror
 from raylm.training.checkpoints.storage import Storage
 from raylm.training.loop.worker import TrainingJob
@@ -168,5 +169,6 @@ def describe_latest(latest: dict[str, Any]) -> str:
     if "finishing" in latest:
         return latest["finishing"]
     validation = f", validation loss {latest['validation_loss']:.4f}" if "validation_loss" in latest else ""
+    validation += "".join(f", {one.name} {shown(metric, latest[metric])}" for metric, one in measured(latest).items())
     saved = f", saved at step {latest['checkpoint_step']}" if latest.get("checkpoint_step") else ""
     return f"loss {latest['loss']:.4f}{validation}, {latest['tokens_per_second']:,.0f} tokens/s{saved}"

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config.run_directory import parse_object, write_atomically
+from raylm.tasks.measures import MEASURES, VALIDATION
 from raylm.training.reports.gauges import Gauges, gauge_labels
 
 # Metrics that are curves; the others (step, tokens, samples, time) are their axes.
 CURVES = (
     "loss",
     "validation_loss",
-    "validation_span_exact",
-    "validation_span_f1",
+    *(f"{VALIDATION}{name}" for name in MEASURES),
     "learning_rate",
     "gradient_norm",
     "tokens_per_second",

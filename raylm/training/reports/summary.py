@@ -9,6 +9,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from raylm.tasks.measures import improves, measured, shown
+
 
 def summarize(stage: str, name: str, lines: list[dict[str, Any]], final: dict[str, Any]) -> str:
     """The page as text.
@@ -44,6 +46,7 @@ def facts(lines: list[dict[str, Any]], final: dict[str, Any] | None) -> dict[str
     if (validation := validation_losses(lines)) is not None:
         at_end, best, step = validation
         found["validation loss"] = f"{at_end:.4f} nats at the end, {best:.4f} at best (step {step})"
+    found |= _measures(lines)
     norms = [line["gradient_norm"] for line in lines]
     found["gradient norm"] = f"{statistics.median(norms):.3g} (median), {max(norms):.3g} (largest), before clipping"
     if idle := stage_idle(lines):
@@ -81,6 +84,20 @@ def validation_losses(lines: list[dict[str, Any]]) -> tuple[float, float, int] |
         return None
     best = min(found, key=lambda line: line["validation_loss"])
     return found[-1]["validation_loss"], best["validation_loss"], best["step"]
+
+
+def _measures(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """What a task's measures were at the end and at best, name -> words."""
+    evaluated = [line for line in lines if "validation_loss" in line]
+    found = {}
+    for metric, measure in measured(evaluated[-1]).items() if evaluated else ():
+        best = evaluated[0]
+        for line in evaluated:
+            if metric in line and improves(metric, line[metric], best.get(metric)):
+                best = line
+        at_end = shown(metric, evaluated[-1][metric])
+        found[measure.name] = f"{at_end} at the end, {shown(metric, best[metric])} at best (step {best['step']})"
+    return found
 
 
 def peak_memory(lines: list[dict[str, Any]]) -> list[int]:

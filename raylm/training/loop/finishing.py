@@ -1,0 +1,95 @@
+"""The end of a run: its weights exported, loaded again and compared with the trained ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from raylm.errors import RunFailure
+from raylm.models.weights import make_outline
+from raylm.training.checkpoints.adapters import FOLDER, MergedWeights, write_adapter
+from raylm.training.checkpoints.export import export_model, largest_difference, tolerated
+from raylm.training.checkpoints.mirror import BOARD, METRICS
+from raylm.training.checkpoints.store import CheckpointReader, whole_best
+from raylm.training.loop.additions import rounding_of
+from raylm.training.loop.batches import to_tensors
+
+if TYPE_CHECKING:
+    from raylm.training.checkpoints.storage import Storage
+    from raylm.training.loop.training_loop import TrainingLoop
+
+
+def finish(loop: TrainingLoop) -> dict[str, Any]:
+    """Export the last weights, or those of the best evaluation, reload them and compare; a collective.
+
+    Returns:
+        The run's final metrics.
+
+    Raises:
+        RunFailure: the reloaded model's logits differ from the trained one's.
+    """
+    if loop.worker.rank == 0 and loop.job.progress is not None:
+        loop.job.progress.update.remote({"finishing": "exporting the model and comparing its outputs"})
+    best = whole_best(loop.writer.root, *loop.ranks) if loop.config.training.restores_best else None
+    source = best or loop.writer.root / str(loop.newest)
+    last = loop.state
+    reader = CheckpointReader(source)
+    if reader.state["step"] != last["step"]:
+        loop.load(reader)
+    probe = to_tensors(loop.validation, np.arange(1), loop.device)
+    expected = loop.engine.logits(probe).cpu()
+    difference = _export(loop, source, reader, probe, expected) if loop.worker.rank == 0 else None
+    dist.barrier()
+    return {
+        "finished": True,
+        "step": last["step"],
+        "exported_step": reader.state["step"],
+        "tokens": last["tokens"],
+        # Of the weights that are exported.
+        "validation_loss": reader.state.get("validation_loss"),
+        **reader.state.get("measures", {}),
+        "best_validation_loss": last["best_validation_loss"],
+        "best": {"metric": last["metric"], "value": last["best"], "step": last["best_step"]},
+        "logits_difference": difference,
+        "stopped_early": last["step"] < loop.total_steps,
+        "skipped": last["skipped"],
+    }
+
+
+def _export(
+    loop: TrainingLoop,
+    source: Storage,
+    reader: CheckpointReader,
+    probe: dict[str, torch.Tensor],
+    expected: torch.Tensor,
+) -> float:
+    """On rank 0: write ``<run>/model`` and return how far its logits are from the ``expected`` ones."""
+    loop.check_owner()
+    computed = dtype = torch.bfloat16 if loop.bf16 else torch.float32
+    output = loop.job.directory / "model"
+    merged = None if loop.original is None else _merged(loop, reader)
+    if merged is not None:
+        # Rounding to fewer bits than the original has would lose much of what little an adapter adds.
+        dtype = loop.model_config.dtype or torch.float32
+    export_model(
+        source, loop.model_config, loop.job.tokenizer_directory, output, dtype, loop.objective.head,
+        loop.job.model_source, merged,
+    )  # fmt: skip
+    probe = {name: values.cpu() for name, values in probe.items()}
+    difference = largest_difference(output, loop.objective, probe, expected, rounding_of(loop.config))
+    if not difference <= tolerated(expected, computed):
+        raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
+    loop.mirror.send("model", *([] if merged is None else [FOLDER]), METRICS, BOARD)
+    return difference
+
+
+def _merged(loop: TrainingLoop, reader: CheckpointReader) -> MergedWeights:
+    """The weights with the adapter in them, which is written by itself too."""
+    section, head, source = loop.config.adapter, loop.objective.head, loop.job.model_source
+    assert section is not None and loop.original is not None and source is not None
+    plain = make_outline(loop.model_config, head).model
+    write_adapter(reader, plain, section, head, source, loop.job.directory / FOLDER)
+    return MergedWeights(reader, loop.original, plain, section)
