@@ -12,6 +12,8 @@ import sys
 # DO_NOT_TRACK is https://consoledonottrack.com; the others are the libraries' own.
 VARIABLES = {
     "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",

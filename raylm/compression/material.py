@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from raylm.cluster.session import ray_session
 from raylm.config.distillation import DistillationSection
 from raylm.config.model import ModelSection
-from raylm.config.run import RunSection
+from raylm.config.run import TrainingRunSection
 from raylm.config.stages import CompressConfig, FinetuneConfig
 from raylm.config.training import TrainingSection
 from raylm.errors import UserError
@@ -167,7 +167,7 @@ class Material:
 
         run = self.config.run
         sections = {
-            "run": RunSection(name=directory.name, storage=str(directory.parent), seed=run.seed),
+            "run": TrainingRunSection(name=directory.name, storage=str(directory.parent), seed=run.seed),
             "data": self.config.data, "model": ModelSection(path=str(model)), "objective": self._objective,
             "parallel": self.config.parallel, "training": section, "checkpoint": self.config.checkpoint,
             "resources": self.config.resources, "distillation": distillation,

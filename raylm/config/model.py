@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raylm.config.base import LARGEST_COUNT, CountFromZero, PathText, Section
 from raylm.config.families import FAMILIES
@@ -35,6 +35,13 @@ class ModelSection(Section):
         return self
 
 
+def _label_names(value: Any) -> Any:
+    """Labels such as 0 and 1, which YAML takes for numbers."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key) if type(key) is int else key: weight for key, weight in value.items()}
+
+
 class ObjectiveSection(Section):
     """``objective``: what the model learns to do, and so its loss."""
 
@@ -57,6 +64,12 @@ class ObjectiveSection(Section):
     """masked and span: share of the tokens that are hidden."""
     span_length: float = Field(default=3.0, ge=1, le=1e6)
     """span: mean number of tokens in a gap."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that training spreads over all choices (Szegedy et al. 2016, section 7); validation counts
+    plain targets."""
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0, le=1e6)]] | None = None
+    """classification: weights of the labels in the training loss; 1 of those that are not named. balanced: the same
+    weight in all for each label. Validation counts every text once."""
     beta: float = Field(default=0.1, gt=0, le=1e3)
     """preference: how far the model may go from what it was; a smaller one lets it go farther."""
     source_prefix: str | None = None
@@ -74,3 +87,5 @@ class ObjectiveSection(Section):
     head: Literal["linear", "crf"] = "linear"
     """tagging: what chooses the tags of a sentence. linear: each word its own, by its logits. crf: a linear chain
     scores neighbouring tags as well, and the best sequence that the scheme allows is taken."""
+
+    _named = field_validator("class_weights", mode="before")(_label_names)

@@ -20,6 +20,8 @@ from raylm.config.base import (
     Workers,
 )
 
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
 
 class RunSection(Section):
     """``run``: the name and place of a run directory, ``<storage>/<name>/``."""
@@ -54,6 +56,14 @@ class RunSection(Section):
         return f"{address.rstrip('/')}/{self.name}{mark}{query}"
 
 
+class TrainingRunSection(RunSection):
+    """``run`` of pretrain and finetune."""
+
+    trackers: Annotated[list[Tracker], MayChange()] = Field(default=["tensorboard"])
+    """Where metrics, configuration and final figures go beside metrics.jsonl: tensorboard (<run>/tensorboard), wandb
+    (<run>/wandb; offline, unless WANDB_MODE is set), mlflow (<run>/mlruns, unless MLFLOW_TRACKING_URI is set)."""
+
+
 class LocalRunSection(RunSection):
     """``run`` of the stages whose storage must be a directory."""
 
@@ -63,6 +73,10 @@ class LocalRunSection(RunSection):
         if "://" in value:
             raise ValueError("allowed: a local or shared directory; only pretrain and finetune take URIs")
         return value
+
+
+class TuneRunSection(LocalRunSection, TrainingRunSection):
+    """``run`` of tune, whose trials have the trackers."""
 
 
 class ResourcesSection(Section):

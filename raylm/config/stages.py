@@ -16,7 +16,7 @@ from raylm.config.families import FAMILIES, is_counted
 from raylm.config.layout import layout_refusal
 from raylm.config.model import ModelSection, ObjectiveSection
 from raylm.config.quantization import RoundingSection
-from raylm.config.run import LocalRunSection, ResourcesSection, RunSection
+from raylm.config.run import LocalRunSection, ResourcesSection, TrainingRunSection, TuneRunSection
 from raylm.config.serving import ServingSection
 from raylm.config.tasks import TASKS
 from raylm.config.training import CheckpointSection, ParallelSection, TrainingSection
@@ -37,7 +37,7 @@ class PrepareConfig(Section):
 class TrainConfig(Section):
     """What pretraining and fine-tuning share."""
 
-    run: RunSection
+    run: TrainingRunSection
     data: DataSection
     tokenizer: TokenizerSection | None = None
     model: ModelSection
@@ -76,6 +76,9 @@ class TrainConfig(Section):
                     f"training.{key}: found {found}, allowed for the family {family}: leave it out, as "
                     "its models are counted in one pass over the data"
                 )
+        if self.objective.label_smoothing:
+            found = self.objective.label_smoothing
+            raise ValueError(f"objective.label_smoothing: found {found:g}, allowed for the family {family}: 0")
         return self
 
     @model_validator(mode="after")
@@ -161,7 +164,7 @@ class FinetuneConfig(TrainConfig):
 class TuneConfig(FinetuneConfig):
     """``raylm tune``: a search over fine-tuning runs, over ways to compress a model, or over both together."""
 
-    run: LocalRunSection
+    run: TuneRunSection
     training: TrainingSection | None = None  # type: ignore[assignment]
     compression: CompressionSection | None = None
     evaluation: EvaluationSection = EvaluationSection()

@@ -7,6 +7,7 @@ from typing import Any
 
 from raylm.compression.table import chain, notes, rows
 from raylm.pages import folded, number, size, table
+from raylm.reports.confusion import confusion
 from raylm.reports.runs import Run, scalar
 from raylm.reports.trade_offs import forms, search
 from raylm.tasks.measures import measured, shown
@@ -156,7 +157,11 @@ def sections(run: Run) -> dict[str, str]:
             "Quality, size and speed": forms(run.report, run.beside),
         } | found
     elif run.stage == "evaluate":
-        found = {"By label": _labels(run.report), "Answerable and unanswerable": _sides(run.report)} | found
+        found = {
+            "By label": _labels(run.report),
+            "Confusion": confusion(run.report),
+            "Answerable and unanswerable": _sides(run.report),
+        } | found
     return found
 
 

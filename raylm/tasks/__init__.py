@@ -93,6 +93,12 @@ def make_objective(
         )
     objective = find_task(name).objective
     assert objective is not None
+    for key, wanted, follows in (
+        ("label_smoothing", bool(section.label_smoothing), objective.smooths_labels),
+        ("class_weights", section.class_weights is not None, objective.weighs_classes),
+    ):
+        if wanted and not follows:
+            raise UserError(f"objective.{key}: leave it out; objective.type {name} has no place for it")
     made = objective(section)
     made.distillation = distillation
     return made

@@ -34,6 +34,7 @@ class CausalObjective(Objective):
     head: ClassVar[Head] = CAUSAL
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
     predicts_tokens: ClassVar[bool] = True
+    smooths_labels: ClassVar[bool] = True
     counts_text: ClassVar[bool] = True
 
     def __init__(self, section: ObjectiveSection | None = None) -> None:
@@ -62,11 +63,11 @@ class CausalObjective(Objective):
         if not self.chunks_logits(model.config) or not isinstance(head, nn.Linear):
             return super().summed_loss(model, batch)
         hidden = model.base_model(**self.inputs(batch, model.config), **self.forward_options).last_hidden_state
-        targets = batch["targets"]
+        targets, smoothing = batch["targets"], self.section.label_smoothing if model.training else 0.0
         if self._answers_only:
             counted = targets != IGNORED
-            return head_loss(head, hidden[counted], targets[counted])
-        return head_loss(head, hidden.flatten(0, 1), targets.flatten())
+            return head_loss(head, hidden[counted], targets[counted], smoothing)
+        return head_loss(head, hidden.flatten(0, 1), targets.flatten(), smoothing)
 
     def inputs(self, batch: Batch, config: PretrainedConfig) -> Batch:
         """See :class:`Objective`.

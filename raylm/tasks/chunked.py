@@ -28,10 +28,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+        context: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        smoothing: float = 0.0,
     ) -> torch.Tensor:
         """``hidden`` [n, width], ``weight`` [vocabulary, width], ``bias`` [vocabulary], ``targets``, int64 [n]; some of
-        these may be :data:`IGNORED`."""
+        these may be :data:`IGNORED`. All choices share ``smoothing`` of each target."""
         needs = context.needs_input_grad
         of_hidden = torch.empty_like(hidden) if needs[0] else None
         # Sums over many chunks: in fp32 also where the weights are not.
@@ -41,11 +46,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for part in _parts(hidden, weight):
             logits = functional.linear(hidden[part], weight, bias).float()
             likely = torch.log_softmax(logits, dim=-1)
-            total += functional.nll_loss(likely, targets[part], ignore_index=IGNORED, reduction="sum")
+            counted = (targets[part] != IGNORED).unsqueeze(1)
+            plain = functional.nll_loss(likely, targets[part], ignore_index=IGNORED, reduction="sum")
+            total += (1 - smoothing) * plain
+            if smoothing:
+                total -= smoothing * (likely.mean(dim=1) * counted[:, 0]).sum()
             if not any(needs[:3]):
                 continue
-            counted = (targets[part] != IGNORED).unsqueeze(1)
-            gradient = likely.exp_().scatter_add_(1, targets[part].clamp(min=0).unsqueeze(1), -counted.float())
+            asked = (smoothing - 1) * counted.float()
+            gradient = likely.exp_().scatter_add_(1, targets[part].clamp(min=0).unsqueeze(1), asked)
+            if smoothing:
+                gradient -= smoothing / len(weight)
             gradient *= counted
             if of_bias is not None:
                 of_bias += gradient.sum(dim=0)
@@ -64,7 +75,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of hidden states, weight and bias."""
-        return (*(None if one is None else one * outer.to(one.dtype) for one in context.saved_tensors), None)
+        return (*(None if one is None else one * outer.to(one.dtype) for one in context.saved_tensors), None, None)
 
 
 class ChunkedLogProbabilities(torch.autograd.Function):
@@ -116,9 +127,13 @@ def _parts(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
         yield slice(first, first + rows)
 
 
-def head_loss(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The summed cross-entropy of ``targets`` [n] by ``head`` over ``hidden`` [n, width]."""
-    return _within(head, ChunkedCrossEntropy, hidden, targets)
+def head_loss(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """The summed cross-entropy of ``targets`` [n] by ``head`` over ``hidden`` [n, width].
+
+    Args:
+        smoothing: share of each target that all choices have in equal parts.
+    """
+    return _within(head, ChunkedCrossEntropy, hidden, targets, smoothing)
 
 
 def head_log_probabilities(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -126,11 +141,11 @@ def head_log_probabilities(head: nn.Linear, hidden: torch.Tensor, targets: torch
     return _within(head, ChunkedLogProbabilities, hidden, targets)
 
 
-def _within(head: nn.Linear, function: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _within(head: nn.Linear, function: Any, hidden: torch.Tensor, targets: torch.Tensor, *more: float) -> torch.Tensor:
     """Compute ``function`` within the call of the head itself, which ZeRO 3 gathers the weights for."""
 
     def forward(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return function.apply(hidden, head.weight, head.bias, targets)
+        return function.apply(hidden, head.weight, head.bias, targets, *more)
 
     # DeepSpeed may have put a function of its own in the place of the module's.
     before = head.__dict__.get("forward")

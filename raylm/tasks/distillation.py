@@ -101,7 +101,7 @@ def taught_loss(objective: Objective, model: PreTrainedModel, batch: Batch) -> t
     choices, likely = (batch[f"teacher_{name}"].flatten(0, 1)[counted] for name in ("choices", "log_probabilities"))
     total = section.logits * CoarseDivergence.apply(rows[counted], choices.long(), likely, section.temperature)
     if section.targets:
-        total = total + section.targets * objective.loss(logits, batch["targets"])
+        total = total + section.targets * objective.training_loss(logits, batch["targets"])
     return total
 
 
@@ -122,7 +122,7 @@ def distilled_loss(
         others, _ = objective.choices(expected, batch["targets"])
         total = total + section.logits * SoftenedDivergence.apply(rows[counted], others[counted], section.temperature)
     if section.targets:
-        total = total + section.targets * objective.loss(logits, batch["targets"])
+        total = total + section.targets * objective.training_loss(logits, batch["targets"])
     for name, weight, difference in (
         ("hidden_states", section.hidden, _hidden_difference),
         ("attentions", section.attention, _attention_difference),

@@ -40,6 +40,7 @@ class MaskedObjective(Objective):
     name: ClassVar[str] = "masked"
     head: ClassVar[Head] = MASKED
     predicts_tokens: ClassVar[bool] = True
+    smooths_labels: ClassVar[bool] = True
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`."""

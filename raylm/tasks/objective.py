@@ -28,14 +28,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Batch = dict[str, torch.Tensor]
-CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Of logits, targets and, where labels are smoothed, the share that is spread.
+CrossEntropy = Callable[..., torch.Tensor]
 
 
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Nats, in fp32, from ``logits`` (batch, time, vocabulary) and ``targets`` (batch, time)."""
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Nats, in fp32, from ``logits`` (batch, time, vocabulary) and ``targets`` (batch, time).
+
+    Args:
+        smoothing: share of each target that all choices have in equal parts.
+    """
     return functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum",
+        label_smoothing=smoothing,
+    )  # fmt: skip
 
 
 class Objective(ABC):
@@ -55,6 +61,8 @@ class Objective(ABC):
         predicts_tokens: whether the logits are of the vocabulary and the loss follows from their cross-entropy alone: a
             model can compute it whose parts are on several ranks.
         counts_text: whether each token of a text is a target once, so that the loss can be told per byte.
+        smooths_labels: whether :meth:`training_loss` follows ``objective.label_smoothing``.
+        weighs_classes: whether it follows ``objective.class_weights``.
         choices_vary: whether what can be chosen, or how often, differs from sample to sample.
     """
 
@@ -65,6 +73,8 @@ class Objective(ABC):
     measures: ClassVar[tuple[str, ...]] = ()
     predicts_tokens: ClassVar[bool] = False
     counts_text: ClassVar[bool] = False
+    smooths_labels: ClassVar[bool] = False
+    weighs_classes: ClassVar[bool] = False
     choices_vary: ClassVar[bool] = False
 
     def __init__(self, section: ObjectiveSection | None = None) -> None:
@@ -133,8 +143,13 @@ class Objective(ABC):
         return model(**self.inputs(batch, model.config), **self.forward_options).logits
 
     def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """A batch through the whole model to the sum of its loss over all counted targets, a scalar."""
-        return self.loss(self.logits(model, batch), batch["targets"])
+        """A batch through the whole model to the sum of its loss over all counted targets, a scalar: what training
+        minimises while the model trains, else the plain loss."""
+        return self.loss_of(model)(self.logits(model, batch), batch["targets"])
+
+    def loss_of(self, model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """:meth:`training_loss` of a model that trains, else :meth:`loss`."""
+        return self.training_loss if model.training else self.loss
 
     def referred_loss(self, model: PreTrainedModel, reference: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """The summed loss of a model with a teacher, whose pass has no gradient."""
@@ -161,6 +176,14 @@ class Objective(ABC):
             cross_entropy: of logits and targets; a rank that has a part of the vocabulary brings its own.
         """
         return cross_entropy(logits, targets)
+
+    def training_loss(
+        self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: CrossEntropy = summed_cross_entropy
+    ) -> torch.Tensor:
+        """What training minimises: :meth:`loss` with the section's label smoothing; its arguments, a sum as well."""
+        if not self.section.label_smoothing:
+            return self.loss(logits, targets, cross_entropy)
+        return cross_entropy(logits, targets, self.section.label_smoothing)
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Sums over the rows of ``batch`` in which a target counts, fp64; as many of every batch, by default a sum for

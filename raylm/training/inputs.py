@@ -51,6 +51,7 @@ def validate(config: TrainConfig) -> Checked:
     from raylm.tasks import make_objective
     from raylm.training.counting import refuse_counted
     from raylm.training.loop.best import check_metrics
+    from raylm.training.reports.trackers import check_trackers
     from raylm.training.teacher import check_kept, check_teacher, check_tokenizers
 
     if config.training.compile:
@@ -60,6 +61,7 @@ def validate(config: TrainConfig) -> Checked:
         refuse_counted(loaded.model_type, "model.path", str(config.model.path), "cannot be trained further")
     objective = make_objective(config.objective, loaded.model_type if loaded else config.model.family)
     check_metrics(config.training, objective)
+    check_trackers(config.run.trackers)
     data = check_data(config, objective, loaded)
     if config.model.path is not None:
         check_head(loaded, objective.head, config.model.path)

@@ -82,5 +82,6 @@ def test_figures(encoder: Path) -> None:
     assert 0 <= low < 75 < high <= 100
     assert found["macro_f1"] == pytest.approx(100 * (2 / 3 + 0.8) / 2)
     assert set(found["labels"]) == {"x", "y"}
+    assert found["confusion"] == {"x": {"x": 1, "y": 1}, "y": {"y": 2}}
     with pytest.raises(UserError, match="found the label 'y', allowed: the model's own"):
         TextSet(texts, ["x"], load_tokenizer(encoder), 8, 2)

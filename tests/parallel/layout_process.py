@@ -2,14 +2,16 @@
 
 A case is an object: ``family``, ``data``, ``tensor``, ``pipeline``, ``zero``, ``optimizer``, and optionally ``steps``
 ([first, stop]), ``save`` (directory: a checkpoint is written at the end) and ``load`` (directory: goes on from its
-newest checkpoint), ``dropout`` (of everything that has it), ``balance`` (time), ``compile``, ``teach`` (keys of
-``distillation``) and ``poison`` (a step before which the last rank's weights are spoilt). For each case OUTPUT gets the
-losses, the gradient norms, and the samples that were taken.
+newest checkpoint), ``dropout`` (of everything that has it), ``balance`` (time), ``compile``, ``smooth`` (label
+smoothing), ``average`` (keys of ``training.ema``: evaluated after each step), ``teach`` (keys of ``distillation``) and
+``poison`` (a step before which the last rank's weights are spoilt). For each case OUTPUT gets the losses, the gradient
+norms, and the samples that were taken.
 Processes are forked from one that has imported everything, anew where the number of processes or the engine changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -95,7 +97,8 @@ def make_engine(case: dict[str, Any]):
     teacher, distillation = None, None
     if "teach" in case:
         teacher, distillation = build_teacher(case["family"]), DistillationSection(**case["teach"])
-    objective = make_objective(ObjectiveSection(document_boundaries=boundaries), model_type, distillation)
+    section_of_task = ObjectiveSection(document_boundaries=boundaries, label_smoothing=case.get("smooth", 0.0))
+    objective = make_objective(section_of_task, model_type, distillation)
     model = make_outline(whole.config, objective.head).model
     # Two micro-batches for each stage, as far as the batch goes.
     share = BATCH // case["data"]
@@ -123,22 +126,35 @@ def make_engine(case: dict[str, Any]):
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    from raylm.config.training import EmaSection
     from raylm.parallel.engines.base import seed_step
     from raylm.training.checkpoints.store import CheckpointReader, CheckpointWriter, newest_whole
+    from raylm.training.loop.averages import Averages
 
     engine, accumulation = make_engine(case)
     section = training_section(case["optimizer"])
     start, stop = case.get("steps", [0, section.steps])
+    averages = Averages(EmaSection(**case["average"]), engine) if "average" in case else None
+
+    def fragments(**options):
+        found = engine.fragments(**options)
+        return found if averages is None else averages.with_averages(found)
+
+    def evaluate():
+        one = [{name: values[:1] for name, values in step_data(case["family"], 0).items()}]
+        with averages.in_place() if averages is not None else contextlib.nullcontext():
+            return engine.evaluate(one).mean
+
     if "load" in case:
         found, damaged = newest_whole(Path(case["load"]))
         assert found is not None
         assert not damaged
         reader = CheckpointReader(found)
         assert reader.state["step"] == start
-        for fragment in engine.fragments(for_loading=True):
+        for fragment in fragments(for_loading=True):
             reader.fill(fragment)
         engine.adopt(reader.part, start)
-    losses, norms, rows = [], [], []
+    losses, norms, rows, evaluations = [], [], [], []
     share = BATCH // engine.data_size
     for step in range(start, stop):
         data = step_data(case["family"], step)
@@ -153,11 +169,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         result = engine.train_step([{name: values[cut] for name, values in data.items()} for cut in cuts])
         losses.append(engine.mean_loss(result))
         norms.append(result.gradient_norm)
+        if averages is not None:
+            averages.update(step + 1)
+            evaluations.append(evaluate())
         rows.append([step * BATCH + row for row in mine] if engine.leads else [])
-    evaluation = engine.evaluate([{name: values[:1] for name, values in step_data(case["family"], 0).items()}])
+    evaluation = evaluate()
     if "save" in case:
         writer = CheckpointWriter(Path(case["save"]), dist.get_rank(), dist.get_world_size(), "attempt", keep=1)
-        writer.save(stop, engine.fragments(), {"step": stop})
+        writer.save(stop, fragments(), {"step": stop})
         writer.wait()
         dist.barrier()
     taken: list[Any] = [None] * dist.get_world_size()
@@ -170,7 +189,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "norms_of_all": norms_of_all,
         "stage_bounds": getattr(engine, "stage_bounds", None),
         "samples": [sorted(row for rank in taken for row in rank[i]) for i in range(stop - start)],
-        "evaluation": evaluation.mean,
+        "evaluation": evaluation,
+        "evaluations": evaluations,
     }
 
 

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -47,6 +50,34 @@ def test_parity_with_plain_loop(tmp_path: Path) -> None:
         assert largest_difference(found["loss"], expected["loss"]) < TOLERANCE, given
         assert largest_difference(found["gradient_norm"], expected["gradient_norm"]) < TOLERANCE, given
         assert abs(found["evaluation"] - expected["evaluation"]) < TOLERANCE, given
+
+
+@pytest.mark.slow
+def test_smoothed_labels_under_every_cut(tmp_path: Path) -> None:
+    share = 0.1
+    cases = [
+        case("llama", "dp2", 3, "sgd", smooth=share),
+        case("gpt2", "tp2", 0, "sgd", smooth=share),
+        case("bert", "pp2 x tp2", 1, "adamw", smooth=share),
+        case("t5", "dp2 x tp2", 1, "sgd", smooth=share),
+    ]
+
+    def smoothed(model: PreTrainedModel, data: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = model(input_ids=data["input_ids"], **({"labels": data["targets"]} if encodes(model) else {})).logits
+        return functional.cross_entropy(logits.flatten(0, 1), data["targets"].flatten(), label_smoothing=share)
+
+    for given in cases:
+        given["steps"] = [0, SOME]
+    for given, found in zip(cases, run_cases(cases, tmp_path), strict=True):
+        expected = plain_loop(given["family"], given["optimizer"], SOME, trained_loss=smoothed)
+        for key in ("loss", "gradient_norm"):
+            assert largest_difference(found[key], expected[key]) < TOLERANCE, given
+        # Validation counts plain targets.
+        assert abs(found["evaluation"] - expected["evaluation"]) < TOLERANCE, given
+
+
+def encodes(model: PreTrainedModel) -> bool:
+    return model.config.is_encoder_decoder
 
 
 @pytest.mark.slow

@@ -44,23 +44,26 @@ def compare(rank: int, size: int, store: str) -> None:
         first, second, third = widen(embed(ids)).split(split, -1)
         return cross_entropy(read(shrink(first * second + third)))
 
-    whole = loss_of(
-        embedding, wide, narrow, head, 2 * WIDTH,
-        lambda logits: functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"),
-    )  # fmt: skip
     layers = [
         VocabularyEmbedding(embedding, group), ColumnParallel(wide, group, parts=3), RowParallel(narrow, group),
         ColumnParallel(head, group),
     ]  # fmt: skip
-    cut = loss_of(
-        *layers, 2 * WIDTH // size,
-        lambda logits: vocabulary_cross_entropy(logits, targets, group, VOCABULARY),
-    )  # fmt: skip
-    torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-5)
-    gradients = torch.autograd.grad(whole, [embedding.weight, wide.weight, wide.bias, narrow.weight, head.weight])
-    found = [layers[0].weight, layers[1].weight, layers[1].bias, layers[2].weight, layers[3].weight]
-    for part, gradient, mine in zip(found, gradients, torch.autograd.grad(cut, found), strict=True):
-        torch.testing.assert_close(mine, part.slicing.take(gradient), rtol=1e-5, atol=1e-5)
+    for smoothing in (0.0, 0.2):
+        whole = loss_of(
+            embedding, wide, narrow, head, 2 * WIDTH,
+            lambda logits, share=smoothing: functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=share
+            ),
+        )  # fmt: skip
+        cut = loss_of(
+            *layers, 2 * WIDTH // size,
+            lambda logits, share=smoothing: vocabulary_cross_entropy(logits, targets, group, VOCABULARY, share),
+        )  # fmt: skip
+        torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-5)
+        gradients = torch.autograd.grad(whole, [embedding.weight, wide.weight, wide.bias, narrow.weight, head.weight])
+        found = [layers[0].weight, layers[1].weight, layers[1].bias, layers[2].weight, layers[3].weight]
+        for part, gradient, mine in zip(found, gradients, torch.autograd.grad(cut, found), strict=True):
+            torch.testing.assert_close(mine, part.slicing.take(gradient), rtol=1e-5, atol=1e-5)
     check_dropout(TensorGroup(rank, size, dist.group.WORLD, DropoutStreams(rank, torch.device("cpu"))))
     dist.barrier()
     dist.destroy_process_group()

@@ -17,6 +17,7 @@ from raylm.config.run_directory import RunDirectory
 from raylm.config.stages import STAGES
 from raylm.errors import UserError
 from raylm.reports.charts import LEAST_SMOOTHED, MOST_POINTS, smoothed, thinned
+from raylm.reports.confusion import confusion
 from raylm.reports.report import write_report
 from raylm.reports.runs import differing, open_run, open_runs
 from raylm.training.reports.events import append_event
@@ -211,8 +212,9 @@ def test_a_search_shows_its_trials(tmp_path: Path) -> None:
 REPORTS = {
     "evaluate": (
         {"accuracy": 91.25, "macro_f1": 90.0, "texts": 40, "texts_per_second": 12.0, "workers": 2, "seconds": 3.0,
-         "labels": {"home": {"precision": 91.0, "recall": 92.5, "f1": 91.7, "texts": 20}}},
-        ["91.25%", "recall, %", "92.5", "home"],
+         "labels": {"home": {"precision": 91.0, "recall": 92.5, "f1": 91.7, "texts": 20}},
+         "confusion": {"home": {"home": 17, "<away>": 3}, "<away>": {"<away>": 20}}},
+        ["91.25%", "recall, %", "92.5", "home", "Confusion", "home <away> home 17 3 <away> 0 20"],
     ),
     "compress": (
         {"threads": 2, "logits_cosine": 0.9999,
@@ -295,3 +297,10 @@ def test_smoothing_has_no_bias_at_the_start() -> None:
     assert smoothed([3.0] * LEAST_SMOOTHED, 0.9) == pytest.approx([3.0] * LEAST_SMOOTHED)
     assert smoothed([0.0, 1.0], 0.5) == pytest.approx([0.0, 2 / 3])
     assert smoothed([1.0, 5.0, 2.0], 0.0) == [1.0, 5.0, 2.0]
+
+
+def test_of_many_labels_the_most_frequent_confusions_stand_on_the_page() -> None:
+    rows = {f"label{i}": {f"label{i}": 9, f"label{(i + 1) % 25}": i} for i in range(1, 25)}
+    shown = confusion({"confusion": rows})
+    assert shown.index("label24") < shown.index("label23") and "25 labels" in shown
+    assert "72.7" in shown and confusion({}) == ""

@@ -151,6 +151,10 @@ class LabelledSamples(ArraySamples):
     def __init__(self, directory: Path | str, split: Split, seed: int) -> None:
         super().__init__(directory, split, seed, ARRAYS)
 
+    def label_counts(self, labels: int) -> list[int]:
+        """How many samples of an epoch each of so many labels has."""
+        return np.bincount(self.arrays[-1][:, 2], minlength=labels).tolist()
+
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """What :func:`raylm.data.padding.encoder_batch` returns, and ``targets`` int64 [n, 1]."""
         tokens, rows = self.arrays[0], self.rows(indices)

@@ -7,6 +7,7 @@ by default, as is usual in pretraining.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,38 @@ def has_dropout(config: PretrainedConfig) -> bool:
         for key, value in config.to_dict().items()
         if ("dropout" in key or key.endswith("_pdrop")) and not key.startswith(("summary", "classifier"))
     )
+
+
+def dropout_of(config: PretrainedConfig) -> dict[str, float]:
+    """Every dropout probability of a configuration, by key; what is None follows from another."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if ("dropout" in key or key.endswith("_pdrop")) and type(value) in (int, float)
+    }
+
+
+def check_dropout(config: PretrainedConfig, probability: float | None) -> None:
+    """Refuse a dropout for a model that has no place for it.
+
+    Raises:
+        UserError: one line.
+    """
+    if probability is not None and not dropout_of(config):
+        raise UserError(
+            f"training.dropout: found {probability:g}, allowed for a {config.model_type} model: leave it out, as its "
+            "configuration has no dropout"
+        )
+
+
+def with_dropout(config: PretrainedConfig, values: dict[str, float] | float | None) -> PretrainedConfig:
+    """A copy of ``config`` with these dropout probabilities, or one for all; ``config`` itself for None."""
+    if values is None:
+        return config
+    changed = copy.deepcopy(config)
+    for key in dropout_of(config):
+        setattr(changed, key, values[key] if isinstance(values, dict) else values)
+    return changed
 
 
 def parameter_count(config: PretrainedConfig, head: Head = CAUSAL) -> int:

@@ -91,13 +91,18 @@ class _Pipeline(PipelineModule):
 
 
 class _ScaledLoss:
-    """The objective's summed loss times ``scale``, from this rank's part of the logits."""
+    """The objective's summed loss times ``scale``, from this rank's part of the logits: what training minimises, or the
+    plain loss where ``training`` is off."""
 
     def __init__(self, objective: Objective, group: TensorGroup, vocab_size: int) -> None:
         self.objective, self.group, self.vocab_size, self.scale = objective, group, vocab_size, 1.0
+        self.training = True
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return split_loss(self.objective, logits, targets, self.group, self.vocab_size) * self.scale
+        loss = split_loss(
+            self.objective, logits, targets, self.group, self.vocab_size, training=self.training
+        )  # fmt: skip
+        return loss * self.scale
 
 
 class PipelineTensorEngine:
@@ -252,7 +257,7 @@ class PipelineTensorEngine:
         replicas = self.grid.get_data_parallel_group()
         targets, tokens = count_batch(self.objective, micro_batches, self.device, replicas)
         # DeepSpeed divides by the micro-batches and the replicas; the sum over both is wanted.
-        self._loss.scale = len(micro_batches) * self.data_size / targets
+        self._loss.scale, self._loss.training = len(micro_batches) * self.data_size / targets, True
         self._adapt_to(micro_batches)
         with self._spent.measure():
             self.engine.train_batch(iter([self._inputs(batch) for batch in micro_batches]))
@@ -319,7 +324,7 @@ class PipelineTensorEngine:
     def evaluate(self, batches: list[Batch]) -> Validation:
         """See :class:`Engine`."""
         padded = [self._padded(batch) for batch in batches]
-        self._loss.scale = 1.0
+        self._loss.scale, self._loss.training = 1.0, False
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         if padded:
             self._adapt_to(padded)

@@ -201,7 +201,15 @@ class VocabularyEmbedding(nn.Module):
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, group: TensorGroup, first: int) -> torch.Tensor:
+    def forward(
+        ctx,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        group: TensorGroup,
+        first: int,
+        vocab_size: int,
+        smoothing: float,
+    ) -> torch.Tensor:
         logits = logits.float()
         highest = logits.amax(-1)
         group.maximum(highest)
@@ -209,30 +217,51 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         elsewhere = (targets < first) | (targets >= first + logits.size(-1))
         local = (targets - first).masked_fill(elsewhere, 0)
         chosen = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+        # What the targets ask for: the chosen logit and, smoothed, the mean of all of them.
+        asked = (1 - smoothing) * chosen
+        if smoothing:
+            asked += smoothing / vocab_size * shifted.sum(-1)
         exponentials = shifted.exp_()
         # One collective for both sums.
-        total, chosen = group.sum(torch.stack([exponentials.sum(-1), chosen]))
+        total, asked = group.sum(torch.stack([exponentials.sum(-1), asked]))
         counted = targets != IGNORED
         ctx.save_for_backward(exponentials.div_(total.unsqueeze(-1)), local, elsewhere, counted)
-        return (total.log() - chosen).masked_fill(~counted, 0.0).sum()
+        ctx.vocab_size, ctx.smoothing = vocab_size, smoothing
+        return (total.log() - asked).masked_fill(~counted, 0.0).sum()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         probabilities, local, elsewhere, counted = ctx.saved_tensors
-        here = (~elsewhere).to(probabilities.dtype).unsqueeze(-1)
+        here = (~elsewhere).to(probabilities.dtype).unsqueeze(-1) * (1 - ctx.smoothing)
         result = probabilities.scatter_add(-1, local.unsqueeze(-1), -here)
-        return result.mul_(counted.unsqueeze(-1) * gradient), None, None, None
+        if ctx.smoothing:
+            result -= ctx.smoothing / ctx.vocab_size
+        return result.mul_(counted.unsqueeze(-1) * gradient), None, None, None, None, None
 
 
 def split_loss(
-    objective: Objective, logits: torch.Tensor, targets: torch.Tensor, group: TensorGroup, vocab_size: int
+    objective: Objective,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    group: TensorGroup,
+    vocab_size: int,
+    *,
+    training: bool = True,
 ) -> torch.Tensor:
-    """The objective's summed loss, nats, from the ranks' parts of the logits; see :func:`vocabulary_cross_entropy`."""
-    return objective.loss(logits, targets, lambda part, those: vocabulary_cross_entropy(part, those, group, vocab_size))
+    """The objective's summed loss, nats, from the ranks' parts of the logits; see :func:`vocabulary_cross_entropy`.
+
+    Args:
+        training: what training minimises; else the plain loss.
+    """
+
+    def cross_entropy(part: torch.Tensor, those: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+        return vocabulary_cross_entropy(part, those, group, vocab_size, smoothing)
+
+    return (objective.training_loss if training else objective.loss)(logits, targets, cross_entropy)
 
 
 def vocabulary_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, group: TensorGroup, vocab_size: int
+    logits: torch.Tensor, targets: torch.Tensor, group: TensorGroup, vocab_size: int, smoothing: float = 0.0
 ) -> torch.Tensor:
     """Summed cross-entropy, nats, in fp32, from the ranks' parts of the logits.
 
@@ -240,8 +269,9 @@ def vocabulary_cross_entropy(
         logits: this rank's part (batch, time, its part of the vocabulary).
         targets: (batch, time), :data:`IGNORED` where nothing counts.
         vocab_size: of the whole vocabulary.
+        smoothing: share of each target that the whole vocabulary has in equal parts.
     """
     if group.size == 1:
-        return summed_cross_entropy(logits, targets)
+        return summed_cross_entropy(logits, targets, smoothing)
     ((first, _),) = cut_evenly((vocab_size,), 0, group.rank, group.size).ranges
-    return _VocabularyCrossEntropy.apply(logits, targets, group, first)
+    return _VocabularyCrossEntropy.apply(logits, targets, group, first, vocab_size, smoothing)

@@ -17,6 +17,7 @@ class Layout:
         accumulation: micro-batches of a step on each replica.
         use_gpu: whether each worker holds a GPU.
         trained: share of the parameters that is trained, the others have neither gradients nor moments.
+        averaged: whether an average of what is trained is kept.
     """
 
     data: int
@@ -30,6 +31,7 @@ class Layout:
     optimizer: str
     use_gpu: bool = False
     trained: float = 1.0
+    averaged: bool = False
 
     @property
     def workers(self) -> int:

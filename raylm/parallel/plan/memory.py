@@ -289,6 +289,8 @@ def held_bytes(parameters: int, layout: Layout) -> dict[str, float]:
     low = 2 if layout.bf16 else FP32
     data, zero, trained = layout.data, layout.zero_stage, parameters * layout.trained
     gradients = trained * low / (data if zero >= 2 else 1)
+    # An average of the weights is one more of them.
+    moments = MOMENTS[layout.optimizer] + layout.averaged
     if layout.bf16 and layout.tensor * layout.pipeline > 1:
         # Micro-batches are added up in fp32.
         gradients += trained * FP32
@@ -296,7 +298,7 @@ def held_bytes(parameters: int, layout: Layout) -> dict[str, float]:
         "weights": parameters * low / (data if zero == 3 else 1),
         "gradients": gradients,
         # ZeRO keeps an fp32 copy of its share of the weights beside the moments.
-        "optimizer": trained * FP32 * (MOMENTS[layout.optimizer] + (1 if zero else 0)) / (data if zero else 1),
+        "optimizer": trained * FP32 * (moments + (1 if zero else 0)) / (data if zero else 1),
     }
 
 

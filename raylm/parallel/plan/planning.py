@@ -20,7 +20,13 @@ from raylm.config.stages import TrainConfig
 from raylm.data.loading import load_tokenizer
 from raylm.data.sources.segments import open_sources
 from raylm.errors import UserError
-from raylm.models.families.build import build_config, check_positions, parameter_count
+from raylm.models.families.build import (
+    build_config,
+    check_dropout,
+    check_positions,
+    parameter_count,
+    with_dropout,
+)
 from raylm.models.loading import load_config
 from raylm.models.trained import trained_share
 from raylm.parallel.plan.description import describe
@@ -339,9 +345,10 @@ def check_model(
             config.model.family, config.model.config, tokenizer, config.training.sequence_length
         )
     check_positions(model_config, config.training.sequence_length)
+    check_dropout(model_config, config.training.dropout)
     objective = make_objective(config.objective, model_config.model_type)
     check_splits(model_config, config.parallel, objective)
-    return TrainedModel(model_config, objective)
+    return TrainedModel(with_dropout(model_config, config.training.dropout), objective)
 
 
 class PlannedTokenizer:

@@ -185,6 +185,7 @@ class Space:
                             Layout(
                                 replicas, tensor, pipeline, zero_stage, micro, -(-share // micro), checkpointing,
                                 self.bf16, self.config.training.optimizer, self.use_gpu, self.trained,
+                                self.config.training.ema is not None,
                             )
                             for checkpointing in self.checkpointings()
                             for micro in sizes

@@ -33,7 +33,28 @@ SHORTEST = 4
 
 def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection) -> LabelledInput:
     # A classifier that is trained further keeps its labels.
-    return LabelledInput(data, label_names(config) if CLASSIFIER.is_named_in(config) else None)
+    found = LabelledInput(data, label_names(config) if CLASSIFIER.is_named_in(config) else None)
+    weights = section.class_weights
+    unknown = sorted(set(weights) - set(found.labels)) if isinstance(weights, dict) else []
+    if unknown:
+        raise UserError(
+            f"objective.class_weights: found the label '{unknown[0]}', allowed: {', '.join(found.labels[:20])}"
+        )
+    return found
+
+
+def label_weights(section: str | dict[str, float], labels: Sequence[str], counts: Sequence[int]) -> torch.Tensor:
+    """Weights fp32 [labels] of ``objective.class_weights``.
+
+    Args:
+        counts: training texts of each label. balanced is their number over (labels that occur x the label's own), so
+            that the weights of all texts add up to their number; a label that never occurs has 1.
+    """
+    if section == "balanced":
+        present = sum(count > 0 for count in counts)
+        return torch.tensor([sum(counts) / (present * count) if count else 1.0 for count in counts])
+    assert isinstance(section, dict)
+    return torch.tensor([float(section.get(label, 1.0)) for label in labels])
 
 
 class ClassificationObjective(EncoderObjective):
@@ -42,11 +63,21 @@ class ClassificationObjective(EncoderObjective):
     name: ClassVar[str] = "classification"
     head: ClassVar[Head] = CLASSIFIER
     rows: ClassVar[RowReader | None] = RowReader(KIND, "labelled texts", _read)
+    smooths_labels: ClassVar[bool] = True
+    weighs_classes: ClassVar[bool] = True
     measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+
+    def __init__(self, section: ObjectiveSection | None = None) -> None:
+        super().__init__(section)
+        self._weights: torch.Tensor | None = None
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`; the directory is one of labelled texts, which have their length already."""
-        return LabelledSamples(directory, split, seed)
+        found = LabelledSamples(directory, split, seed)
+        if split == "train" and self.section.class_weights is not None:
+            labels = read_manifest(directory)["labels"]
+            self._weights = label_weights(self.section.class_weights, labels, found.label_counts(len(labels)))
+        return found
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, place: str) -> None:
         """See :class:`Objective`."""
@@ -66,6 +97,15 @@ class ClassificationObjective(EncoderObjective):
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: object = None) -> torch.Tensor:
         """``logits`` [batch, labels] and ``targets`` [batch, 1] to the summed cross-entropy in nats."""
         return functional.cross_entropy(logits.float(), targets[:, 0], ignore_index=IGNORED, reduction="sum")
+
+    def training_loss(self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: object = None) -> torch.Tensor:
+        """See :class:`Objective`; weights are those of the training texts, which :meth:`samples` has counted. As in
+        torch, of a smoothed target each label's share has that label's weight."""
+        weights = None if self._weights is None else self._weights.to(logits.device)
+        return functional.cross_entropy(
+            logits.float(), targets[:, 0], weights, ignore_index=IGNORED, reduction="sum",
+            label_smoothing=self.section.label_smoothing,
+        )  # fmt: skip
 
     def choices(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Objective`; a text is a row."""

@@ -74,7 +74,8 @@ class TextSet:
         return logits
 
     def figures(self, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Accuracy and macro-F1 in percent, the 95% interval of the first, and each label's own figures.
+        """Accuracy and macro-F1 in percent, the 95% interval of the first, each label's own figures, and
+        ``confusion``: of the texts of each label, how many were given which one (without zeros).
 
         Macro-F1 is the mean of the F1 of every label that stands in the texts or among the answers.
         """
@@ -95,7 +96,15 @@ class TextSet:
                 self.labels[number]: {"precision": 100 * p, "recall": 100 * r, "f1": 100 * f, "texts": count}
                 for number, p, r, f, count in rows
             },
+            "confusion": self._confusion(found),
         }
+
+    def _confusion(self, found: np.ndarray) -> dict[str, dict[str, int]]:
+        pairs, counts = np.unique(np.stack([self.targets, found]), axis=1, return_counts=True)
+        rows: dict[str, dict[str, int]] = {}
+        for (label, given), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+            rows.setdefault(self.labels[label], {})[self.labels[given]] = count
+        return rows
 
     def rows(self, outputs: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
         """Texts with their label, and the likeliest one with its probability."""

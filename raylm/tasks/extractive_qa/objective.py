@@ -45,6 +45,7 @@ class ExtractiveQaObjective(EncoderObjective):
     rows: ClassVar[RowReader | None] = RowReader(KIND, "questions", _read)
     measures: ClassVar[tuple[str, ...]] = ("span_exact", "span_f1")
     targets_each: ClassVar[int] = 2
+    smooths_labels: ClassVar[bool] = True
     choices_vary: ClassVar[bool] = True
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
@@ -78,6 +79,16 @@ class ExtractiveQaObjective(EncoderObjective):
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: object = None) -> torch.Tensor:
         """``logits`` [batch, time, 2] and ``targets`` [batch, 2] to the summed cross-entropy in nats."""
         return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+
+    def training_loss(self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: object = None) -> torch.Tensor:
+        """See :class:`Objective`; what is spread goes to the tokens that can be pointed at."""
+        smoothing = self.section.label_smoothing
+        plain = self.loss(logits, targets)
+        if not smoothing:
+            return plain
+        candidates = logits > EXCLUDED / 2
+        each = -logits.float().log_softmax(dim=1).masked_fill(~candidates, 0.0).sum(dim=1) / candidates.sum(dim=1)
+        return (1 - smoothing) * plain + smoothing * each.masked_fill(targets == IGNORED, 0.0).sum()
 
     def choices(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Objective`; the first and the last token of a window's answer are rows."""

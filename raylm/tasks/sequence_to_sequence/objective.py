@@ -48,6 +48,7 @@ class SequenceToSequenceObjective(Objective):
     name: ClassVar[str] = "sequence_to_sequence"
     head: ClassVar[Head] = SEQUENCE_TO_SEQUENCE
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
+    smooths_labels: ClassVar[bool] = True
     rows: ClassVar[RowReader | None] = RowReader(KIND, "pairs", _read, for_new_models=True)
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:

@@ -40,6 +40,7 @@ class SpanObjective(Objective):
     head: ClassVar[Head] = SEQUENCE_TO_SEQUENCE
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
     predicts_tokens: ClassVar[bool] = True
+    smooths_labels: ClassVar[bool] = True
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`."""

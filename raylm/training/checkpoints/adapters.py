@@ -16,7 +16,7 @@ from raylm.config.adapter import AdapterSection
 from raylm.models.adapters import BASE, FIRST, LENGTHS, NAME, SECOND, is_adapter, merged, peft_config
 from raylm.models.heads import Head
 from raylm.models.weights import Weights
-from raylm.training.checkpoints.store import CheckpointReader
+from raylm.training.checkpoints.export import ExportedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ class MergedWeights:
     """The weights of a model with its adapter in them, one after the other.
 
     Args:
-        reader: of a checkpoint of the adapter.
+        reader: of the adapter.
         original: weights that the run began with.
         model: of their names and shapes; without memory.
 
@@ -37,7 +37,7 @@ class MergedWeights:
     """
 
     def __init__(
-        self, reader: CheckpointReader, original: Weights, model: PreTrainedModel, section: AdapterSection
+        self, reader: ExportedWeights, original: Weights, model: PreTrainedModel, section: AdapterSection
     ) -> None:
         from transformers.pytorch_utils import Conv1D
 
@@ -60,7 +60,7 @@ class MergedWeights:
 
 
 def write_adapter(
-    reader: CheckpointReader, model: PreTrainedModel, section: AdapterSection, head: Head, source: str, output: Path
+    reader: ExportedWeights, model: PreTrainedModel, section: AdapterSection, head: Head, source: str, output: Path
 ) -> None:
     """Write the adapter as ``PeftModel.from_pretrained`` reads it; the directory appears whole.
 

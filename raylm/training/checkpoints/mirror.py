@@ -32,6 +32,8 @@ OWNER_SECONDS = 2.0
 # What a driver needs of an earlier start; data is what it prepared from raw sources.
 DRIVER_FILES = ("config.yaml", "report.json", "precision.json")
 METRICS, BOARD, DATA, SUMMARY = "metrics.jsonl", "tensorboard", "data", "summary.txt"
+# Folders of trackers that write files.
+TRACKED = ("wandb", "mlruns")
 
 
 class Mirror:

@@ -332,11 +332,15 @@ class CheckpointReader:
         for kind, tensor in fragment.tensors.items():
             self._copy(f"{kind}/{fragment.name}", fragment.offset, tensor)
 
-    def weight(self, name: str) -> torch.Tensor:
-        """The whole fp32 weight ``name`` in its shape."""
-        return self.part(name, Slicing(self.shapes[name]))
+    def has(self, kind: str, name: str) -> bool:
+        """Whether there is such a ``kind`` of tensor (weight, a moment) of the parameter ``name``."""
+        return f"{kind}/{name}" in self._chunks
 
-    def part(self, name: str, slicing: Slicing) -> torch.Tensor:
+    def weight(self, name: str, kind: str = "weight") -> torch.Tensor:
+        """The whole fp32 weight ``name`` in its shape, or another ``kind`` of tensor of it."""
+        return self.part(name, Slicing(self.shapes[name]), kind)
+
+    def part(self, name: str, slicing: Slicing, kind: str = "weight") -> torch.Tensor:
         """The part of the fp32 weight ``name`` that ``slicing`` means; reads no more than its rows.
 
         Raises:
@@ -345,7 +349,7 @@ class CheckpointReader:
         part = torch.empty(slicing.local_shape)
         for offset, shape, first, inside in boxes(slicing, 0, part.numel()):
             count = torch.Size(shape).numel()
-            self._copy(f"weight/{name}", offset, part.view(-1)[first : first + count].view(shape)[inside])
+            self._copy(f"{kind}/{name}", offset, part.view(-1)[first : first + count].view(shape)[inside])
         return part
 
     def _copy(self, key: str, offset: Offset, target: torch.Tensor) -> None:

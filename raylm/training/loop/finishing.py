@@ -11,10 +11,11 @@ import torch.distributed as dist
 from raylm.errors import RunFailure
 from raylm.models.weights import make_outline
 from raylm.training.checkpoints.adapters import FOLDER, MergedWeights, write_adapter
-from raylm.training.checkpoints.export import export_model, largest_difference, tolerated
-from raylm.training.checkpoints.mirror import BOARD, METRICS
+from raylm.training.checkpoints.export import ExportedWeights, export_model, largest_difference, tolerated
+from raylm.training.checkpoints.mirror import BOARD, METRICS, TRACKED
 from raylm.training.checkpoints.store import CheckpointReader, whole_best
 from raylm.training.loop.additions import rounding_of
+from raylm.training.loop.averages import AveragedWeights
 from raylm.training.loop.batches import to_tensors
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def finish(loop: TrainingLoop) -> dict[str, Any]:
     if reader.state["step"] != last["step"]:
         loop.load(reader)
     probe = to_tensors(loop.validation, np.arange(1), loop.device)
-    expected = loop.engine.logits(probe).cpu()
-    difference = _export(loop, source, reader, probe, expected) if loop.worker.rank == 0 else None
+    with loop.averaged():
+        expected = loop.engine.logits(probe).cpu()
+    weights = reader if loop.averages is None else AveragedWeights(reader)
+    difference = _export(loop, source, weights, probe, expected) if loop.worker.rank == 0 else None
     dist.barrier()
     return {
         "finished": True,
@@ -62,7 +65,7 @@ def finish(loop: TrainingLoop) -> dict[str, Any]:
 def _export(
     loop: TrainingLoop,
     source: Storage,
-    reader: CheckpointReader,
+    weights: ExportedWeights,
     probe: dict[str, torch.Tensor],
     expected: torch.Tensor,
 ) -> float:
@@ -70,26 +73,26 @@ def _export(
     loop.check_owner()
     computed = dtype = torch.bfloat16 if loop.bf16 else torch.float32
     output = loop.job.directory / "model"
-    merged = None if loop.original is None else _merged(loop, reader)
+    merged = None if loop.original is None else _merged(loop, weights)
     if merged is not None:
         # Rounding to fewer bits than the original has would lose much of what little an adapter adds.
         dtype = loop.model_config.dtype or torch.float32
     export_model(
         source, loop.model_config, loop.job.tokenizer_directory, output, dtype, loop.objective.head,
-        loop.job.model_source, merged,
+        loop.job.model_source, merged or weights,
     )  # fmt: skip
     probe = {name: values.cpu() for name, values in probe.items()}
     difference = largest_difference(output, loop.objective, probe, expected, rounding_of(loop.config))
     if not difference <= tolerated(expected, computed):
         raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
-    loop.mirror.send("model", *([] if merged is None else [FOLDER]), METRICS, BOARD)
+    loop.mirror.send("model", *([] if merged is None else [FOLDER]), METRICS, BOARD, *TRACKED)
     return difference
 
 
-def _merged(loop: TrainingLoop, reader: CheckpointReader) -> MergedWeights:
+def _merged(loop: TrainingLoop, weights: ExportedWeights) -> MergedWeights:
     """The weights with the adapter in them, which is written by itself too."""
     section, head, source = loop.config.adapter, loop.objective.head, loop.job.model_source
     assert section is not None and loop.original is not None and source is not None
     plain = make_outline(loop.model_config, head).model
-    write_adapter(reader, plain, section, head, source, loop.job.directory / FOLDER)
-    return MergedWeights(reader, loop.original, plain, section)
+    write_adapter(weights, plain, section, head, source, loop.job.directory / FOLDER)
+    return MergedWeights(weights, loop.original, plain, section)

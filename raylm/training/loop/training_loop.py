@@ -7,6 +7,7 @@ uninterrupted one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import Any
@@ -16,12 +17,13 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from raylm.data.loading import load_tokenizer
-from raylm.models.families.build import build_config
+from raylm.models.families.build import build_config, dropout_of, with_dropout
 from raylm.models.loading import load_config
 from raylm.models.weights import DrawnWeights, Weights, make_outline, saved_weights
 from raylm.parallel.engines.base import StepResult, seed_step
 from raylm.parallel.engines.compilation import check_compilation
 from raylm.parallel.engines.environment import limit_collectives
+from raylm.parallel.layout.fragments import Fragment
 from raylm.tasks import make_objective
 from raylm.tasks.measures import VALIDATION
 from raylm.tasks.objective import Batch
@@ -30,6 +32,7 @@ from raylm.training.checkpoints.storage import Storage
 from raylm.training.checkpoints.store import CheckpointReader, CheckpointWriter, newest_whole
 from raylm.training.loop.agreement import Agreement, gather_names
 from raylm.training.loop.anomalies import batch_of_step, find_anomaly, leave_out
+from raylm.training.loop.averages import Averages
 from raylm.training.loop.batches import (
     evaluation_batches,
     step_batches,
@@ -44,6 +47,7 @@ from raylm.training.loop.schedules import learning_rate_factor, scheduled_moment
 from raylm.training.loop.worker import TrainingJob, Worker
 from raylm.training.ray_train.preemption import Notice
 from raylm.training.reports.metrics import MetricsRecorder
+from raylm.training.reports.trackers import open_trackers
 from raylm.training.teacher_rows import TaughtSamples
 
 
@@ -81,7 +85,8 @@ class TrainingLoop:
         model, weights = self._model()
         # What an adapter is merged into.
         self.original = weights if self.config.adapter is not None else None
-        self.model_config = model.config
+        # What is exported keeps its own dropout.
+        self.model_config = with_dropout(model.config, dropout_of(self.model_config))
         self.flops = flops_per_token(model, *self.objective.lengths(training.sequence_length))
         self.micro_batch_size = int(self.config.parallel.micro_batch_size)
         self.engine = make_engine(job, worker, self.objective, model, weights, self.samples, self.device)
@@ -101,6 +106,7 @@ class TrainingLoop:
         )
         # Under every layout the moments are this optimizer's, and the weights change in its step only.
         self.engine.optimizer.register_step_pre_hook(lambda *_: self.writer.settle())
+        self.averages = Averages(training.ema, self.engine) if training.ema is not None else None
         self.state = initial_state()
         # Name of the checkpoint that was saved or gone on from last.
         self.newest: str | None = None
@@ -119,7 +125,7 @@ class TrainingLoop:
     def _model(self) -> tuple[PreTrainedModel, Weights]:
         """The model without memory for its parameters, and what they are to be filled with."""
         head, seed = self.objective.head, self.config.run.seed
-        outline = make_outline(self.model_config, head)
+        outline = make_outline(with_dropout(self.model_config, self.config.training.dropout), head)
         source = self.job.model_source
         weights = DrawnWeights(outline, seed) if source is None else saved_weights(source, outline, head, seed)
         if self.config.parallel.activation_checkpointing:
@@ -140,7 +146,10 @@ class TrainingLoop:
         self._record_from_here()
         try:
             failure = self._train()
-            return finish(self) if failure is None else {"failure": failure}
+            final = finish(self) if failure is None else {"failure": failure}
+            if self.recorder is not None and failure is None:
+                self.recorder.finish(final)
+            return final
         finally:
             if self.recorder is not None:
                 self.recorder.close()
@@ -149,9 +158,9 @@ class TrainingLoop:
         if self.recorder is not None:
             self.recorder.close()
         if self.worker.rank == 0:
-            self.recorder = MetricsRecorder(
-                self.job.directory, self.state["step"], self.config.run.name, self.job.progress
-            )
+            step, directory = self.state["step"], self.job.directory
+            trackers = open_trackers(self.config, directory, step)
+            self.recorder = MetricsRecorder(directory, step, self.config.run.name, self.job.progress, trackers)
 
     def _resume(self) -> None:
         found, damaged = newest_whole(self.writer.root, *self.ranks)
@@ -171,13 +180,21 @@ class TrainingLoop:
 
     def load(self, reader: CheckpointReader) -> None:
         """Go on from a checkpoint."""
-        for fragment in self.engine.fragments(for_loading=True):
+        for fragment in self._fragments(for_loading=True):
             reader.fill(fragment)
         self.engine.adopt(reader.part, reader.state["step"])
         self.state = {**initial_state(), **reader.state}
 
     def _save(self, *, best: bool = False) -> None:
-        self.newest = self.writer.save(self.state["step"], self.engine.fragments(), self.state, best=best)
+        self.newest = self.writer.save(self.state["step"], self._fragments(), self.state, best=best)
+
+    def _fragments(self, *, for_loading: bool = False) -> list[Fragment]:
+        found = self.engine.fragments(for_loading=for_loading)
+        return found if self.averages is None else self.averages.with_averages(found)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model computes with what is evaluated and exported: the averages, where the run has them."""
+        return contextlib.nullcontext() if self.averages is None else self.averages.in_place()
 
     def _train(self) -> str | None:
         """Train to the end; returns why it did not come to it, or None."""
@@ -202,6 +219,8 @@ class TrainingLoop:
                 interval = _Interval(self.writer)
                 continue
             self.state["step"] = step = step + 1
+            if self.averages is not None:
+                self.averages.update(step)
             self.worker.progress(step)
             self.state["tokens"] += result.tokens
             interval.tokens += result.tokens
@@ -306,7 +325,8 @@ class TrainingLoop:
             self.validation, training.evaluation_batches, self.micro_batch_size,
             self.engine.data_rank, self.engine.data_size, self.device,
         )  # fmt: skip
-        found = self.engine.evaluate(batches)
+        with self.averaged():
+            found = self.engine.evaluate(batches)
         return {"validation_loss": found.mean, **{f"{VALIDATION}{name}": v for name, v in found.measures.items()}}
 
     def _should_stop(self) -> bool:

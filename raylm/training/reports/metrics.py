@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl``, TensorBoard, Ray's exporter (:mod:`.gauges`) and the driver's bar.
+"""Where metrics go: ``metrics.jsonl``, :mod:`.trackers`, Ray's exporter (:mod:`.gauges`) and the driver's bar.
 
 Only rank 0 has a recorder. After a resume the file is cut back to the checkpoint's step, so that each step stands in
 it once.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from raylm.config.run_directory import parse_object, write_atomically
 from raylm.tasks.measures import MEASURES, VALIDATION
 from raylm.training.reports.gauges import Gauges, gauge_labels
+from raylm.training.reports.trackers import TensorBoard, Tracker, finite_numbers
 
 # Metrics that are curves; the others (step, tokens, samples, time) are their axes.
 CURVES = (
@@ -43,16 +45,22 @@ class MetricsRecorder:
         start_step: step that training goes on from; later lines of an interrupted attempt are dropped.
         run_name: tag of the dashboard's gauges.
         progress: Ray actor handle with an ``update`` method, or None.
+        trackers: TensorBoard alone by default.
     """
 
-    def __init__(self, directory: Path, start_step: int, run_name: str, progress: Any = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        start_step: int,
+        run_name: str,
+        progress: Any = None,
+        trackers: Sequence[Tracker] | None = None,
+    ) -> None:
         self.path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._stream = self.path.open("a", encoding="utf-8")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+        self._trackers = [TensorBoard(directory, start_step)] if trackers is None else trackers
         from raylm.training.checkpoints.store import LATEST
 
         labels = gauge_labels(CURVES, PER_PLACE)
@@ -69,21 +77,26 @@ class MetricsRecorder:
         line = {**metrics, "time": time.time()}
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
-        for name in CURVES:
-            if name in metrics:
-                self._board.add_scalar(name, metrics[name], metrics["step"])
+        values = {name: metrics[name] for name in CURVES if name in metrics}
         for name, tag in PER_PLACE.items():
-            for place, value in enumerate(metrics.get(name) or []):
-                self._board.add_scalar(f"{name}/{tag}-{place}", value, metrics["step"])
+            values |= {f"{name}/{tag}-{place}": value for place, value in enumerate(metrics.get(name) or [])}
+        for tracker in self._trackers:
+            tracker.log(metrics["step"], finite_numbers(values))
         self._gauges.show(metrics)
         if self._progress is not None:
             self._progress.update.remote(line | {"checkpoint_step": checkpoint})
+
+    def finish(self, final: dict[str, Any]) -> None:
+        """Tell the trackers the run's final metrics."""
+        for tracker in self._trackers:
+            tracker.finish(finite_numbers(final))
 
     def close(self) -> None:
         """Flush everything."""
         self._gauges.close()
         self._stream.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
