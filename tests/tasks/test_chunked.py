@@ -14,16 +14,17 @@ from raylm.tasks import chunked, make_objective
 from raylm.tasks.objective import Objective
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "smoothing"), [(True, 0.0), (False, 0.0), (True, 0.2)])
 @pytest.mark.parametrize("elements", [1 << 23, 500, 1])
-def test_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, bias: bool, elements: int) -> None:
+def test_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, bias: bool, smoothing: float, elements: int) -> None:
     monkeypatch.setattr(chunked, "MOST_ELEMENTS", elements)
     torch.manual_seed(0)
     head, hidden = nn.Linear(16, 100, bias=bias), torch.randn(37, 16, requires_grad=True)
     targets = torch.randint(0, 100, (37,))
-    expected = functional.cross_entropy(head(hidden), targets, reduction="sum")
+    targets[3:7] = IGNORED
+    expected = functional.cross_entropy(head(hidden), targets, reduction="sum", label_smoothing=smoothing)
     wanted = torch.autograd.grad(3 * expected, [hidden, *head.parameters()])
-    loss = chunked.head_loss(head, hidden, targets)
+    loss = chunked.head_loss(head, hidden, targets, smoothing)
     found = torch.autograd.grad(3 * loss, [hidden, *head.parameters()])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for one, other in zip(found, wanted, strict=True):
@@ -31,7 +32,7 @@ def test_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, bias: bool, element
     # The head is as it was.
     assert head(hidden).shape == (37, 100)
     head.requires_grad_(False)
-    (alone,) = torch.autograd.grad(chunked.head_loss(head, hidden, targets), [hidden])
+    (alone,) = torch.autograd.grad(chunked.head_loss(head, hidden, targets, smoothing), [hidden])
     assert torch.allclose(alone * 3, wanted[0], atol=1e-5)
     with torch.no_grad():
         assert chunked.head_loss(head, hidden[:0], targets[:0]) == 0

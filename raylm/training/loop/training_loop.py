@@ -218,12 +218,7 @@ class TrainingLoop:
                 agreement = Agreement(self.worker.rank, self.state["step"], self.device)
                 interval = _Interval(self.writer)
                 continue
-            self.state["step"] = step = step + 1
-            if self.averages is not None:
-                self.averages.update(step)
-            self.worker.progress(step)
-            self.state["tokens"] += result.tokens
-            interval.tokens += result.tokens
+            step = self._count(result, interval)
             last = step == self.total_steps
             evaluated = (bool(training.evaluate_every_steps) and step % training.evaluate_every_steps == 0) or last
             save = last or (checkpoint.every_steps is not None and step % checkpoint.every_steps == 0)
@@ -258,6 +253,16 @@ class TrainingLoop:
                     return f"stopped after step {step}, which was saved; the same command goes on"
         self._finish_save()
         return None
+
+    def _count(self, result: StepResult, interval: _Interval) -> int:
+        """Note that a step was made; returns its number, from 1."""
+        self.state["step"] += 1
+        self.state["tokens"] += result.tokens
+        interval.tokens += result.tokens
+        if self.averages is not None:
+            self.averages.update(self.state["step"])
+        self.worker.progress(self.state["step"])
+        return self.state["step"]
 
     def _set_rates(self, step: int) -> None:
         training, factor = self.config.training, self.state["plateau"]["factor"]
