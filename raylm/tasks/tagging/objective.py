@@ -112,7 +112,7 @@ class TaggingObjective(EncoderObjective):
         for row, words in enumerate(targets != IGNORED):
             places = words.nonzero()[:, 0]
             if len(places):
-                found[row, places, chain.path(logits[row, places].float().cpu().numpy())] = 1
+                found[row, places, chain.path(logits[row, places].detach().float().cpu().numpy())] = 1
         return found
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
