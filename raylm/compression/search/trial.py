@@ -16,6 +16,7 @@ from raylm.compression.methods import Steps
 from raylm.compression.stage import Work, open_source, put_in_place, sized
 from raylm.config.loading import set_key, validate
 from raylm.config.model import ModelSection
+from raylm.config.run import LocalRunSection
 from raylm.config.run_directory import read_object, write_atomically
 from raylm.config.stages import CompressConfig, FinetuneConfig, TuneConfig
 from raylm.config.tuning import OBJECTIVES
@@ -40,7 +41,9 @@ def trial_configs(
         set_key(values, key, value)
     values["run"] |= {"storage": str(directory.parent), "name": directory.name}
     values["compression"]["target"] = None
-    compress = validate(CompressConfig, {k: values[k] for k in CompressConfig.model_fields}, "tuning.space")
+    # Trackers are of training.
+    plain = values | {"run": {key: values["run"][key] for key in LocalRunSection.model_fields}}
+    compress = validate(CompressConfig, {k: plain[k] for k in CompressConfig.model_fields}, "tuning.space")
     if config.training is None:
         return None, compress
     values["run"] |= {"storage": str(directory), "name": "trained"}
