@@ -77,7 +77,12 @@ def new_modules(model: PreTrainedModel, head: Head) -> set[str]:
     """Modules of a task's own head, which adapters leave to be trained whole; of those that write text none."""
     if head.class_ending is None:
         return set()
-    return {name for name, _ in model.named_children() if name != model.base_model_prefix}
+    # What has nothing to train would be found by its name in the adapters themselves, as dropout.
+    return {
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    }
 
 
 def peft_config(section: AdapterSection, model: PreTrainedModel, head: Head, source: str | None) -> LoraConfig:

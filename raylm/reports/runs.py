@@ -21,11 +21,15 @@ UNUSED_BY_OPTIMIZER = {
     "muon": (),
     "sgd": ("matrix_learning_rate", "betas", "epsilon"),
 }
+OF_OTHERS = ("power", "one_cycle", "plateau")
 UNUSED_BY_SCHEDULE = {
-    "constant": ("final_learning_rate_fraction", "decay_fraction"),
-    "cosine": ("decay_fraction",),
-    "linear": ("decay_fraction",),
-    "wsd": (),
+    "constant": ("final_learning_rate_fraction", "decay_fraction", *OF_OTHERS),
+    "cosine": ("decay_fraction", *OF_OTHERS),
+    "linear": ("decay_fraction", *OF_OTHERS),
+    "polynomial": ("decay_fraction", "one_cycle", "plateau"),
+    "wsd": OF_OTHERS,
+    "one_cycle": ("decay_fraction", "final_learning_rate_fraction", "power", "plateau"),
+    "plateau": ("decay_fraction", "power", "one_cycle"),
 }
 
 
