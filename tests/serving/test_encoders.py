@@ -251,20 +251,21 @@ def expected_tags(path: Path, text: str) -> tuple[list[tuple[int, int]], list[st
 
 
 def test_tags(server: SimpleNamespace, encoders: SimpleNamespace) -> None:
-    body = {"input": [TEXT, "", "\u200b anna"]}
+    text = f"{TEXT} {TEXT}"
+    body = {"input": [text, "", "\u200b anna"]}
     found = server.client.post("/v1/tag", json=body).raise_for_status().json()
     assert (found["model"], [row["index"] for row in found["data"]]) == ("tagger", [0, 1, 2])
-    words, tags, scores = expected_tags(encoders.tagger, TEXT)
+    words, tags, scores = expected_tags(encoders.tagger, text)
     # Both windows of the text were read.
     assert found["usage"]["prompt_tokens"] > 96
     expected = [(span.type, words[span.first][0], words[span.last][1]) for span in spans(tags)]
     assert len(expected) > 3
     given = found["data"][0]["entities"]
     assert [(one["label"], one["start"], one["end"]) for one in given] == expected
-    assert all(one["text"] == TEXT[one["start"] : one["end"]] and 0.2 <= one["score"] <= 1 for one in given)
+    assert all(one["text"] == text[one["start"] : one["end"]] and 0.2 <= one["score"] <= 1 for one in given)
     assert found["data"][1]["entities"] == []
     # Where tags are no spans, each word has one.
-    answer = server.client.post("/v1/tag", json={"input": TEXT, "model": "words"}).raise_for_status().json()
+    answer = server.client.post("/v1/tag", json={"input": text, "model": "words"}).raise_for_status().json()
     tokens = answer["data"][0]["tokens"]
     assert [(one["start"], one["end"]) for one in tokens] == words
     assert [one["tag"] for one in tokens] == tags

@@ -98,7 +98,6 @@ def test_the_adapter_loads_in_peft_and_the_model_has_it(
 
 @pytest.mark.slow
 def test_a_classifier_with_an_adapter_trains_its_head(tmp_path: Path) -> None:
-    from peft import PeftModel
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
@@ -121,11 +120,12 @@ def test_a_classifier_with_an_adapter_trains_its_head(tmp_path: Path) -> None:
     )  # fmt: skip
     (final,) = run_loops(run_case(path, "data.validation_fraction=0.25", stage="finetune"))
     assert final["validation_loss"] < 0.6
-    ids = torch.arange(5, 17).view(1, 12)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
-    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder")
-    found = logits_of(PeftModel.from_pretrained(base, tmp_path / "run" / "adapter"), ids)
-    assert float((found - logits_of(model, ids)).abs().max()) < 1e-5
+    right = [
+        model.config.id2label[int(logits_of(model, torch.tensor([ids]))[0].argmax())] == label
+        for ids, label in ((range(5, 11), "b"), (range(11, 17), "a"))
+    ]
+    assert all(right)
 
 
 @pytest.mark.slow
