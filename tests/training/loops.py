@@ -26,7 +26,14 @@ def run_loops(*cases: dict[str, Any]) -> list[dict[str, Any]]:
         given.write_text(json.dumps(cases))
         result = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("loop_process.py")), str(found), str(given)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **own_ray()}, timeout=PATIENCE_SECONDS,
+            capture_output=True, text=True,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
         return json.loads(found.read_text())
+
+
+def own_ray() -> dict[str, str]:
+    """What leads a process to the Ray of this session, where it has one: several may run on the machine."""
+    ray = sys.modules.get("ray")
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if ray and ray.is_initialized() else {}

@@ -146,6 +146,9 @@ class _Meter(TorchDispatchMode):
         gradients = gradients or function.overloadpacket is _aten.zeros
 
         def kind(tensor: torch.Tensor) -> str:
+            if known := self._known_kind(tensor):
+                # Computed in place: a sum of gradients over the chunks of a loss is one.
+                return known
             if gradients and tensor.shape in self._shapes:
                 return "gradients"
             return "logits" if head or (not product and tensor.ndim and tensor.shape[-1] in widths) else "activations"

@@ -24,7 +24,7 @@ from raylm.parallel.layout.pipeline_stages import StageLayer, balanced_stages, s
 from raylm.parallel.layout.tensor import TensorGroup, split_loss
 from raylm.parallel.plan.footprint import KINDS, Footprint, Passage, Work, chain, measure, whole
 from raylm.parallel.plan.layout import BUCKET_ELEMENTS, Layout
-from raylm.tasks.chunked import MOST_ELEMENTS, head_loss
+from raylm.tasks.chunked import head_loss, most_elements
 from raylm.tasks.objective import Batch, Objective, ObjectiveModule
 
 FP32 = 4
@@ -34,8 +34,8 @@ GATHERED_LIMIT, BUCKET_LIMIT = 1_000_000_000, 500_000_000
 WHOLE_ELEMENTS = 100_000
 # What an allocator holds beyond what comes and goes, as a share of it; tests/benchmarks/plan_memory.py measures it.
 ALLOCATOR_SHARE = 0.05
-# The logits of some tokens with their softmax and the gradient.
-CHUNK_BYTES = 3 * FP32 * MOST_ELEMENTS
+# A loss in chunks holds the logits of some tokens with their softmax and the gradient.
+CHUNK_COPIES = 3
 MOMENTS = {"adamw": 2, "muon": 2, "sgd": 1}
 
 
@@ -127,7 +127,7 @@ class ModelMemory:
 
     def __init__(self, config: PretrainedConfig, objective: Objective, sequence_length: int, *, bf16: bool) -> None:
         self._config, self._objective, self._length, self._bf16 = config, objective, sequence_length, bf16
-        self._segments: dict[tuple[int, bool, bool], _Segments] = {}
+        self._segments: dict[tuple[int, bool, int | None], _Segments] = {}
         self._whole: dict[bool, StageMemory] = {}
 
     def stages(self, layout: Layout) -> list[StageMemory]:
@@ -138,13 +138,14 @@ class ModelMemory:
                 self._whole[checkpointing] = self._measure_whole(checkpointing)
             stages = [self._whole[checkpointing]]
         else:
-            key = (layout.tensor, checkpointing, self._chunked(layout))
+            key = (layout.tensor, checkpointing, most_elements(layout.use_gpu) if self._chunked(layout) else None)
             if key not in self._segments:
                 self._segments[key] = self._measure_segments(*key)
             stages = self._segments[key].stages(layout)
         stages = [replace(stage, footprint=stage.footprint.times(count)) for stage in stages]
         if self._chunked(layout):
-            stages = [replace(stage, footprint=stage.footprint.with_logits(CHUNK_BYTES)) for stage in stages]
+            most = CHUNK_COPIES * FP32 * most_elements(layout.use_gpu)
+            stages = [replace(stage, footprint=stage.footprint.with_logits(most)) for stage in stages]
         # Measured with one sequence; what does not grow with their number (a mask, positions) is small.
         return [
             replace(
@@ -181,8 +182,12 @@ class ModelMemory:
                 footprint, work = whole(passage), passage.work
         return StageMemory(sum(sizes), max(sizes), footprint, 1, 0, 0, 0, work, sharded=_sharded(sizes))
 
-    def _measure_segments(self, tensor: int, checkpointing: bool, chunked: bool) -> _Segments:
-        """The parts of the first of ``tensor`` ranks, each different one passed once."""
+    def _measure_segments(self, tensor: int, checkpointing: bool, most: int | None) -> _Segments:
+        """The parts of the first of ``tensor`` ranks, each different one passed once.
+
+        Args:
+            most: elements of the logits at a time, of a loss in chunks.
+        """
         with FakeTensorMode():
             model, batch = self._build(checkpointing)
             group, plan = _lone_group(tensor), find_outline(model.config.model_type)
@@ -193,24 +198,25 @@ class ModelMemory:
             values: Any = tuple(given[name] for name in plan.inputs)
 
             def loss(made: torch.Tensor) -> torch.Tensor:
-                if chunked:
-                    return head_loss(model.get_output_embeddings(), made.flatten(0, 1), batch["targets"].flatten())
+                if most:
+                    targets = batch["targets"].flatten()
+                    return head_loss(model.get_output_embeddings(), made.flatten(0, 1), targets, most=most)
                 return split_loss(self._objective, made, batch["targets"], group, vocab_size)
 
             # The head, the last step, is a part of a loss in chunks.
-            last = steps.after[:-1] if chunked else steps.after
+            last = steps.after[:-1] if most else steps.after
             parts = [steps.before, *([block] for block in steps.blocks), last]
             known: dict[str, tuple[_Segment, Any]] = {}
             segments, tied = [], 0
             for number, part in enumerate(parts):
                 stage = _Stage([StageLayer(step, model, plan, group) for step in part], loss if part is last else None)
-                if chunked and part is last:
+                if most and part is last:
                     stage.head = model.get_output_embeddings()
                 shapes = [(name, tuple(p.shape)) for name, p in stage.named_parameters()]
                 key = str((part is last, [s.forward for s in part], shapes, [(t.shape, t.dtype) for t in values]))
                 if key not in known:
                     group.added = group.sums = 0
-                    heads = _head_weights(model, None if chunked else stage) if part is last else []
+                    heads = _head_weights(model, None if most else stage) if part is last else []
                     passage, made = measure(stage, values, heads, _is_causal(model))
                     sizes = tuple(p.numel() for p in stage.parameters())
                     known[key] = _Segment(passage, sizes, group.added, group.sums), made
