@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,9 +87,13 @@ class ProgressBar:
         total: units of work in all; None where that is not known.
         unit: name of the unit, for the rate; ``bytes`` are shown as MB.
         start: units already done, when work resumes.
+        above: lines that stand above the bar on a terminal, as they are when it is drawn.
     """
 
-    def __init__(self, title: str, total: float | None, unit: str, start: float = 0) -> None:
+    def __init__(
+        self, title: str, total: float | None, unit: str, start: float = 0, above: Callable[[], str] | None = None
+    ) -> None:
+        self._above = above
         self.title, self.total, self.done = title, total, start
         self.unit, self._scale = ("MB", 1e-6) if unit == "bytes" else (unit, 1.0)
         self._first = start
@@ -105,8 +109,17 @@ class ProgressBar:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.text import Text
 
-            self._bar = Progress(
+            above = self._above
+
+            class Shown(Progress):
+                def get_renderables(self) -> Iterator[Any]:
+                    if above is not None and (lines := above()):
+                        yield Text(lines, no_wrap=True, overflow="ellipsis")
+                    yield self.make_tasks_table(self.tasks)
+
+            self._bar = Shown(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
                 TextColumn("{task.fields[count]}", markup=False),

@@ -176,17 +176,34 @@ class TuneConfig(FinetuneConfig):
         if self.compression is None:
             if self.training is None:
                 raise ValueError("training: missing; tune searches training, or with a section compression that")
-            if tuning.searcher in ("tpe", "nsga2"):
-                raise ValueError(f"tuning.searcher: found {tuning.searcher}, allowed without compression: random, grid")
-            if tuning.metric != "validation_loss":
-                raise ValueError(f"tuning.metric: found {tuning.metric}, allowed without compression: validation_loss")
-        elif tuning.metric == "validation_loss":
-            tuning.metric = list(OBJECTIVES)
+            if tuning.searcher == "nsga2":
+                raise ValueError("tuning.searcher: found nsga2, allowed without compression: random, grid, tpe")
+            if not isinstance(tuning.metric, str) or not tuning.metric.startswith("validation_"):
+                raise ValueError(
+                    f"tuning.metric: found {tuning.metric}, allowed without compression: validation_loss, or another "
+                    "figure of validation"
+                )
+        else:
+            self._of_compression()
         for key in tuning.space:
             section = key.partition(".")[0]
-            if section != "objective" and getattr(self, section) is None:
+            if section in ("training", "compression") and getattr(self, section) is None:
                 raise ValueError(f"tuning.space: found '{key}', allowed with a section {section} only")
         return self
+
+    def _of_compression(self) -> None:
+        """Complete and check what a search over ways to compress is told."""
+        tuning = self.tuning
+        if tuning.metric == "validation_loss":
+            tuning.metric = list(OBJECTIVES)
+        if isinstance(tuning.metric, str):
+            raise ValueError(
+                f"tuning.metric: found {tuning.metric}, allowed with compression: a list of {', '.join(OBJECTIVES)}"
+            )
+        if tuning.direction == "max":
+            raise ValueError("tuning.direction: found max, allowed with compression: auto, min")
+        if tuning.budget.tokens is not None:
+            raise ValueError("tuning.budget.tokens: allowed without compression, of which only some trials train")
 
 
 class EvaluateConfig(Section):

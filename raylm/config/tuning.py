@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raylm.config.base import Count, CountOrAuto, Section
+from raylm.config.base import Count, CountOrAuto, PathText, Section, Total
+from raylm.config.distributions import Distribution, Point, count_points, in_order, is_active
+
+__all__ = ["Distribution", "TuningSection"]
 
 Objective = Literal["quality", "megabytes", "p50_milliseconds"]
 OBJECTIVES: tuple[Objective, ...] = ("quality", "megabytes", "p50_milliseconds")
 # A search keeps every candidate, and its layout is planned before it starts.
 MOST_TRIALS = 10_000
+# Sections, and keys of others, that a trial may have in its own way.
+MAY_VARY = ("training", "objective", "adapter", "freezing", "parallel", "distillation", "rounding", "model.path")
+# Of these the keys that may not, with the reason.
+MAY_NOT_VARY = {
+    "training.evaluation_batches": "trials would be compared on different texts",
+    "objective.type": "losses of different tasks cannot be compared",
+    "objective.source_prefix": "the data are prepared with it, once for all trials",
+    "objective.target_length": "the data are prepared with it, once for all trials",
+    "objective.scheme": "the data are prepared with it, once for all trials",
+    "objective.overlap": "the data are prepared with it, once for all trials",
+    "distillation.teacher": "the losses of different teachers cannot be compared",
+    "distillation.top_k": "what the teacher says is kept with the data, once for all trials",
+}
+REASONS = {
+    "run": "it names the search itself",
+    "data": "the data are prepared once for all trials",
+    "tokenizer": "the data are prepared once for all trials",
+    "resources": "trials take equal shares of the cluster",
+    "checkpoint": "it does not change what is trained",
+    "evaluation": "figures could not be compared",
+    "model": "trials go on from the model at model.path",
+    "tuning": "it is about the search itself",
+}
 
 
-class Distribution(Section):
-    """One dimension of a search space; exactly one key is given."""
+def vary_refusal(key: str) -> str:
+    """Why trials cannot differ in the ``key``, in words for a message; empty where they can."""
+    section = key.partition(".")[0]
+    for place, reason in MAY_NOT_VARY.items():
+        if key == place:
+            return f"found '{key}', allowed: keys that trials can differ in; {reason}"
+    if key.startswith("compression.steps.") or any(key == place or key.startswith(f"{place}.") for place in MAY_VARY):
+        return ""
+    reason = f"; {REASONS[section]}" if section in REASONS else ""
+    return f"found '{key}', allowed: keys of {', '.join(MAY_VARY)} and compression.steps{reason}"
 
-    choice: list[Any] | None = Field(default=None, min_length=1)
-    """Values to draw from."""
-    grid: list[Any] | None = Field(default=None, min_length=1)
-    """Values that are all tried."""
-    uniform: list[float] | None = Field(default=None, min_length=2, max_length=2)
-    """Bounds of a uniform distribution."""
-    log_uniform: list[float] | None = Field(default=None, min_length=2, max_length=2)
-    """Bounds of a distribution that is uniform in the logarithm."""
-    integer: list[int] | None = Field(default=None, min_length=2, max_length=2)
-    """Smallest and largest integer."""
 
-    @model_validator(mode="after")
-    def _one(self) -> Distribution:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}; found: {given or 'none'}")
-        for name in ("uniform", "log_uniform", "integer"):
-            bounds = getattr(self, name)
-            if bounds and bounds[0] >= bounds[1]:
-                raise ValueError(f"{name}: found {bounds}, allowed: [low, high] with low < high")
-        if self.log_uniform and self.log_uniform[0] <= 0:
-            raise ValueError(f"log_uniform: found {self.log_uniform}, allowed: bounds above 0")
-        return self
+class BudgetSection(Section):
+    """``tuning.budget``: when no further trial begins; those that have begun come to their end."""
+
+    trials: Annotated[int | None, Field(ge=1, le=MOST_TRIALS)] = None
+    """Trials, whatever the space and ``tuning.trials`` ask for."""
+    minutes: float | None = Field(default=None, gt=0, le=1e6)
+    """Minutes of searching, all starts of the command together."""
+    tokens: Total | None = None
+    """Tokens that all trials together have trained on."""
 
 
 class TuningSection(Section):
@@ -50,48 +70,80 @@ class TuningSection(Section):
     """Dotted key, for example training.learning_rate, to a distribution."""
     trials: int = Field(default=8, ge=1, le=MOST_TRIALS)
     """Draws from the space; with a grid, draws for each of its points."""
+    start: list[dict[str, Any]] = Field(default=[], max_length=MOST_TRIALS)
+    """Points that are tried first; keys of the space that a point leaves out are drawn."""
+    start_from: PathText | None = None
+    """Run directory of an earlier search: its best point is tried after those of ``start``, and tpe learns from all of
+    its trials whose keys and values are of this space."""
     searcher: Literal["random", "grid", "tpe", "nsga2"] = "random"
-    """random draws from the space; grid tries every combination of its values once, whatever ``trials`` says. Where the
-    file has a section compression also Optuna's tpe (Ozaki et al. 2020) and nsga2 (Deb et al. 2002)."""
-    metric: Literal["validation_loss"] | list[Objective] = Field(default="validation_loss", min_length=1)
-    """Metric to minimise. Where the file has a section compression one or more of quality (bits per byte, or the task's
-    own figure), megabytes (weights on disk) and p50_milliseconds (of a token of one answer, or of one text); by default
-    all three."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """asha stops trials early that are worse than others at the same step (Li et al. 2020, arXiv:1810.05934)."""
+    """random draws from the space; grid tries every combination of its values once, whatever ``trials`` says; tpe draws
+    near what was good so far (Optuna's; Bergstra et al. 2011, Ozaki et al. 2020). Where the file has a section
+    compression also Optuna's nsga2 (Deb et al. 2002)."""
+    metric: str | list[Objective] = Field(default="validation_loss", min_length=1)
+    """What the best trial is best in: validation_loss, or another figure of validation that the task has, such as
+    validation_accuracy. Where the file has a section compression one or more of quality (bits per byte, or the task's
+    own figure), megabytes (weights on disk) and p50_milliseconds (of a token of one answer, or of one text), all of
+    them minimised; by default all three."""
+    direction: Literal["auto", "min", "max"] = "auto"
+    """Whether a smaller or a larger ``metric`` is better; auto: a smaller loss, and a larger one of any other."""
+    scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
+    """Stops trials early. asha: those that are worse than others at the same step (Li et al. 2020, arXiv:1810.05934).
+    hyperband: the same, but some trials are left alone for longer (its brackets, Li et al. 2018, arXiv:1603.06560).
+    median: those whose best is worse than the median of the others' means (Golovin et al. 2017)."""
     grace_evaluations: Count = 1
-    """Evaluations of a trial before asha may stop it."""
+    """Evaluations of a trial before it may be stopped."""
     reduction_factor: int = Field(default=2, ge=2, le=1000)
-    """asha keeps one in this many trials at each rung."""
+    """asha and hyperband keep one in this many trials at each rung."""
     max_concurrent: CountOrAuto = "auto"
     """Trials at a time; auto is as many as the cluster holds. More are refused."""
+    budget: BudgetSection = BudgetSection()
+    """When no further trial begins; by default once all of them have."""
 
     @field_validator("space")
     @classmethod
-    def _inside_training(cls, value: dict[str, Distribution]) -> dict[str, Distribution]:
+    def _may_vary(cls, value: dict[str, Distribution]) -> dict[str, Distribution]:
         for key in value:
-            if not key.startswith(("training.", "objective.", "compression.steps.")):
-                raise ValueError(f"space: found '{key}', allowed: keys of training, objective and compression.steps")
+            if refusal := vary_refusal(key):
+                raise ValueError(refusal)
+        for key in value:
+            if below := next((other for other in value if other.startswith(f"{key}.")), None):
+                raise ValueError(f"found '{key}' and '{below}', which is a part of it, allowed: one of them")
         return value
 
-    @property
-    def _points(self) -> int:
-        """Points of the grid: combinations of the values that are all tried."""
-        every = self.searcher == "grid"
-        sizes = [len(d.grid) for d in self.space.values() if d.grid]
-        sizes += [len(d.choice) for d in self.space.values() if d.choice and every]
-        sizes += [d.integer[1] - d.integer[0] + 1 for d in self.space.values() if d.integer and every]
-        return math.prod(sizes)
-
     @model_validator(mode="after")
-    def _countable(self) -> TuningSection:
-        once = self.searcher == "grid" or all(distribution.grid for distribution in self.space.values())
-        trials = self._points * (1 if once else self.trials)
+    def _searchable(self) -> TuningSection:
+        in_order(self.space)
+        every = self.searcher == "grid"
+        endless = [key for key, d in self.space.items() if d.listed is None]
+        if every and endless:
+            raise ValueError(
+                f"searcher: found grid with a range of {', '.join(endless)}, allowed with grid: choice, grid, integer, "
+                "and a range with a step"
+            )
+        gridded = [key for key, d in self.space.items() if d.grid is not None]
+        if self.searcher in ("tpe", "nsga2") and gridded:
+            raise ValueError(
+                f"searcher: found {self.searcher} with a grid of {', '.join(gridded)}, allowed with it: choice, "
+                "uniform, log_uniform, integer"
+            )
+        once = every or len(gridded) == len(self.space)
+        trials = count_points(self.space, MOST_TRIALS, every=every) * (1 if once else self.trials)
         if trials > MOST_TRIALS:
             raise ValueError(f"space: found a grid of {trials} trials, allowed: at most {MOST_TRIALS}")
-        endless = [key for key, d in self.space.items() if d.uniform is not None or d.log_uniform is not None]
-        if self.searcher == "grid" and endless:
-            raise ValueError(
-                f"searcher: found grid with a range of {', '.join(endless)}, allowed with grid: choice, grid, integer"
-            )
+        for number, point in enumerate(self.start):
+            if refusal := self.point_refusal(point):
+                raise ValueError(f"start.{number}{refusal}")
         return self
+
+    def point_refusal(self, point: Point) -> str:
+        """Why a point is none of the space, in words that begin behind its place; empty where it is one."""
+        for key, value in point.items():
+            if key not in self.space:
+                return f": found '{key}', allowed: keys of tuning.space ({', '.join(self.space)})"
+            if not self.space[key].has(value):
+                return f".{key}: found {value!r}, allowed: a value of {self.space[key].described()}"
+        for key in point:
+            known = {name for name in self.space[key].when or () if name in point}
+            if len(known) == len(self.space[key].when or ()) and not is_active(self.space[key], point):
+                return f".{key}: found beside other values than its 'when' asks for, allowed: leave it out"
+        return ""

@@ -6,9 +6,10 @@ import html
 from typing import Any
 
 from raylm.compression.table import chain, notes, rows
-from raylm.pages import folded, number, size, table
+from raylm.pages import folded, size, table
+from raylm.reports import searches
 from raylm.reports.confusion import confusion
-from raylm.reports.runs import Run, scalar
+from raylm.reports.runs import Run
 from raylm.reports.trade_offs import forms, search
 from raylm.tasks.measures import measured, shown
 from raylm.training.reports.summary import clock, facts, interval_seconds, peak_memory, utilisation, validation_losses
@@ -82,12 +83,13 @@ def _tune_headline(report: dict[str, Any]) -> dict[str, str]:
         found = {f"{name} (original {original[name]:.4g})": f"{best[name]:.4g}" for name in names}
         counts = {"trial taken": best["trial"], "trials": len(trials), "on the front": len(report["front"])}
         return found | {name: str(count) for name, count in counts.items()}
-    found = {"best validation loss, nats a target": f"{best['validation_loss']:.4f}", "best trial": str(best["trial"])}
-    keys = [key for key in best if key not in ("trial", "step", "validation_loss", "status")]
-    found |= {f"best {key}": _value(best[key]) for key in keys}
-    finished = sum(row["status"] == "finished" for row in trials)
-    at_a_time = report["concurrent_trials"]
-    return found | {"trials": str(len(trials)), "finished": str(finished), "trials at a time": str(at_a_time)}
+    metric = searches.metric_of(report)
+    name = "validation loss, nats a target" if metric == "validation_loss" else metric.replace("_", " ")
+    found = {f"best {name}": f"{best[metric]:.4f}", "best trial": str(best["trial"])}
+    found |= {f"best {key}": searches.value_text(best[key]) for key in searches.keys_of(report) if key in best}
+    ends = [row["status"] for row in trials]
+    counts = {end: str(ends.count(end)) for end in ("finished", "stopped", "failed") if end in ends}
+    return found | {"trials": str(len(trials)), **counts, "trials at a time": str(report["concurrent_trials"])}
 
 
 def _evaluate_headline(report: dict[str, Any]) -> dict[str, str]:
@@ -150,7 +152,7 @@ def sections(run: Run) -> dict[str, str]:
     if run.report is None:
         return found
     if run.stage == "tune":
-        found = {"Trials": search(run.report, run.beside) if "front" in run.report else _trials(run.report)} | found
+        found = (_searched(run) if "front" not in run.report else {"Trials": search(run.report, run.beside)}) | found
     elif run.stage == "compress":
         found = {
             "Before and after": _comparison(run.report),
@@ -163,6 +165,15 @@ def sections(run: Run) -> dict[str, str]:
             "Answerable and unanswerable": _sides(run.report),
         } | found
     return found
+
+
+def _searched(run: Run) -> dict[str, str]:
+    assert run.report is not None
+    return {
+        "Trials": searches.trials(run.report),
+        "All keys": searches.parallel_coordinates(run.report),
+        "What matters": searches.importance_section(run.report),
+    }
 
 
 def definitions(values: dict[str, str]) -> str:
@@ -193,23 +204,6 @@ def _memory(lines: list[dict[str, Any]]) -> str:
         return ""
     shown = table(listed)
     return shown if len(listed) <= MOST_ROWS // 4 else folded(f"{len(listed)} ranks", shown)
-
-
-def _trials(report: dict[str, Any]) -> str:
-    from raylm.tuning.stage import best_first
-
-    listed = []
-    for row in best_first(report["trials"]):
-        keys = [key for key in row if key not in ("trial", "step", "validation_loss", "status")]
-        listed.append(
-            {"trial": row["trial"], **{key: _value(row[key]) for key in keys}, "steps": _or_dash(row["step"]),
-             "validation loss": _or_dash(row["validation_loss"]), "status": row["status"]}
-        )  # fmt: skip
-    note = (
-        "Best first. A trial that was stopped early was behind the others at the same step; its loss is the last that "
-        "it reached."
-    )
-    return f"{table(listed)}<p class=dim>{note}</p>"
 
 
 def _comparison(report: dict[str, Any]) -> str:
@@ -243,11 +237,3 @@ def _sides(report: dict[str, Any]) -> str:
             count = f"{report[f'{side}_questions']:,} {side}"
             listed.append({"questions": count, "exact match, %": exact, "F1, %": f1})
     return table(listed) if listed else ""
-
-
-def _value(value: Any) -> str:
-    return number(float(f"{value:.4g}")) if isinstance(value, float) else scalar(value)
-
-
-def _or_dash(value: Any) -> str:
-    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"

@@ -43,16 +43,30 @@ def validate(config: TrainConfig) -> Checked:
     Raises:
         UserError: one line.
     """
-    from raylm.models.adapters import check_adapter
-    from raylm.models.families.build import check_head
-    from raylm.models.loading import load_config, load_parts
+    from raylm.training.reports.trackers import check_trackers
+
+    check_trackers(config.run.trackers)
+    loaded, objective = _open_model(config)
+    data = check_data(config, objective, loaded)
+    return Checked(_check_trained(config, loaded, objective), data)
+
+
+def check_trained(config: TrainConfig) -> TrainedModel:
+    """The part of :func:`validate` that is about the model and how it is trained; reads no data.
+
+    Raises:
+        UserError: one line.
+    """
+    return _check_trained(config, *_open_model(config))
+
+
+def _open_model(config: TrainConfig) -> tuple[PretrainedConfig | None, Objective]:
+    """The configuration of the model to go on from, if any, and the objective."""
+    from raylm.models.loading import load_config
     from raylm.parallel.engines.compilation import check_compilation
-    from raylm.parallel.plan.planning import check_model
     from raylm.tasks import make_objective
     from raylm.training.counting import refuse_counted
     from raylm.training.loop.best import check_metrics
-    from raylm.training.reports.trackers import check_trackers
-    from raylm.training.teacher import check_kept, check_teacher, check_tokenizers
 
     if config.training.compile:
         check_compilation(config.parallel.zero_stage)
@@ -61,8 +75,16 @@ def validate(config: TrainConfig) -> Checked:
         refuse_counted(loaded.model_type, "model.path", str(config.model.path), "cannot be trained further")
     objective = make_objective(config.objective, loaded.model_type if loaded else config.model.family)
     check_metrics(config.training, objective)
-    check_trackers(config.run.trackers)
-    data = check_data(config, objective, loaded)
+    return loaded, objective
+
+
+def _check_trained(config: TrainConfig, loaded: PretrainedConfig | None, objective: Objective) -> TrainedModel:
+    from raylm.models.adapters import check_adapter
+    from raylm.models.families.build import check_head
+    from raylm.models.loading import load_parts
+    from raylm.parallel.plan.planning import check_model
+    from raylm.training.teacher import check_kept, check_teacher, check_tokenizers
+
     if config.model.path is not None:
         check_head(loaded, objective.head, config.model.path)
         _, tokenizer = load_parts(config.model.path)
@@ -80,7 +102,7 @@ def validate(config: TrainConfig) -> Checked:
     model = check_model(config, loaded)
     if config.distillation is not None and loaded is None:
         check_teacher(config.distillation, model.config, objective.head)
-    return Checked(model, data)
+    return model
 
 
 def check_freezing(config: TrainConfig, loaded: PretrainedConfig | None, objective: Objective) -> None:

@@ -2,25 +2,32 @@
 
 A trial is a real training run in its own directory, ``<run>/trials/<trial>/``. With one worker it trains inside the
 trial's own process; with several it starts a nested Ray Train run and reserves nothing itself, and as many trials run
-at a time as the cluster holds whole worker groups, so that trials never wait for each other's resources.
+at a time as the cluster holds whole worker groups, so that trials never wait for each other's resources. A trial that
+raises, or whose loss is no number, reports why, and its process takes the next one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import threading
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raylm.config.distributions import Point
 from raylm.config.loading import set_key, validate
 from raylm.config.run_directory import read_object, write_atomically
 from raylm.config.stages import FinetuneConfig, TuneConfig
-from raylm.errors import UserError, first_line
-from raylm.training.checkpoints.mirror import Mirror
+from raylm.errors import RunFailure, UserError, first_line
+from raylm.training.checkpoints.mirror import METRICS, Mirror
 from raylm.training.checkpoints.storage import Storage
 from raylm.training.loop.worker import TrainingJob, Worker, join_single_process_group
+from raylm.training.reports.metrics import read_metrics
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -32,9 +39,16 @@ if TYPE_CHECKING:
 UNWIND_SECONDS = 15.0
 # A sliver of the head node's own marker resource: places the trial without taking a CPU from its workers.
 HEAD_NODE_SHARE = {"node:__internal_head__": 0.001}
+# In a result: why the trial failed, and that it came to its end.
+FAILURE, FINISHED = "failure", "finished"
+# Of a trial: what it is and how it stands, and the whole of what it failed with.
+TRIAL, FAILURE_LOG = "trial.json", "failure.log"
+# What a layout follows from, beside the cluster.
+PLANNED = {"model", "objective", "parallel", "distillation", "rounding", "adapter", "freezing"}
+PLANNED_TRAINING = {"batch_size", "sequence_length", "optimizer", "precision", "compile"}
 
 
-def trial_config(config: TuneConfig, candidate: dict[str, Any], origin: str = "tuning.space") -> FinetuneConfig:
+def trial_config(config: TuneConfig, candidate: Point, origin: str = "tuning.space") -> FinetuneConfig:
     """The fine-tuning configuration with the ``candidate``'s dotted keys set.
 
     Raises:
@@ -85,9 +99,9 @@ class Planner:
     config: TuneConfig
     capacity: Capacity
     folder: Path = dataclasses.field(default_factory=Path.cwd)
-    layouts: dict[tuple, Layout] = dataclasses.field(default_factory=dict)
+    layouts: dict[str, Layout] = dataclasses.field(default_factory=dict)
 
-    def resolve(self, candidate: dict[str, Any]) -> tuple[FinetuneConfig, bool]:
+    def resolve(self, candidate: Point) -> tuple[FinetuneConfig, bool]:
         """The configuration that the trial trains with, and whether on GPUs.
 
         Raises:
@@ -99,20 +113,36 @@ class Planner:
         resources, cut = self.config.resources, self.config.parallel.model_parallel
         single = resources.model_copy(update={"workers": cut if resources.workers == "auto" else resources.workers})
         one = trial_config(self.config, candidate).model_copy(update={"resources": single})
-        section = one.training
-        key = (section.batch_size, section.sequence_length, section.optimizer, section.precision)
+        key = one.model_dump_json(include={**dict.fromkeys(PLANNED, True), "training": PLANNED_TRAINING})
         if key not in self.layouts:
             self.layouts[key] = plan_training(one, self.capacity).layout
         return apply_layout(one, self.layouts[key]), self.layouts[key].use_gpu
 
+    def resolve_alike(self, points: Sequence[Point]) -> tuple[FinetuneConfig, bool]:
+        """What :meth:`resolve` gives for the first of the ``points``, after all were tried out.
+
+        Raises:
+            UserError: one is not allowed, or trials would have different numbers of workers.
+        """
+        (first, use_gpu), *others = [self.resolve(point) for point in points]
+        for point, (other, _) in zip(points[1:], others, strict=True):
+            if other.resources.workers != first.resources.workers:
+                keys = ", ".join(key for key in point if key.startswith("parallel."))
+                raise UserError(
+                    f"resources.workers: found auto with tuning.space over {keys}, by which trials would have "
+                    f"{first.resources.workers} or {other.resources.workers} workers, allowed: a number"
+                )
+        return first, use_gpu
+
 
 def trial_name(trial: Trial) -> str:
-    """Name of a trial and of its directory: Ray Tune's own count, which a resumed search goes on with."""
-    return trial_directory(Path(), int(trial.experiment_tag.split("_")[0])).name
+    """Name of a trial and of its directory: Ray Tune's own count, from 1, which a resumed search goes on with."""
+    return trial_directory(Path(), int(trial.experiment_tag.split("_")[0]) - 1).name
 
 
 class EndsFirst:
-    """Added to Ray Tune's trainable: a trial that is stopped gives back its workers before its process ends.
+    """Added to Ray Tune's trainable: a trial that is stopped gives back its workers before its process ends, or takes
+    the next trial.
 
     Ray Tune ends the function of a stopped trial where it reports, and its process without waiting for the function:
     what the function still has to do, such as removing the workers' placement group, would be lost.
@@ -125,14 +155,19 @@ class EndsFirst:
         finally:
             _ended.wait(UNWIND_SECONDS)
 
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Let the function end as well; Ray Tune would give up on the next trial after two seconds."""
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(int(UNWIND_SECONDS))
+        return super().reset_config(new_config)
 
-# Of the one trial that a process runs.
+
+# Of the one trial that a process runs at a time.
 _ended = threading.Event()
 _ended.set()
 
 
-def run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -> None:
-    """One trial, called by Ray Tune with what it drew."""
+def run_trial(candidate: Point, base: TrainingJob, planner: Planner) -> None:
+    """One trial, called by Ray Tune with what was drawn."""
     _ended.clear()
     try:
         _run_trial(candidate, base, planner)
@@ -140,24 +175,58 @@ def run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) ->
         _ended.set()
 
 
-def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -> None:
+def _run_trial(candidate: Point, base: TrainingJob, planner: Planner) -> None:
     from ray import tune
 
+    go_back(planner.folder)
+    directory = base.directory / "trials" / tune.get_context().get_trial_name()
+    begin(directory, candidate)
+    ended = "stopped"
+    try:
+        final = _train(candidate, base, planner, directory)
+        ended = "failed" if FAILURE in final else "finished"
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other trials go on
+        (directory / FAILURE_LOG).write_text(traceback.format_exc(), encoding="utf-8")
+        final, ended = {FAILURE: first_line(error)}, "failed"
+    finally:
+        note(directory, candidate, ended)
+    if FAILURE in final:
+        lines = read_metrics(directory / METRICS)
+        final = {FAILURE: final[FAILURE], "step": lines[-1]["step"] if lines else 0}
+    tune.report(final)
+
+
+def begin(directory: Path, candidate: Point) -> None:
+    """Make the trial's ``directory``. One that an interrupted search left for another candidate is emptied."""
+    found = read_object(directory / TRIAL) or {}
+    if found.get("candidate") != json.loads(json.dumps(candidate)):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    note(directory, candidate, "running")
+
+
+def note(directory: Path, candidate: Point, status: str) -> None:
+    """Write down how the trial stands: running, finished, stopped or failed."""
+    write_atomically(directory / TRIAL, json.dumps({"candidate": candidate, "status": status}) + "\n")
+
+
+def _train(candidate: Point, base: TrainingJob, planner: Planner, directory: Path) -> dict[str, Any]:
+    """Train to the end, or find that the trial has come to it; the last figures, those of the exported weights."""
+    from raylm.data.loading import resolve_model
     from raylm.parallel.engines.environment import prepare_deepspeed
 
-    go_back(planner.folder)
-    inside = base.config.resources.workers == 1
+    inside, metric = base.config.resources.workers == 1, str(planner.config.tuning.metric)
     if inside:
         prepare_deepspeed(base.use_gpu)
-    directory = base.directory / "trials" / tune.get_context().get_trial_name()
-    directory.mkdir(parents=True, exist_ok=True)
     resolved, _ = planner.resolve(candidate)
-    job = dataclasses.replace(base, config=resolved, directory=directory, storage=str(directory), progress=None)
+    source = base.model_source if "model.path" not in candidate else resolve_model(resolved.model.path)
+    job = dataclasses.replace(
+        base, config=resolved, directory=directory, storage=str(directory), model_source=source, progress=None
+    )
     # Ray Tune writes down what has finished some time later: after an interrupt it may ask for a finished trial again.
     outcome = Outcome(directory, resolved)
     if (final := outcome.read()) is not None:
-        tune.report(final)
-        return
+        return final
     # A trial of a search that was overtaken may not take its directory back.
     Mirror(Storage(base.storage), base.directory).check_owner(base.attempt)
     Mirror(Storage(job.storage), directory).own(base.attempt)
@@ -165,13 +234,44 @@ def _run_trial(candidate: dict[str, Any], base: TrainingJob, planner: Planner) -
         join_single_process_group()
         from raylm.training.loop.training_loop import TrainingLoop
 
-        final = TrainingLoop(job, Worker(0, 1, _report)).run()
+        final = TrainingLoop(job, Worker(0, 1, reporter(metric))).run()
     else:
         from raylm.training.ray_train.launch import launch
 
-        final = launch(job, _report)
-    outcome.write(final)
-    tune.report(final)
+        final = launch(job, reporter(metric))
+    if FAILURE not in final:
+        final |= exported_figures(read_metrics(directory / METRICS), final["exported_step"], metric)
+        outcome.write(final)
+    return final
+
+
+def exported_figures(lines: list[dict[str, Any]], step: int, metric: str) -> dict[str, float]:
+    """What validation gave for the weights that were exported, of those lines of metrics.jsonl.
+
+    Raises:
+        RunFailure: a figure is no finite number.
+    """
+    found = next(line for line in reversed(lines) if line["step"] == step and "validation_loss" in line)
+    return _finite(found, metric)
+
+
+def reporter(metric: str) -> Callable[[dict[str, Any]], None]:
+    """What hands the figures of an evaluation on to Ray Tune, which may end the trial there."""
+
+    def report(metrics: dict[str, Any]) -> None:
+        from ray import tune
+
+        tune.report({"step": metrics["step"], "tokens": metrics["tokens"], **_finite(metrics, metric)})
+
+    return report
+
+
+def _finite(metrics: dict[str, Any], metric: str) -> dict[str, float]:
+    names = dict.fromkeys(("validation_loss", metric))
+    for name in names:
+        if not math.isfinite(metrics[name]):
+            raise RunFailure(f"step {metrics['step']}: {name} is {metrics[name]}, no finite number")
+    return {name: metrics[name] for name in names}
 
 
 def go_back(folder: Path) -> None:
@@ -192,12 +292,6 @@ def reason(error: BaseException) -> str:
 run_trial.__mixins__ = (EndsFirst,)
 
 
-def _report(metrics: dict[str, Any]) -> None:
-    from ray import tune
-
-    tune.report({key: metrics[key] for key in ("step", "loss", "validation_loss", "tokens")})
-
-
 class Outcome:
     """The final metrics of a trial that came to its end with ``config``, in ``<trial>/outcome.json``."""
 
@@ -214,7 +308,7 @@ class Outcome:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Note that the trial ended with ``metrics``, unless it ended by a ``failure``."""
-        if "failure" not in metrics:
+        if FAILURE not in metrics:
             write_atomically(self._path, json.dumps({"config": self._config, "metrics": metrics}) + "\n")
 
 

@@ -1,67 +1,144 @@
-"""Search spaces as Ray Tune knows them, and the search algorithms of Ray Tune that draw from them."""
+"""Points of a search space: drawn at random, listed as a grid, begun with, or taken from an earlier search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm.config.tuning import Distribution, TuningSection
+from raylm.config.distributions import Distribution, Point, grid_points, in_order, is_active, same
+from raylm.config.run_directory import read_object
+from raylm.config.tuning import TuningSection
+from raylm.errors import UserError
+from raylm.tasks.measures import measure_of
 
 if TYPE_CHECKING:
-    from ray.tune.search import SearchAlgorithm
+    import numpy as np
 
 
-def param_space(tuning: TuningSection) -> dict[str, Any]:
-    """``tuning.space`` in Ray Tune's distributions."""
-    return {key: _domain(distribution, tuning.searcher == "grid") for key, distribution in tuning.space.items()}
+@dataclass(frozen=True)
+class Known:
+    """A trial of an earlier search.
+
+    Attributes:
+        values: of what the search is about, in the order of its metrics.
+        step: at which it was stopped early; None of one that came to its end.
+    """
+
+    point: Point
+    values: list[float]
+    step: int | None
 
 
-def _domain(distribution: Distribution, every: bool) -> Any:
-    from ray import tune
-
-    if distribution.grid is not None:
-        return tune.grid_search(distribution.grid)
-    if distribution.choice is not None:
-        return tune.grid_search(distribution.choice) if every else tune.choice(distribution.choice)
-    if distribution.integer is not None:
-        low, high = distribution.integer
-        # Ray Tune's upper bound is outside.
-        return tune.grid_search(list(range(low, high + 1))) if every else tune.randint(low, high + 1)
-    if distribution.uniform is not None:
-        return tune.uniform(*distribution.uniform)
-    return tune.loguniform(*distribution.log_uniform)
+def is_minimised(tuning: TuningSection) -> bool:
+    """Whether a smaller ``tuning.metric`` is better."""
+    if tuning.direction != "auto":
+        return tuning.direction == "min"
+    measure = measure_of(str(tuning.metric))
+    return measure is None or measure.better == "smaller"
 
 
-def rounds(tuning: TuningSection) -> int:
-    """How often each point of the grid is tried, Ray Tune's ``num_samples``: once where nothing is drawn."""
-    if tuning.searcher == "grid" or all(distribution.grid is not None for distribution in tuning.space.values()):
-        return 1
-    return tuning.trials
+def drawn(distribution: Distribution, generator: np.random.Generator) -> Any:
+    """One value."""
+    if distribution.log_uniform is not None:
+        low, high = distribution.log_uniform
+        value = math.exp(generator.uniform(math.log(low), math.log(high)))
+        return distribution.snapped(min(high, max(low, value)))
+    if (values := distribution.listed) is not None:
+        return values[int(generator.integers(len(values)))]
+    assert distribution.uniform is not None
+    return float(generator.uniform(*distribution.uniform))
 
 
-def _variants(seed: int, at_a_time: int) -> SearchAlgorithm:
-    from ray.tune.search.basic_variant import BasicVariantGenerator
+def draw_candidates(tuning: TuningSection, seed: int, first: list[Point] | None = None) -> list[Point]:
+    """The points that the searchers random and grid try, in order; a pure function of ``seed`` and ``first``.
 
-    return BasicVariantGenerator(max_concurrent=at_a_time, random_state=seed)
-
-
-# By ``tuning.searcher``: the run's seed and the trials at a time -> Ray Tune's algorithm, which keeps to the latter
-# itself, as Ray Tune limits its own choice of algorithm only.
-SEARCHERS: dict[str, Callable[[int, int], SearchAlgorithm]] = {"random": _variants, "grid": _variants}
-
-
-def draw_candidates(tuning: TuningSection, seed: int) -> list[dict[str, Any]]:
-    """The candidates that Ray Tune will draw, in its order; a pure function of ``seed``.
-
-    For what is to be known before a trial starts: how many there are, and that each is allowed.
+    Args:
+        first: those that are tried first, in place of as many draws; by default those of ``tuning.start``.
     """
     import numpy as np
-    from ray.tune.search.variant_generator import generate_variants
 
-    # One generator for all rounds, as Ray Tune's algorithm has it.
-    generator, spec = np.random.default_rng(seed), {"config": param_space(tuning)}
-    return [
-        variant["config"]
-        for _ in range(rounds(tuning))
-        for _, variant in generate_variants(spec, random_state=generator)
-    ]
+    generator = np.random.default_rng(seed)
+    every = tuning.searcher == "grid"
+    once = every or all(distribution.grid is not None for distribution in tuning.space.values())
+    drawn_points = [point for _ in range(1 if once else tuning.trials) for point in _variants(tuning, every, generator)]
+    found = [completed(tuning, point, generator) for point in (tuning.start if first is None else first)]
+    if once:
+        found += [point for point in drawn_points if not any(_alike(point, other) for other in found)]
+    else:
+        found += drawn_points[: max(0, len(drawn_points) - len(found))]
+    return found[: tuning.budget.trials]
+
+
+def most_trials(tuning: TuningSection, first: int) -> int:
+    """How many trials a searcher that learns is to try.
+
+    Args:
+        first: points that are tried in any case.
+    """
+    return min(max(tuning.trials, first), tuning.budget.trials or tuning.trials + first)
+
+
+def completed(tuning: TuningSection, point: Point, generator: np.random.Generator) -> Point:
+    """The ``point`` with the keys that it leaves out drawn."""
+    found: Point = {}
+    for key in in_order(tuning.space):
+        if is_active(tuning.space[key], found):
+            found[key] = point[key] if key in point else drawn(tuning.space[key], generator)
+    return found
+
+
+def _variants(tuning: TuningSection, every: bool, generator: np.random.Generator) -> Iterator[Point]:
+    """A point for each combination of the values that are all tried, the rest drawn."""
+    for fixed in grid_points(tuning.space, every=every):
+        point: Point = {}
+        for key in in_order(tuning.space):
+            if is_active(tuning.space[key], point):
+                point[key] = fixed[key] if key in fixed else drawn(tuning.space[key], generator)
+        yield point
+
+
+def _alike(one: Point, other: Point) -> bool:
+    return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+
+
+def earlier_trials(tuning: TuningSection, metrics: list[str]) -> list[Known]:
+    """The trials of the search at ``tuning.start_from`` that are points of this space, with their figures.
+
+    Args:
+        metrics: keys of a trial's figures in the report.
+
+    Raises:
+        UserError: there is no report of a search, or no such trial in it.
+    """
+    if tuning.start_from is None:
+        return []
+    place = Path(tuning.start_from).expanduser()
+    report = read_object(place / "report.json") if place.is_dir() else None
+    if report is None or not isinstance(report.get("trials"), list):
+        raise UserError(
+            f"tuning.start_from: found {tuning.start_from}, allowed: the run directory of a search that is done"
+        )
+    found = []
+    for row in report["trials"]:
+        point = {key: row[key] for key in tuning.space if row.get(key) is not None}
+        values = [row.get(name) for name in metrics]
+        numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        if row.get("status") == "failed" or not numbers or not point or tuning.point_refusal(point):
+            continue
+        if completed_by_itself(tuning, point):
+            found.append(Known(point, values, row.get("step") if row.get("status") == "stopped" else None))
+    if not found:
+        raise UserError(
+            f"tuning.start_from: found {tuning.start_from}, none of whose trials is a point of tuning.space with "
+            f"{', '.join(metrics)}; allowed: a search over the same keys"
+        )
+    return found
+
+
+def completed_by_itself(tuning: TuningSection, point: Point) -> bool:
+    """Whether a ``point`` has all keys that it can have."""
+    keys = [key for key in in_order(tuning.space) if is_active(tuning.space[key], point)]
+    return set(keys) == set(point)

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from raylm.compression.search.front import keeps_to, pareto_front, pick
-from raylm.compression.search.stage import corners, tune
+from raylm.compression.search.stage import tune
 from raylm.config import load_config
 from raylm.config.compression import TargetSection
+from raylm.config.distributions import corners
 from raylm.config.loading import set_key
 from raylm.config.tuning import Distribution
 from raylm.errors import RunFailure, UserError
@@ -113,15 +114,6 @@ def test_refused_before_anything_is_made(tiny_model: Path, tmp_path: Path, secti
         tune(load_config("tune", path))
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "search").exists()
-
-
-def test_searchers_that_learn_need_something_to_compress(tiny_model: Path, tmp_path: Path) -> None:
-    path = write(tmp_path, tiny_model)
-    values = yaml.safe_load(path.read_text())
-    del values["compression"]
-    path.write_text(yaml.safe_dump(values | {"training": {"steps": 3}}))
-    with pytest.raises(UserError, match=r"tuning.searcher: found tpe, allowed without compression: random, grid"):
-        load_config("tune", path)
 
 
 @pytest.mark.slow

@@ -21,9 +21,10 @@ import yaml
 from raylm.config import load_config
 from raylm.config.tuning import Distribution, TuningSection
 from raylm.errors import UserError
+from raylm.tuning.ray_tune import whole_record
 from raylm.tuning.search import Outcome, concurrency, trial_config
 from raylm.tuning.space import draw_candidates
-from raylm.tuning.stage import tune, whole_record
+from raylm.tuning.stage import tune
 from tests.cpus import become_free, holders_of_cpus
 from tests.processes import start
 
@@ -196,7 +197,8 @@ def test_a_record_of_a_search_that_was_cut_off_is_not_whole(tmp_path: Path) -> N
     whole = {
         "experiment_state-2026-01-01_00-00-00.json": b"{",
         "experiment_state-2026-01-02_00-00-00.json": json.dumps({"trial_data": []}).encode(),
-        "basic-variant-state-2026-01-02_00-00-00.json": pickle.dumps({"_counter": 3}),
+        "searcher-state-2026-01-02_00-00-00.pkl": pickle.dumps({"numbers": {}}),
+        "search_gen_state-2026-01-02_00-00-00.json": pickle.dumps({"counter": 3}),
         "tuner.pkl": pickle.dumps({"a": 1}),
     }
     for name, content in whole.items():
@@ -215,7 +217,7 @@ def test_search_of_an_older_raylm_is_refused(tiny_model: Path, tmp_path: Path) -
     path = write_config(tmp_path, tiny_model)
     config = load_config("tune", path)
     saved = config.model_dump(mode="json")
-    del saved["tuning"]["searcher"]
+    del saved["tuning"]["budget"]
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "config.yaml").write_text(yaml.safe_dump({"stage": "tune", **saved}))
     with pytest.raises(UserError, match=r"begun by an older raylm.*choose another run\.name to search anew"):
@@ -272,7 +274,7 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen) -> None:
     ("override", "expected"),
     [
         ("tuning.space={training.learnin_rate: {grid: [1.0]}}", "training.learnin_rate: unknown key"),
-        ("tuning.space={run.name: {grid: [a]}}", "found 'run.name', allowed: keys of training, objective and"),
+        ("tuning.space={run.name: {grid: [a]}}", "found 'run.name', allowed: keys of training, objective, adapter"),
         ("tuning.space={training.learning_rate: {uniform: [2.0, 1.0]}}", "allowed: [low, high] with low < high"),
         ("tuning.space={training.learning_rate: {grid: [-1.0]}}", "training.learning_rate: found -1.0"),
         ("tuning={searcher: tpe, space: {training.steps: {grid: [1]}}}", "tuning.searcher"),

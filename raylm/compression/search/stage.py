@@ -6,8 +6,6 @@ report has all trials, the Pareto front of quality, size and speed, and the tria
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,25 +18,23 @@ from raylm.compression.search.front import pareto_front, pick
 from raylm.compression.search.trial import OUTCOME, objectives, run_trial, trial_configs
 from raylm.compression.stage import Work, check_target, open_source, put_in_place, sized
 from raylm.config.compression import TargetSection
+from raylm.config.distributions import corners
 from raylm.config.run_directory import RunDirectory, read_object
 from raylm.config.stages import TuneConfig
-from raylm.config.tuning import Distribution
 from raylm.data.prepare.inputs import check_run_unchanged, note_inputs, run_stamps
 from raylm.errors import RunFailure, UserError
 from raylm.interrupts import deferred, ended_at_once
 from raylm.models.heads import Head
 from raylm.progress import Activity
 from raylm.tuning.ending import ended_in_order
-from raylm.tuning.progress import SearchProgress
+from raylm.tuning.progress import Look, SearchProgress
+from raylm.tuning.ray_tune import STATE, quiet_ray_tune, resumed
+from raylm.tuning.results import aligned, cell
 from raylm.tuning.search import HEAD_NODE_SHARE, go_back, reason, trial_directory, trial_name
-from raylm.tuning.space import param_space, rounds
-from raylm.tuning.stage import aligned, cell, whole_record
+from raylm.tuning.space import earlier_trials
 
 if TYPE_CHECKING:
-    from ray.tune.search import SearchAlgorithm
-
-# Of all trials, those that are drawn at random before tpe learns from them, and the first generation of nsga2.
-FIRST_TRIALS = 1 / 3
+    from raylm.tuning.candidates import Candidates
 
 
 def tune(config: TuneConfig) -> None:
@@ -81,6 +77,7 @@ def _checked(config: TuneConfig, run: RunDirectory) -> _Search:
 
     source, model_config = open_source(config.model)
     load_parts(source)
+    earlier_trials(config.tuning, list(config.tuning.metric))
     task, directory = chosen_task(model_config, config.objective), trial_directory(run.path, 0)
     outcomes, reads, trainings = [], False, [] if config.training is None else [config.training]
     for candidate in corners(config.tuning.space):
@@ -111,15 +108,6 @@ def _refuse_target(target: TargetSection | None, outcomes: list[tuple[Any, Steps
         raise refusals[0]
 
 
-def corners(space: dict[str, Distribution]) -> list[dict[str, Any]]:
-    """Points that have each value, or each end of a range, at least once, beside the first ones of the other keys."""
-    values = {
-        key: next(filter(None, (d.choice, d.grid, d.uniform, d.log_uniform, d.integer))) for key, d in space.items()
-    }
-    first = {key: found[0] for key, found in values.items()}
-    return [first, *(first | {key: value} for key, found in values.items() for value in found[1:])]
-
-
 class _Search:
     """A search that was checked."""
 
@@ -142,6 +130,8 @@ class _Search:
                 rows = self._trials(data)
         finished = [row for row in rows if row["status"] == "finished"]
         if not finished:
+            # Once what they failed for is mended, the same command tries them again.
+            shutil.rmtree(self.directory / STATE, ignore_errors=True)
             raise RunFailure(f"no trial finished; trial {rows[0]['trial']}: {rows[0]['failure']}")
         front, target = pareto_front(finished, self.objectives), self.config.compression.target
         if (picked := pick(front, self.objectives, target)) is None:
@@ -175,24 +165,25 @@ class _Search:
         return f"no trial keeps to compression.target: {nearest}; all of them are in {self.directory / 'trials'}"
 
     def _trials(self, data: Path | None) -> list[dict[str, Any]]:
-        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-        # A trial that fails is a row with its reason.
-        for name in ("ray.tune.execution.tune_controller", "ray.tune.tune"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        from raylm.tuning.searcher import make_candidates
+
+        quiet_ray_tune()
         tuning = self.config.tuning
+        alike = [True] * len(self.objectives)
+        candidates = make_candidates(tuning, self.config.run.seed, self.objectives, alike)
         with (
             deferred() as signals,
             ended_in_order(signals),
-            SearchProgress(rounds(tuning), "trials", lambda: _looked_at(self.directory / "trials")),
+            SearchProgress(candidates.count, "trials", lambda: _looked_at(self.directory / "trials")),
         ):
-            results = self._tuner(data).fit()
+            results = self._tuner(data, candidates).fit()
         rows = []
         for result in results:
             metrics = result.metrics or {}
             rows.append(
                 {
                     "trial": int(Path(result.path).name.split("-")[1]),
-                    **{key: result.config[key] for key in self.config.tuning.space},
+                    **{key: result.config.get(key) for key in self.config.tuning.space},
                     **metrics.get("figures", {}),
                     "status": "failed" if result.error else "finished",
                     **({"failure": reason(result.error)} if result.error else {}),
@@ -200,8 +191,10 @@ class _Search:
             )
         return sorted(rows, key=lambda row: row["trial"])
 
-    def _tuner(self, data: Path | None) -> Any:
+    def _tuner(self, data: Path | None, candidates: Candidates) -> Any:
         from ray import tune
+
+        from raylm.tuning.searcher import CandidateSearch
 
         trainable = tune.with_resources(
             tune.with_parameters(
@@ -209,24 +202,18 @@ class _Search:
             ),
             HEAD_NODE_SHARE,
         )
-        storage, name = self.directory / "ray-tune", "search"
-        space = param_space(self.config.tuning)
-        searcher = self._searcher()
-        if not whole_record(storage / name):
-            shutil.rmtree(storage / name, ignore_errors=True)
-        elif tune.Tuner.can_restore(storage / name):
-            return tune.Tuner.restore(
-                str(storage / name), trainable, resume_unfinished=True, restart_errored=True, param_space=space
-            )
-        return tune.Tuner(
+        storage, name = self.directory / STATE, "trials"
+        return resumed(storage, name, trainable) or tune.Tuner(
             trainable,
-            param_space=space,
             tune_config=tune.TuneConfig(
-                search_alg=searcher, num_samples=rounds(self.config.tuning), trial_name_creator=trial_name,
+                # Each trial measures its model's speed with the whole machine.
+                search_alg=CandidateSearch(candidates, self.objectives, self.config.tuning.budget, at_a_time=1),
+                num_samples=candidates.count,
+                trial_name_creator=trial_name,
                 trial_dirname_creator=trial_name,
             ),
             run_config=tune.RunConfig(name=name, storage_path=str(storage), verbose=0),
-        )  # fmt: skip
+        )
 
     def _shared(self, data: Path | None) -> TuneConfig:
         """The file as trials read it: with the prepared set, where there is one of running text."""
@@ -236,32 +223,12 @@ class _Search:
         section = self.config.data.model_copy(update={"train": str(data), "validation": None})
         return self.config.model_copy(update={"data": section})
 
-    def _searcher(self) -> SearchAlgorithm:
-        from ray.tune.search import ConcurrencyLimiter
-        from ray.tune.search.basic_variant import BasicVariantGenerator
-        from ray.tune.search.optuna import OptunaSearch
 
-        tuning, seed = self.config.tuning, self.config.run.seed
-        if tuning.searcher in ("random", "grid"):
-            return BasicVariantGenerator(max_concurrent=1, random_state=seed)
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        first = max(3, int(tuning.trials * FIRST_TRIALS))
-        sampler = (
-            optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=first)
-            if tuning.searcher == "tpe"
-            else optuna.samplers.NSGAIISampler(seed=seed, population_size=first)
-        )
-        search = OptunaSearch(metric=self.objectives, mode=["min"] * len(self.objectives), sampler=sampler)
-        return ConcurrencyLimiter(search, max_concurrent=1)
-
-
-def _looked_at(trials: Path) -> tuple[int, str]:
+def _looked_at(trials: Path) -> Look:
     """How many trials have ended, and the best quality so far."""
     found = [read_object(path) or {} for path in trials.glob(f"*/{OUTCOME}")]
     qualities = [one["figures"]["quality"] for one in found if "figures" in one]
-    return len(qualities), f"best quality {min(qualities):.4f}" if qualities else "starting the first trial"
+    return Look(len(qualities), f"best quality {min(qualities):.4f}" if qualities else "starting the first trial")
 
 
 def _trial(candidate: dict[str, Any], config: TuneConfig, directory: Path, data: Path | None, folder: Path) -> None:
