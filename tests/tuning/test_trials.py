@@ -125,7 +125,7 @@ def test_keys_of_other_sections_may_vary(tiny_model: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_trial_that_fails_is_a_row(ray_instance, tiny_model: Path, tmp_path: Path) -> None:
-    """Of three trials two go wrong: one when its loss is looked at, one before."""
+    """One whose weights are no numbers after its first step."""
     path = write_config(tmp_path, tiny_model, scheduler="none", max_concurrent=1)
     space = "tuning.space={training.learning_rate: {grid: [1.0e+30, 1.0e-2]}}"
     tune(load_config("tune", path, [space, "training.evaluate_every_steps=1", "training.steps=3"]))
@@ -148,7 +148,7 @@ def test_where_all_fail_the_reason_is_told_and_the_same_command_tries_again(
     ray_instance, tiny_model: Path, tmp_path: Path
 ) -> None:
     path = write_config(tmp_path, tiny_model, scheduler="none")
-    space = "tuning.space={training.learning_rate: {grid: [1.0e+30, 2.0e+30]}}"
+    space = "tuning.space={training.learning_rate: {grid: [1.0e+30, 9.0e+29]}}"
     config = load_config("tune", path, [space, "training.steps=3"])
     for _ in range(2):
         with pytest.raises(RunFailure, match=r"^no trial finished; trial 0: step 2: the gradient is not finite"):
@@ -179,6 +179,8 @@ def test_a_search_leaves_nothing_behind(ray_instance, tiny_model: Path, tmp_path
         assert (row["training.matrix_learning_rate"] is not None) == (row["training.optimizer"] == "muon")
     assert become_free(seconds=20), holders_of_cpus()
     address = ray_instance.get_runtime_context().gcs_address
-    assert [actor for actor in list_actors(address) if actor.state == "ALIVE"] == []
+    alive = {actor.class_name for actor in list_actors(address) if actor.state == "ALIVE"}
+    # Ray Data's, which prepared the data.
+    assert alive <= {"_StatsActor", "AutoscalingRequester"}
     states = {group["state"] for group in ray_instance.util.placement_group_table().values()}
     assert states <= {"REMOVED"}
