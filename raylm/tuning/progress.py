@@ -46,7 +46,9 @@ class SearchProgress:
 
     def __init__(self, trials: int, unit: str, look: Callable[[], Look], total: int | None = None) -> None:
         self._look_at, self._latest = look, Look(0, "")
-        self._bar = ProgressBar(f"tune, {trials} trials", total, unit, above=lambda: self._latest.lines)
+        self._bar = ProgressBar(
+            f"tune, {trials} trial{'s' if trials != 1 else ''}", total, unit, above=lambda: self._latest.lines
+        )
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="raylm-search-progress", daemon=True)
 

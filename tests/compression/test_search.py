@@ -159,6 +159,6 @@ def test_a_search_of_failures_says_why(tiny_model: Path, tmp_path: Path) -> None
     path = write(tmp_path, tiny_model, compression=compression, tuning=tuning, data=data)
     (tmp_path / "text.txt").write_text("\n".join(f"the {n} brown foxes jump over the lazy dogs" for n in range(200)))
     with pytest.raises(
-        RunFailure, match=r"^no trial finished; trial 1: .*quantize\.megabytes: found 0\.001, allowed: 0"
+        RunFailure, match=r"^no trial finished; trial 0: .*quantize\.megabytes: found 0\.001, allowed: 0"
     ):
         tune(load_config("tune", path))

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from raylm.config import load_config
 from raylm.config.run_directory import RunDirectory
 from raylm.config.tuning import Distribution, TuningSection
 from raylm.errors import RunFailure, UserError
+from raylm.reports.report import write_report
+from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import finetune
 from raylm.tuning.checking import check_space
 from raylm.tuning.results import best_first, best_of, rows_so_far, trials_table
@@ -20,6 +23,7 @@ from raylm.tuning.schedulers import brackets
 from raylm.tuning.search import TRIAL, begin, exported_figures, note
 from raylm.tuning.stage import tune
 from tests.cpus import become_free, holders_of_cpus
+from tests.reading import write_encoder
 from tests.tuning.test_search import write_config
 
 RATE = "training.learning_rate"
@@ -184,3 +188,40 @@ def test_a_search_leaves_nothing_behind(ray_instance, tiny_model: Path, tmp_path
     assert alive <= {"_StatsActor", "AutoscalingRequester"}
     states = {group["state"] for group in ray_instance.util.placement_group_table().values()}
     assert states <= {"REMOVED"}
+
+
+@pytest.mark.slow
+def test_classifiers_are_compared_by_their_accuracy(ray_instance, tmp_path: Path) -> None:
+    """By that of the weights that each exports, under early stopping those of an earlier step; over two encoders."""
+    encoders = [str(write_encoder(tmp_path / name)) for name in ("one", "other")]
+    rows = [f"{words},{label}" for label, words in (("person", "anna lives"), ("weather", "much rain fell"))] * 20
+    (tmp_path / "texts.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    values = {
+        "run": {"name": "search", "storage": str(tmp_path)},
+        "data": {"train": str(tmp_path / "texts.csv"), "validation": str(tmp_path / "texts.csv")},
+        "model": {"path": encoders[0]},
+        "objective": {"type": "classification"},
+        "training": {
+            "steps": 12, "batch_size": 4, "sequence_length": 16, "evaluate_every_steps": 2, "log_every_steps": 1,
+            "early_stopping": {"metric": "validation_accuracy", "patience": 2},
+        },
+        "tuning": {
+            "searcher": "grid", "metric": "validation_accuracy", "scheduler": "median",
+            "space": {RATE: {"choice": [1e-7, 1e-2, 1e30]}, "model.path": {"choice": encoders}},
+        },
+        "resources": {"workers": 1},
+    }  # fmt: skip
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(values))
+    tune(load_config("tune", tmp_path / "tune.yaml"))
+    report = json.loads((tmp_path / "search" / "report.json").read_text())
+    assert [row["model.path"] for row in report["trials"]] == encoders * 3
+    assert [row["status"] for row in report["trials"][4:]] == ["failed", "failed"]
+    finished = [row for row in report["trials"] if row["status"] == "finished"]
+    assert report["best"]["validation_accuracy"] == max(row["validation_accuracy"] for row in finished) == 1.0
+    assert report["best"][RATE] == 1e-2
+    for row in finished:
+        lines = read_metrics(tmp_path / "search" / "trials" / f"trial-{row['trial']:03d}" / "metrics.jsonl")
+        assert row["validation_accuracy"] == max(line.get("validation_accuracy", 0.0) for line in lines)
+    assert any(row["step"] < 12 for row in finished)
+    page = write_report([tmp_path / "search"]).read_text()
+    assert "All keys" in page and "validation accuracy" in page
