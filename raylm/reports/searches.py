@@ -69,8 +69,8 @@ def importance(report: dict[str, Any]) -> dict[str, float]:
     axes = [axis for axis in axes if all(row.get(axis.key) is not None for row in rows) and axis.differs]
     if len(rows) < LEAST_TRIALS or not axes or len({row[metric] for row in rows}) < 2:
         return {}
-    study = optuna.create_study()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study()
     for row in rows:
         study.add_trial(
             optuna.trial.create_trial(

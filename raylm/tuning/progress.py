@@ -12,7 +12,7 @@ from types import TracebackType
 
 from raylm.config.tuning import TuningSection
 from raylm.progress import ProgressBar
-from raylm.tuning.results import Row, goodness, trials_table
+from raylm.tuning.results import Row, goodness, live_table
 
 LOOK_SECONDS = 2.0
 # Trials of which a terminal shows a line each.
@@ -90,7 +90,7 @@ def trained_so_far(rows: list[Row], trials: int, tuning: TuningSection) -> Look:
     if known:
         best = min(known, key=lambda row: goodness(row, tuning))
         note += f", best {metric.replace('_', ' ')} {best[metric]:.4f} (trial {best['trial']})"
-    table = trials_table(rows, tuning).splitlines()
+    table = live_table(rows, tuning).splitlines()
     hidden = len(table) - 1 - MOST_LINES
     lines = [*table[: MOST_LINES + 1], *([f"  and {hidden} more"] if hidden > 0 else [])]
     return Look(steps, note, "\n".join(lines) if rows else "")

@@ -146,6 +146,18 @@ def trials_table(rows: list[Row], tuning: TuningSection) -> str:
     return aligned([heads, *lines])
 
 
+def live_table(rows: list[Row], tuning: TuningSection) -> str:
+    """The same while the search goes on, for a narrow terminal: those that run first, keys by their last part."""
+    ends = [key.rpartition(".")[2] for key in tuning.space]
+    names = [end if ends.count(end) == 1 else key for key, end in zip(tuning.space, ends, strict=True)]
+    metric = str(tuning.metric)
+    lines = [
+        [cell(row.get(column)) for column in ("trial", "status", "step", metric, *tuning.space)]
+        for row in best_first(rows, metric, minimised=is_minimised(tuning))
+    ]
+    return aligned([["trial", "", "step", metric.removeprefix("validation_"), *names], *lines])
+
+
 def aligned(cells: list[list[str]]) -> str:
     """Lines of cells as columns of text."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -18,6 +18,7 @@ from raylm.reports.report import write_report
 from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import finetune
 from raylm.tuning.checking import check_space
+from raylm.tuning.progress import trained_so_far
 from raylm.tuning.results import best_first, best_of, rows_so_far, trials_table
 from raylm.tuning.schedulers import brackets
 from raylm.tuning.search import TRIAL, begin, exported_figures, note
@@ -89,6 +90,13 @@ def test_a_directory_of_another_candidate_is_emptied(tmp_path: Path) -> None:
     )
     (row,) = rows_so_far(tmp_path, tuning())
     assert row == {"trial": 0, RATE: 0.2, "step": 4, "validation_loss": 1.0, "status": "running"}
+    look = trained_so_far([row, row | {"trial": 1, "status": "failed", "validation_loss": 0.1}], 5, tuning())
+    assert (look.done, look.note) == (8, "2 of 5 trials begun, best validation loss 1.0000 (trial 0)")
+    assert [line.split() for line in look.lines.splitlines()] == [
+        ["trial", "step", "loss", "learning_rate"],
+        ["0", "running", "4", "1", "0.2"],
+        ["1", "failed", "4", "0.1", "0.2"],
+    ]
     note(directory, {RATE: 0.2}, "stopped")
     assert rows_so_far(tmp_path, tuning())[0]["status"] == "stopped"
 
@@ -185,7 +193,7 @@ def test_a_search_leaves_nothing_behind(ray_instance, tiny_model: Path, tmp_path
     address = ray_instance.get_runtime_context().gcs_address
     alive = {actor.class_name for actor in list_actors(address) if actor.state == "ALIVE"}
     # Ray Data's, which prepared the data.
-    assert alive <= {"_StatsActor", "AutoscalingRequester"}
+    assert alive <= {"_StatsActor", "_AutoscalingCoordinatorActor"}
     states = {group["state"] for group in ray_instance.util.placement_group_table().values()}
     assert states <= {"REMOVED"}
 
@@ -214,8 +222,9 @@ def test_classifiers_are_compared_by_their_accuracy(ray_instance, tmp_path: Path
     (tmp_path / "tune.yaml").write_text(yaml.safe_dump(values))
     tune(load_config("tune", tmp_path / "tune.yaml"))
     report = json.loads((tmp_path / "search" / "report.json").read_text())
-    assert [row["model.path"] for row in report["trials"]] == encoders * 3
-    assert [row["status"] for row in report["trials"][4:]] == ["failed", "failed"]
+    ends = {(row["model.path"], row[RATE]): row["status"] for row in report["trials"]}
+    assert len(ends) == 6
+    assert all((end == "failed") == (rate == 1e30) for (_, rate), end in ends.items())
     finished = [row for row in report["trials"] if row["status"] == "finished"]
     assert report["best"]["validation_accuracy"] == max(row["validation_accuracy"] for row in finished) == 1.0
     assert report["best"][RATE] == 1e-2
