@@ -183,6 +183,8 @@ class TuneConfig(FinetuneConfig):
                     f"tuning.metric: found {tuning.metric}, allowed without compression: validation_loss, or another "
                     "figure of validation"
                 )
+            if self.resources.elastic is not None:
+                raise ValueError("resources.elastic: leave it out, trials keep their number of workers")
         else:
             self._of_compression()
         for key in tuning.space:
@@ -202,6 +204,8 @@ class TuneConfig(FinetuneConfig):
             )
         if tuning.direction == "max":
             raise ValueError("tuning.direction: found max, allowed with compression: auto, min")
+        if tuning.test is not None:
+            raise ValueError("tuning.test: allowed without compression, which measures on the data of its own")
         if tuning.budget.tokens is not None:
             raise ValueError("tuning.budget.tokens: allowed without compression, of which only some trials train")
 

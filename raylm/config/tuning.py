@@ -96,6 +96,8 @@ class TuningSection(Section):
     """asha and hyperband keep one in this many trials at each rung."""
     max_concurrent: CountOrAuto = "auto"
     """Trials at a time; auto is as many as the cluster holds. More are refused."""
+    test: PathText | None = None
+    """Data that no trial sees, as ``data`` says: the best trial's model is evaluated on them once."""
     budget: BudgetSection = BudgetSection()
     """When no further trial begins; by default once all of them have."""
 

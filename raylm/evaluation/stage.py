@@ -116,15 +116,19 @@ def evaluate(config: EvaluateConfig) -> None:
     if report is None:
         if config.model.path is None:
             raise UserError("model.path: missing; evaluate needs an existing model")
-        report = _measure(config, run)
+        report = measure(config, run)
     else:
         check_run_unchanged(run.path, config.data, config.model.path)
         print(f"evaluate: {run.path} is done already")
     print(f"{describe(report)}\n  report     {run.path / 'report.json'}; as a page: raylm report {run.path}")
 
 
-def _measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
-    """Write the report of a model that has none yet; makes the run directory once everything is checked."""
+def measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
+    """Write the report of a model that has none yet; makes the run directory once everything is checked.
+
+    Raises:
+        UserError: configuration or input is wrong; nothing was started.
+    """
     from raylm.data.loading import resolve_model
     from raylm.models.families.build import check_head
     from raylm.models.heads import CAUSAL

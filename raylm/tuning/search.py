@@ -1,8 +1,8 @@
 """Ray Tune over training: how many trials fit at a time, and the trial itself.
 
 A trial is a real training run in its own directory, ``<run>/trials/<trial>/``. With one worker it trains inside the
-trial's own process; with several it starts a nested Ray Train run and reserves nothing itself, and as many trials run
-at a time as the cluster holds whole worker groups, so that trials never wait for each other's resources. A trial that
+trial's own process; with several it has ranks in a placement group and reserves nothing itself, and as many trials run
+at a time as the cluster holds whole groups, so that trials never wait for each other's resources. A trial that
 raises, or whose loss is no number, reports why, and its process takes the next one.
 """
 
@@ -28,6 +28,7 @@ from raylm.training.checkpoints.mirror import METRICS, Mirror
 from raylm.training.checkpoints.storage import Storage
 from raylm.training.loop.worker import TrainingJob, Worker, join_single_process_group
 from raylm.training.reports.metrics import read_metrics
+from raylm.tuning.ranks import KeptRanks
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from raylm.cluster.capacity import Capacity
     from raylm.parallel.plan.planning import Layout
 
-# Within which a stopped trial is to end; a launch gives up on its workers before (END_SECONDS of its Fitting).
+# Within which a stopped trial is to end; it gives up on its ranks before (END_SECONDS of raylm.tuning.ranks).
 UNWIND_SECONDS = 15.0
 # A sliver of the head node's own marker resource: places the trial without taking a CPU from its workers.
 HEAD_NODE_SHARE = {"node:__internal_head__": 0.001}
@@ -154,6 +155,7 @@ class EndsFirst:
             super().cleanup()
         finally:
             _ended.wait(UNWIND_SECONDS)
+            _ranks.close()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Let the function end as well; Ray Tune would give up on the next trial after two seconds."""
@@ -161,9 +163,10 @@ class EndsFirst:
         return super().reset_config(new_config)
 
 
-# Of the one trial that a process runs at a time.
+# Of the one trial that a process runs at a time; its ranks wait for the next one.
 _ended = threading.Event()
 _ended.set()
+_ranks = KeptRanks()
 
 
 def run_trial(candidate: Point, base: TrainingJob, planner: Planner) -> None:
@@ -234,11 +237,9 @@ def _train(candidate: Point, base: TrainingJob, planner: Planner, directory: Pat
         join_single_process_group()
         from raylm.training.loop.training_loop import TrainingLoop
 
-        final = TrainingLoop(job, Worker(0, 1, reporter(metric))).run()
+        final = TrainingLoop(job, Worker(0, 1, reporter(metric), device=0)).run()
     else:
-        from raylm.training.ray_train.launch import launch
-
-        final = launch(job, reporter(metric))
+        final = _ranks.train(job, planner.folder, reporter(metric))
     if FAILURE not in final:
         final |= exported_figures(read_metrics(directory / METRICS), final["exported_step"], metric)
         outcome.write(final)

@@ -22,6 +22,7 @@ from raylm.tuning.ray_tune import STATE, quiet_ray_tune, resumed
 from raylm.tuning.results import best_of, counted, describe, export_best, make_rows, rows_so_far
 from raylm.tuning.search import HEAD_NODE_SHARE, Planner, concurrency, run_trial, trial_name
 from raylm.tuning.space import is_minimised
+from raylm.tuning.testing import check_test, test_best, tested
 
 if TYPE_CHECKING:
     from ray.tune import Tuner
@@ -46,12 +47,13 @@ def tune(config: TuneConfig) -> None:
     run.check()
     if (done := run.report()) is not None:
         check_done(config)
-        print(f"tune: {run.path} is done already\n{describe(run, done, config.tuning)}")
+        print(f"tune: {run.path} is done already\n{describe(run, done, config.tuning)}{tested(done)}")
         return
     _refuse_older(run)
     with Activity("tune: checking the data and the model"), ended_at_once():
         checked = validate(config)
         stamps = run_stamps(config.data, config.model.path)
+        check_test(config, checked.model.objective)
         points = check_space(config, checked.model.objective)
 
     from raylm.parallel.plan.precision import with_precision
@@ -79,9 +81,11 @@ def tune(config: TuneConfig) -> None:
             best = _best(run, rows, config.tuning)
             export_best(run, config, best)
             report = {"best": best, "trials": rows, "metric": config.tuning.metric, "concurrent_trials": at_a_time}
+            if config.tuning.test is not None:
+                report["test"] = test_best(config)
             note_inputs(run.path, stamps)
             run.write_report(report | {"minimised": is_minimised(config.tuning), "precision": precision.record()})
-    print(f"tune: {counted(rows)}\n{describe(run, report, config.tuning)}")
+    print(f"tune: {counted(rows)}\n{describe(run, report, config.tuning)}{tested(report)}")
 
 
 def _job(

@@ -89,7 +89,12 @@ def test_concurrency_comes_from_the_resources(tiny_model: Path, tmp_path: Path) 
 def test_search_exports_the_best_trial(
     ray_instance, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tune(load_config("tune", write_config(tmp_path, tiny_model, scheduler="none")))
+    path, unseen = write_config(tmp_path, tiny_model, scheduler="none", test="unseen.jsonl"), tmp_path / "unseen.jsonl"
+    with pytest.raises(UserError, match=r"tuning\.test: "):
+        tune(load_config("tune", path))
+    unseen.write_text("".join(json.dumps({"prompt": f"fox {i}!", "answer": "jumps"}) + "\n" for i in range(5)))
+    assert not (tmp_path / "search").exists()
+    tune(load_config("tune", path, [f"tuning.test={unseen}"]))
     report = json.loads((tmp_path / "search" / "report.json").read_text())
     assert [row["status"] for row in report["trials"]] == ["finished", "finished"]
     assert report["best"]["training.learning_rate"] == 1e-2
@@ -98,24 +103,28 @@ def test_search_exports_the_best_trial(
     best = (tmp_path / "search" / "trials" / "trial-001" / "model" / "model.safetensors").read_bytes()
     assert (tmp_path / "search" / "model" / "model.safetensors").read_bytes() == best
     assert re.search(r"^ *best +trial 1,", capsys.readouterr().out, re.MULTILINE)
+    assert report["test"]["documents"] == 5 and report["test"]["bits_per_byte"] > 0
+    again = f"{tmp_path}/search/best.yaml"
+    assert load_config("finetune", again).training.learning_rate == 1e-2
 
 
 @pytest.mark.slow
 def test_trials_of_several_workers_are_stopped_early(ray_instance, tiny_model: Path, tmp_path: Path) -> None:
-    """Three trials, nested Ray Train runs of two workers each: those that are behind the first are cut short.
+    """Four trials of two workers each: those that are behind the first are cut short, and one has no finite loss.
 
-    The workers of one trial take all CPUs of the cluster: a group that the second trial left would stop the third.
+    The workers of one trial take all CPUs of the cluster: what the second trial left would stop the third.
     """
     path = write_config(tmp_path, tiny_model, max_concurrent=1)
     share = ray_instance.cluster_resources()["CPU"] / 2
     overrides = ["resources.workers=2", f"resources.cpus_per_worker={share}", "training.steps=60"]
-    space = "tuning.space={training.learning_rate: {grid: [1.0e-2, 1.0e-7, 2.0e-7]}}"
+    space = "tuning.space={training.learning_rate: {grid: [1.0e-2, 1.0e-7, 2.0e-7, 1.0e+30]}}"
     with most_groups_at_a_time() as most:
         tune(load_config("tune", path, [*overrides, space]))
     assert most() == 1
     report = json.loads((tmp_path / "search" / "report.json").read_text())
-    assert [row["status"] for row in report["trials"]] == ["finished", "stopped", "stopped"]
-    assert all(60 > row["step"] > 0 for row in report["trials"][1:])
+    assert [row["status"] for row in report["trials"]] == ["finished", "stopped", "stopped", "failed"]
+    assert all(60 > row["step"] > 0 for row in report["trials"][1:3])
+    assert "finite" in report["trials"][3]["failure"], report["trials"][3]
     assert report["best"]["training.learning_rate"] == 1e-2
     assert (tmp_path / "search" / "model" / "model.safetensors").is_file()
     # What the stopped trial's workers held is free again.

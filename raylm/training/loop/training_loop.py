@@ -62,9 +62,7 @@ class TrainingLoop:
         if training.compile:
             check_compilation(self.config.parallel.zero_stage)
         if job.use_gpu:
-            import ray.train.torch
-
-            self.device = ray.train.torch.get_device()
+            self.device = _gpu(worker)
             torch.cuda.set_device(self.device)
             # DeepSpeed puts what it makes on the device of this number.
             os.environ["LOCAL_RANK"] = str(self.device.index or 0)
@@ -346,3 +344,11 @@ class _Interval:
         self.tokens = 0
         self.data_wait = 0.0
         self.stalled = writer.stall_seconds
+
+
+def _gpu(worker: Worker) -> torch.device:
+    if worker.device is not None:
+        return torch.device("cuda", worker.device)
+    import ray.train.torch
+
+    return ray.train.torch.get_device()

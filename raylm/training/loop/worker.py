@@ -69,6 +69,7 @@ class Worker:
         notice: whether something is about to be stopped; called by all ranks at the same steps. 0 is no.
         saved: called on rank 0 when what a notice asked for is saved.
         memory_bytes: of all ranks, by rank, as far as known.
+        device: number of its GPU among those that the process sees; None where Ray Train knows it.
     """
 
     rank: int
@@ -79,6 +80,7 @@ class Worker:
     notice: Callable[[], Notice | int] = field(default=lambda: 0)
     saved: Callable[[], Any] = field(default=lambda: None)
     memory_bytes: Callable[[], list[int]] = field(default=list)
+    device: int | None = None
 
 
 def join_single_process_group(timeout_seconds: float = 600.0) -> None:

@@ -70,7 +70,6 @@ class Board:
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}
-        self._evaluations: list[dict[str, Any]] = []
         self._generation = ""
         self._starts = 0
         self._beats: dict[int, Beat] = {}
@@ -101,12 +100,6 @@ class Board:
     def update(self, metrics: dict[str, Any]) -> None:
         """Take over rank 0's ``metrics``."""
         self._latest |= metrics
-        if "loss" in metrics and "validation_loss" in metrics:
-            self._evaluations.append(metrics)
-
-    def evaluations(self, first: int) -> list[dict[str, Any]]:
-        """The metrics of evaluated steps, from the ``first``-th (counted from 0) on."""
-        return self._evaluations[first:]
 
     def note(self, kind: str, step: int, text: str) -> None:
         """Add an event (:mod:`raylm.training.reports.events`)."""

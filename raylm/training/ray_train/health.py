@@ -43,6 +43,12 @@ def failure_kind(error: BaseException) -> FailureKind:
     return "own"
 
 
+def failure_text(error: BaseException) -> str:
+    """The error in one line."""
+    name = "" if isinstance(error, RunFailure | UserError) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())
+
+
 class HealthMonitor:
     """Used as a context manager around a rank's training.
 
@@ -90,16 +96,18 @@ class HealthMonitor:
         """The rank has made ``step`` steps."""
         self._step, self._progress_at, self._dumped = step, time.monotonic(), False
 
+    @property
+    def step(self) -> int:
+        """Steps that the rank has made."""
+        return self._step
+
     def fail(self, error: BaseException) -> None:
         """Write the traceback of ``error`` to the log and tell the board."""
-        import ray
-
         self._write("".join(traceback.format_exception(error)))
         if self._board is not None:
-            text = " ".join(
-                f"{'' if isinstance(error, RunFailure | UserError) else f'{type(error).__name__}: '}{error}".split()
-            )
-            failure = Failure(self._rank, failure_kind(error), text, str(self.log), self._step)
+            import ray
+
+            failure = Failure(self._rank, failure_kind(error), failure_text(error), str(self.log), self._step)
             ray.get(self._board.fail.remote(failure), timeout=BOARD_TIMEOUT_SECONDS)
 
     def _write(self, text: str, *, stacks: bool = False) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pyarrow.lib import ArrowException
@@ -127,11 +127,8 @@ def _begin(job: TrainingJob, rank: int, places: list[Place]) -> tuple[str, Any]:
     return begun[0], begun[1]
 
 
-def launch(job: TrainingJob, on_evaluation: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def launch(job: TrainingJob) -> dict[str, Any]:
     """Run ``job`` under Ray Train to its end and return rank 0's final metrics.
-
-    Args:
-        on_evaluation: called with the metrics of each step that was evaluated.
 
     Raises:
         RunFailure: the workers failed more often than ``resources.max_failures``, or in a way that would come again, or
@@ -178,16 +175,14 @@ def launch(job: TrainingJob, on_evaluation: Callable[[dict[str, Any]], None] | N
         ),
     )
     with _noting_the_end(job), default_environment(shown_on_dashboard()):
-        return _fit(job, trainer, on_evaluation)
+        return _fit(job, trainer)
 
 
-def _fit(
-    job: TrainingJob, trainer: TorchTrainer, on_evaluation: Callable[[dict[str, Any]], None] | None
-) -> dict[str, Any]:
+def _fit(job: TrainingJob, trainer: TorchTrainer) -> dict[str, Any]:
     from raylm.training.ray_train.fitting import Fitting
 
     with deferred() as signals:
-        watch = Watch(job, signals, on_evaluation)
+        watch = Watch(job, signals)
         with Fitting(trainer, job.progress) as fitting:
             watch.show(fitting)
             # Long enough for the workers' resources to be free again; without a dashboard Ray Train's controller then

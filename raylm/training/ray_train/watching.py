@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyarrow.lib import ArrowException
@@ -43,16 +42,13 @@ class Watch:
 
     Args:
         signals: those that the driver got and holds back.
-        on_evaluation: called with the metrics of each step that was evaluated.
     """
 
-    def __init__(
-        self, job: TrainingJob, signals: Deferred, on_evaluation: Callable[[dict[str, Any]], None] | None
-    ) -> None:
-        self._job, self._signals, self._on_evaluation = job, signals, on_evaluation
+    def __init__(self, job: TrainingJob, signals: Deferred) -> None:
+        self._job, self._signals = job, signals
         self._mirror = Mirror(Storage(job.storage), job.directory)
         self._latest: dict[str, Any] = {"restarts": []}
-        self._noted = self._evaluated = self._lost = 0
+        self._noted = self._lost = 0
         self._deadline, self._waits, self._sent = float("inf"), "", time.monotonic()
         self._kept: list[str] = []
 
@@ -105,10 +101,6 @@ class Watch:
             self._say(event["text"])
             append_event(self._job.directory, event)
             self._noted += 1
-        if self._on_evaluation is not None:
-            for metrics in self._ask("evaluations", self._evaluated):
-                self._on_evaluation(metrics)
-                self._evaluated += 1
         self.keep_logs(self._latest["losses"])
         if time.monotonic() - self._sent > SEND_SECONDS:
             self._send_logs()
