@@ -127,6 +127,9 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, head: Head, see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=NAME)
+    # peft leaves nothing trained but adapters.
+    for name in new_modules(model, head):
+        model.get_submodule(name).requires_grad_(True)
     if section.type == "dora":
         for module in model.modules():
             if len(vectors := getattr(module, "lora_magnitude_vector", ())):
