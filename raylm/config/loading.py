@@ -44,7 +44,18 @@ def load_config(stage: str, path: str | Path, overrides: list[str] | tuple[str, 
     # As in Compose files: a place for what `<<: *name` repeats.
     for key in [key for key in parsed.values if key.startswith("x-")]:
         del parsed.values[key]
-    return validate(STAGES[stage], parsed.values, str(path), parsed.written)
+    found = validate(STAGES[stage], parsed.values, str(path), parsed.written)
+    _note_folder(found, Path(path))
+    return found
+
+
+def _note_folder(config: Any, path: Path) -> None:
+    """Say where code that the file names is imported from: a worker, or a later start, does not know the file."""
+    objective, tuning = getattr(config, "objective", None), getattr(config, "tuning", None)
+    if objective is None or objective.imports_from is not None:
+        return
+    if objective.loss is not None or (tuning is not None and "objective.loss" in tuning.space):
+        objective.imports_from = str(path.resolve().parent)
 
 
 def read_configuration(path: Path) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raylm.config.base import LARGEST_COUNT, CountFromZero, PathText, Section
+from raylm.config.base import LARGEST_COUNT, CountFromZero, MayChange, PathText, Section
 from raylm.config.families import FAMILIES
 from raylm.config.tasks import TRAINED_TASKS
 
@@ -70,6 +71,16 @@ class ObjectiveSection(Section):
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0, le=1e6)]] | None = None
     """classification: weights of the labels in the training loss; 1 of those that are not named. balanced: the same
     weight in all for each label. Validation counts every text once."""
+    loss: str | None = None
+    """classification and tagging: a loss of your own in place of the cross-entropy, as ``module:attribute``. It is a
+    function of logits (float32 [n, labels]) and targets (int64 [n]) that returns a loss for each target ([n]), or a
+    class whose instances are; training adds them up and divides by the number of targets. Validation counts the
+    cross-entropy all the same, so that runs compare."""
+    loss_options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of ``loss`` by name: of the function beside logits and targets, or of the class."""
+    imports_from: Annotated[PathText | None, MayChange()] = None
+    """Folder that the module of ``loss`` is imported from, where Python does not find it otherwise (PYTHONPATH); by
+    default that of the YAML file."""
     beta: float = Field(default=0.1, gt=0, le=1e3)
     """preference: how far the model may go from what it was; a smaller one lets it go farther."""
     source_prefix: str | None = None
@@ -89,3 +100,22 @@ class ObjectiveSection(Section):
     scores neighbouring tags as well, and the best sequence that the scheme allows is taken."""
 
     _named = field_validator("class_weights", mode="before")(_label_names)
+
+    @field_validator("loss")
+    @classmethod
+    def _import_path(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", value):
+            raise ValueError("allowed: module:attribute, such as mypackage.losses:FocalLoss")
+        return value
+
+    @model_validator(mode="after")
+    def _own_loss(self) -> ObjectiveSection:
+        if self.loss_options and self.loss is None:
+            raise ValueError("loss_options: allowed with loss, whose arguments they are")
+        if self.loss is not None and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing: found {self.label_smoothing:g}, allowed with loss: 0; smooth in the loss"
+            )
+        if self.loss is not None and self.head == "crf":
+            raise ValueError("head: found crf, allowed with loss: linear, as a chain has a loss of its own")
+        return self

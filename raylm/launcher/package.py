@@ -1,4 +1,4 @@
-"""What a job takes along: the configuration's file and raylm itself, and nothing else of this machine.
+"""What a job takes along: the configuration's file, the module of a loss beside it, and raylm itself.
 
 The nodes then run the code that submitted. What the configuration names must be where all nodes find it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,15 @@ from raylm.errors import UserError
 CONFIGURATION = "config.yaml"
 # Of the nodes' temporary files, and of Ray's own limit on packages.
 LARGEST_BYTES = 100 * 10**6
+_COMPILED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 @contextlib.contextmanager
-def packaged(path: Path) -> Iterator[Path]:
+def packaged(path: Path, modules: Sequence[Path] = ()) -> Iterator[Path]:
     """A directory with the configuration's file at ``path`` and raylm, to be uploaded while the block lasts.
+
+    Args:
+        modules: files and folders that go beside the configuration's file; see :func:`own_modules`.
 
     Raises:
         UserError: it is larger than a package may be.
@@ -33,8 +37,29 @@ def packaged(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="raylm-job-") as name:
         directory = Path(name)
         shutil.copyfile(path, directory / CONFIGURATION)
+        for module in modules:
+            if module.is_dir():
+                shutil.copytree(module, directory / module.name, ignore=_COMPILED)
+            else:
+                shutil.copyfile(module, directory / module.name)
         code(directory)
         yield directory
+
+
+def own_modules(config: BaseModel, path: Path) -> list[Path]:
+    """The files, or folders of packages, beside the YAML file at ``path`` that its losses are imported from.
+
+    What lies in another folder (``objective.imports_from``) or on the PYTHONPATH is the nodes' own.
+    """
+    objective, tuning = getattr(config, "objective", None), getattr(config, "tuning", None)
+    folder = path.resolve().parent
+    if objective is None or objective.imports_from != str(folder):
+        return []
+    searched = tuning.space.get("objective.loss") if tuning is not None else None
+    names = [objective.loss, *((searched.choice or searched.grid or []) if searched is not None else [])]
+    tops = dict.fromkeys(str(name).partition(":")[0].partition(".")[0] for name in names if name)
+    places = [place for top in tops for place in (folder / top, folder / f"{top}.py") if place.exists()]
+    return [place for place in places if place.name != "raylm"]
 
 
 def code(directory: Path) -> None:
@@ -44,7 +69,7 @@ def code(directory: Path) -> None:
         UserError: it is larger than a package may be.
     """
     source = Path(raylm.__file__).resolve().parent
-    shutil.copytree(source, directory / "raylm", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copytree(source, directory / "raylm", ignore=_COMPILED)
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     if size > LARGEST_BYTES:
         raise UserError(

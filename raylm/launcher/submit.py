@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -15,7 +15,7 @@ from raylm.config import STAGES, load_config
 from raylm.errors import RunFailure, UserError, first_line
 from raylm.launcher.connection import connect
 from raylm.launcher.jobs import ATTEMPT, RUN, STAGE, STORAGE, Job, all_jobs, read_job
-from raylm.launcher.package import CONFIGURATION, check_paths, packaged
+from raylm.launcher.package import CONFIGURATION, check_paths, own_modules, packaged
 from raylm.launcher.shown import Shown
 from raylm.progress import Activity
 
@@ -51,7 +51,7 @@ def submit(
     check_paths(config)
     client = connect(address)
     for attempt in range(retries + 1):
-        job = _send(client, stage, path, overrides, config.run.name, config.run.storage, attempt)
+        job = _send(client, stage, path, overrides, config, attempt)
         print(f"submit: {stage} {job.run} is job {job.id}", file=sys.stderr, flush=True)
         if detach:
             print(f"  follow     raylm logs {job.run} --follow\n  stop       raylm stop {job.run}")
@@ -68,13 +68,12 @@ def submit(
     raise AssertionError("the loop returns")
 
 
-def _send(
-    client: JobSubmissionClient, stage: str, path: Path, overrides: list[str], run: str, storage: str, attempt: int
-) -> Job:
+def _send(client: JobSubmissionClient, stage: str, path: Path, overrides: list[str], config: Any, attempt: int) -> Job:
     """Submit the job, unless one of the same run is under way.
 
     Two would wait for each other's lock, or overwrite each other where the storage has none.
     """
+    run, storage = config.run.name, config.run.storage
     for job in all_jobs(client):
         if not job.over and (job.run, job.storage) == (run, storage):
             raise UserError(
@@ -82,7 +81,7 @@ def _send(
                 f"raylm stop {run} stops it"
             )
     command = shlex.join(["python", "-m", "raylm.cli", stage, CONFIGURATION, *overrides])
-    with Activity("submit: uploading the job"), packaged(path) as directory:
+    with Activity("submit: uploading the job"), packaged(path, own_modules(config, path)) as directory:
         try:
             job_id = client.submit_job(
                 entrypoint=command,

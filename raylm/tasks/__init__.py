@@ -11,6 +11,7 @@ from raylm.config.model import ObjectiveSection
 from raylm.config.tasks import TASKS, tasks_of
 from raylm.errors import UserError
 from raylm.models.encoder_decoders import source_prefix
+from raylm.tasks.own_loss import load_loss
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -79,7 +80,7 @@ def make_objective(
         distillation: what the model learns from a teacher, where it has one.
 
     Raises:
-        UserError: a model of that type cannot be trained so.
+        UserError: a model of that type cannot be trained so, or there is no such loss.
     """
     encoder = model_type in ENCODERS
     allowed = tasks_of(_own_tasks(model_type), encoder=encoder)
@@ -96,9 +97,12 @@ def make_objective(
     for key, wanted, follows in (
         ("label_smoothing", bool(section.label_smoothing), objective.smooths_labels),
         ("class_weights", section.class_weights is not None, objective.weighs_classes),
+        ("loss", section.loss is not None, objective.takes_loss),
     ):
         if wanted and not follows:
             raise UserError(f"objective.{key}: leave it out; objective.type {name} has no place for it")
     made = objective(section)
     made.distillation = distillation
+    if section.loss is not None:
+        made.own_loss = load_loss(section)
     return made

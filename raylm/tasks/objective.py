@@ -22,6 +22,7 @@ from raylm.data.sources.documents import Split
 from raylm.errors import UserError
 from raylm.models.families import find_family
 from raylm.models.heads import Head
+from raylm.tasks.own_loss import OwnLoss
 from raylm.tasks.rows import RowReader
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Objective(ABC):
         counts_text: whether each token of a text is a target once, so that the loss can be told per byte.
         smooths_labels: whether :meth:`training_loss` follows ``objective.label_smoothing``.
         weighs_classes: whether it follows ``objective.class_weights``.
+        takes_loss: whether it follows ``objective.loss``.
         choices_vary: whether what can be chosen, or how often, differs from sample to sample.
     """
 
@@ -75,12 +77,15 @@ class Objective(ABC):
     counts_text: ClassVar[bool] = False
     smooths_labels: ClassVar[bool] = False
     weighs_classes: ClassVar[bool] = False
+    takes_loss: ClassVar[bool] = False
     choices_vary: ClassVar[bool] = False
 
     def __init__(self, section: ObjectiveSection | None = None) -> None:
         self.section = section or ObjectiveSection()
         # What the model learns from a teacher, where it has one.
         self.distillation: DistillationSection | None = None
+        # A loss of the user's own, in place of the cross-entropy that training minimises.
+        self.own_loss: OwnLoss | None = None
 
     @abstractmethod
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
@@ -180,7 +185,10 @@ class Objective(ABC):
     def training_loss(
         self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: CrossEntropy = summed_cross_entropy
     ) -> torch.Tensor:
-        """What training minimises: :meth:`loss` with the section's label smoothing; its arguments, a sum as well."""
+        """What training minimises: :meth:`loss` with the section's label smoothing, or the user's own loss; its
+        arguments, a sum as well."""
+        if self.own_loss is not None:
+            return self.own_loss.summed(*self.choices(logits, targets))
         if not self.section.label_smoothing:
             return self.loss(logits, targets, cross_entropy)
         return cross_entropy(logits, targets, self.section.label_smoothing)

@@ -6,6 +6,7 @@ In: the configuration. Out: the model's configuration and objective, and the dir
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,14 @@ def validate(config: TrainConfig) -> Checked:
     Raises:
         UserError: one line.
     """
+    from raylm.tasks.own_loss import check_loss
     from raylm.training.reports.trackers import check_trackers
 
     check_trackers(config.run.trackers)
     loaded, objective = _open_model(config)
     data = check_data(config, objective, loaded)
+    if objective.own_loss is not None:
+        check_loss(objective.own_loss, len(labels_of(config, data)))
     return Checked(_check_trained(config, loaded, objective), data)
 
 
@@ -103,6 +107,13 @@ def _check_trained(config: TrainConfig, loaded: PretrainedConfig | None, objecti
     if config.distillation is not None and loaded is None:
         check_teacher(config.distillation, model.config, objective.head)
     return model
+
+
+def labels_of(config: TrainConfig, data: Any) -> Sequence[str]:
+    """The labels of a task that has some: of rows that were read, or that an earlier start has written."""
+    from raylm.data.tokens.shards import read_manifest
+
+    return data.labels if data is not None else read_manifest(config.run.directory / "data")["labels"]
 
 
 def check_freezing(config: TrainConfig, loaded: PretrainedConfig | None, objective: Objective) -> None:

@@ -6,6 +6,7 @@ it. Of searchers that learn, these are the corners of the space; what else they 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from raylm.config.distributions import Point, corners
@@ -23,15 +24,18 @@ OF_THE_MODEL = {"model", "objective", "adapter", "freezing", "distillation"}
 OF_TRAINING = {"sequence_length", "compile"}
 
 
-def check_space(config: TuneConfig, objective: Objective) -> list[Point]:
+def check_space(config: TuneConfig, objective: Objective, labels: Sequence[str] = ()) -> list[Point]:
     """Points of the space to plan with, after each was tried out.
 
     Args:
         objective: of the file as it stands.
+        labels: of the data, on which losses of the user's own are tried.
 
     Raises:
         UserError: a key does not exist or cannot vary, a value is not allowed, or the metric is none of the task.
     """
+    from raylm.tasks.own_loss import check_loss, load_loss
+
     tuning = config.tuning
     _check_metric(str(tuning.metric), objective)
     if objective.rows is not None:
@@ -46,6 +50,8 @@ def check_space(config: TuneConfig, objective: Objective) -> list[Point]:
         if key not in seen:
             seen.add(key)
             _check_model(config, found)
+            if found.objective.loss is not None:
+                check_loss(load_loss(found.objective), len(labels))
     return points
 
 

@@ -41,7 +41,7 @@ def tune(config: TuneConfig) -> None:
         UserError: configuration or input is wrong, or the run is an older raylm's; nothing was started.
         RunFailure: no trial finished.
     """
-    from raylm.training.inputs import check_done, validate
+    from raylm.training.inputs import check_done, labels_of, validate
 
     run = RunDirectory("tune", config)
     run.check()
@@ -53,8 +53,10 @@ def tune(config: TuneConfig) -> None:
     with Activity("tune: checking the data and the model"), ended_at_once():
         checked = validate(config)
         stamps = run_stamps(config.data, config.model.path)
-        check_test(config, checked.model.objective)
-        points = check_space(config, checked.model.objective)
+        objective = checked.model.objective
+        check_test(config, objective)
+        labels = labels_of(config, checked.data) if objective.takes_loss else ()
+        points = check_space(config, objective, labels)
 
     from raylm.parallel.plan.precision import with_precision
     from raylm.training.precision import note_precision, run_precision

@@ -65,6 +65,7 @@ class ClassificationObjective(EncoderObjective):
     rows: ClassVar[RowReader | None] = RowReader(KIND, "labelled texts", _read)
     smooths_labels: ClassVar[bool] = True
     weighs_classes: ClassVar[bool] = True
+    takes_loss: ClassVar[bool] = True
     measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
 
     def __init__(self, section: ObjectiveSection | None = None) -> None:
@@ -102,6 +103,8 @@ class ClassificationObjective(EncoderObjective):
         """See :class:`Objective`; weights are those of the training texts, which :meth:`samples` has counted. As in
         torch, of a smoothed target each label's share has that label's weight."""
         weights = None if self._weights is None else self._weights.to(logits.device)
+        if self.own_loss is not None:
+            return self.own_loss.summed(*self.choices(logits, targets), weights)
         return functional.cross_entropy(
             logits.float(), targets[:, 0], weights, ignore_index=IGNORED, reduction="sum",
             label_smoothing=self.section.label_smoothing,

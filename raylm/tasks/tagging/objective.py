@@ -58,6 +58,7 @@ class TaggingObjective(EncoderObjective):
     head: ClassVar[Head] = TAGGER
     rows: ClassVar[RowReader | None] = RowReader(KIND, "tagged sentences", _read)
     measures: ClassVar[tuple[str, ...]] = ("token_accuracy", "span_f1")
+    takes_loss: ClassVar[bool] = True
     choices_vary: ClassVar[bool] = True
 
     labels: Sequence[str] = ()
@@ -102,7 +103,7 @@ class TaggingObjective(EncoderObjective):
 
     def _loss(self, model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Of ``logits`` [batch, time, tags], nats."""
-        return model.crf(logits, targets, IGNORED) if has_chain(model.config) else self.loss(logits, targets)
+        return model.crf(logits, targets, IGNORED) if has_chain(model.config) else self.loss_of(model)(logits, targets)
 
     def _best(self, model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """1 at the tags of the best sequence of a model with a chain, else 0; in the shape of ``logits``."""
