@@ -103,6 +103,9 @@ class TrainingSection(Section):
     """Passes over the training set; rounded up to whole steps."""
     batch_size: Count = 32
     """Sequences in a step, all workers together."""
+    group_by_length: bool = False
+    """Put samples of about the same length into a batch, so that less of it is padding: classification, tagging,
+    extractive_qa, sequence_to_sequence and preference. The order then follows from batch_size too."""
     sequence_length: int = Field(default=256, ge=2, le=LARGEST_COUNT)
     """Tokens in a sequence."""
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"

@@ -65,6 +65,7 @@ class Objective(ABC):
         smooths_labels: whether :meth:`training_loss` follows ``objective.label_smoothing``.
         weighs_classes: whether it follows ``objective.class_weights``.
         takes_loss: whether it follows ``objective.loss``.
+        groups_lengths: whether its samples follow ``training.group_by_length``: each is an example as it stands.
         choices_vary: whether what can be chosen, or how often, differs from sample to sample.
     """
 
@@ -78,6 +79,7 @@ class Objective(ABC):
     smooths_labels: ClassVar[bool] = False
     weighs_classes: ClassVar[bool] = False
     takes_loss: ClassVar[bool] = False
+    groups_lengths: ClassVar[bool] = False
     choices_vary: ClassVar[bool] = False
 
     def __init__(self, section: ObjectiveSection | None = None) -> None:
@@ -219,6 +221,7 @@ class EncoderObjective(Objective):
         targets_each: targets of an example.
     """
 
+    groups_lengths: ClassVar[bool] = True
     targets_each: ClassVar[int] = 1
 
     def example(self, sequence_length: int) -> Batch:

@@ -46,6 +46,7 @@ class PreferenceObjective(Objective):
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
     rows: ClassVar[RowReader | None] = RowReader(KIND, "preferences", _read)
     measures: ClassVar[tuple[str, ...]] = ("preferred", "margin")
+    groups_lengths: ClassVar[bool] = True
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:
         """See :class:`Objective`; the directory is one of preferences, which have their length already."""

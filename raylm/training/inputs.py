@@ -70,6 +70,7 @@ def _open_model(config: TrainConfig) -> tuple[PretrainedConfig | None, Objective
     from raylm.parallel.engines.compilation import check_compilation
     from raylm.tasks import make_objective
     from raylm.training.counting import refuse_counted
+    from raylm.training.loop.batches import check_grouping
     from raylm.training.loop.best import check_metrics
 
     if config.training.compile:
@@ -79,6 +80,7 @@ def _open_model(config: TrainConfig) -> tuple[PretrainedConfig | None, Objective
         refuse_counted(loaded.model_type, "model.path", str(config.model.path), "cannot be trained further")
     objective = make_objective(config.objective, loaded.model_type if loaded else config.model.family)
     check_metrics(config.training, objective)
+    check_grouping(config.training, objective)
     return loaded, objective
 
 

@@ -88,6 +88,7 @@ def score_shard(job: dict[str, int], *, config: TrainConfig, model_type: str, fo
 
     from raylm.data.loading import resolve_model
     from raylm.models.loading import load_model
+    from raylm.training.loop.batches import training_samples
 
     section, objective = config.distillation, _objective(config, model_type)
     assert section is not None
@@ -95,7 +96,7 @@ def score_shard(job: dict[str, int], *, config: TrainConfig, model_type: str, fo
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_model(resolve_model(str(section.teacher)), dtype, "distillation.teacher", objective.head)
     teacher = teacher.to(device).eval()
-    samples = objective.samples(data, "train", config.training.sequence_length, config.run.seed)
+    samples = training_samples(objective, data, config.training, config.run.seed)
     parts = [
         _rows(objective, teacher, samples, np.arange(first, min(first + BATCH_SIZE, job["stop"])), device)
         for first in range(job["first"], job["stop"], BATCH_SIZE)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # On which it depends whether a model can be trained.
 OF_THE_MODEL = {"model", "objective", "adapter", "freezing", "distillation"}
-OF_TRAINING = {"sequence_length", "compile"}
+OF_TRAINING = {"sequence_length", "compile", "group_by_length"}
 
 
 def check_space(config: TuneConfig, objective: Objective, labels: Sequence[str] = ()) -> list[Point]:

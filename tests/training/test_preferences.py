@@ -150,6 +150,21 @@ def test_samples_are_the_templates_words(tiny_model: Path, tmp_path: Path) -> No
         assert answers == [by_prompt[asked][side] + tokenizer.eos_token for side in ("chosen", "rejected")]
 
 
+def test_pairs_of_about_the_same_length_lie_together(tiny_model: Path, tmp_path: Path) -> None:
+    samples = prepared(tiny_model, tmp_path, 200, chat_template="plain")
+
+    def places() -> int:
+        return sum(samples.batch(np.arange(first, first + 4))["input_ids"].size for first in range(0, 28, 4))
+
+    before = places()
+    samples.group_by_length(4)
+    assert places() < before
+    # Both answers are padded to the longer one.
+    widths = [samples.batch(np.array([number]))["input_ids"].shape[2] for number in range(samples.count)]
+    lengths = samples.lengths()[samples.numbers(np.arange(samples.count))]
+    assert widths == [-(-(length - 1) // 8) * 8 for length in lengths.tolist()]
+
+
 def test_long_ones_lose_what_was_asked_first(tiny_model: Path) -> None:
     ids = np.arange(20)
     (one, at), (other, there) = shortened([(ids, 15), (ids[:18], 15)], 12)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.config.run_directory import write_atomically
+from raylm.data.samples.length_groups import LengthGroups
 from raylm.data.samples.permutation import permute
 from raylm.data.sources.documents import Split
 from raylm.data.sources.segments import MANIFEST
@@ -106,13 +107,24 @@ class ArraySamples:
         self.count = len(self.arrays[-1])
         self.pad_id, self.length = manifest["pad_id"], manifest["sequence_length"]
         self._seed, self._shuffle = seed, split == "train"
+        self._groups: LengthGroups | None = None
 
     def in_order(self) -> None:
         """From now on give the samples in the order of the rows."""
         self._shuffle = False
 
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [count]: those that the padding of a batch follows from."""
+        return np.asarray(self.arrays[-1][:, 1])
+
+    def group_by_length(self, batch_size: int) -> None:
+        """From now on give samples of about the same length in each batch of this size; see :class:`LengthGroups`."""
+        self._groups = LengthGroups(self.lengths(), batch_size, self._seed)
+
     def numbers(self, indices: np.ndarray) -> np.ndarray:
         """The numbers of the rows of the samples with these global numbers, int64 [n]."""
+        if self._shuffle and self._groups is not None:
+            return self._groups.numbers(indices)
         epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), self.count)
         return permute(places, epochs, self.count, self._seed) if self._shuffle else places
 

@@ -172,6 +172,11 @@ class PreferenceSamples(ArraySamples):
         super().__init__(directory, split, seed, ARRAYS)
         self._reference = reference
 
+    def lengths(self) -> np.ndarray:
+        """Of the longer of the two conversations, to which both are padded."""
+        rows = np.asarray(self.arrays[-1])
+        return np.maximum(rows[:, 1], rows[:, 4])
+
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """``input_ids`` and ``labels`` (:data:`IGNORED` but for the answers), int64 [n, 2, T], the preferred one first;
         ``targets``, int64 [n, 1], 0: that one is the right one; ``reference``, float32 [n, 2]."""

@@ -210,6 +210,11 @@ class PairSamples(ArraySamples):
     def __init__(self, directory: Path | str, split: Split, seed: int) -> None:
         super().__init__(directory, split, seed, ARRAYS)
 
+    def lengths(self) -> np.ndarray:
+        """Of source and target together."""
+        rows = np.asarray(self.arrays[-1])
+        return rows[:, 1] + rows[:, 3]
+
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """What :func:`pair_batch` returns."""
         rows = self.rows(indices).tolist()

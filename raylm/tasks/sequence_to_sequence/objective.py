@@ -49,6 +49,7 @@ class SequenceToSequenceObjective(Objective):
     head: ClassVar[Head] = SEQUENCE_TO_SEQUENCE
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
     smooths_labels: ClassVar[bool] = True
+    groups_lengths: ClassVar[bool] = True
     rows: ClassVar[RowReader | None] = RowReader(KIND, "pairs", _read, for_new_models=True)
 
     def samples(self, directory: Path | str, split: Split, sequence_length: int, seed: int) -> Samples:

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from raylm.config.training import TrainingSection
+from raylm.data.samples.array_sets import ArraySamples
 from raylm.data.samples.token_samples import Samples
-from raylm.tasks.objective import IGNORED, Batch
+from raylm.errors import UserError
+from raylm.tasks.objective import IGNORED, Batch, Objective
+
+
+def training_samples(objective: Objective, directory: Path | str, training: TrainingSection, seed: int) -> Samples:
+    """The training samples in a prepared ``directory``, in the order that they are trained on."""
+    samples = objective.samples(directory, "train", training.sequence_length, seed)
+    if training.group_by_length:
+        assert isinstance(samples, ArraySamples)
+        samples.group_by_length(training.batch_size)
+    return samples
+
+
+def check_grouping(training: TrainingSection, objective: Objective) -> None:
+    """Refuse groups of lengths where samples are windows of text.
+
+    Raises:
+        UserError: one line.
+    """
+    if training.group_by_length and not objective.groups_lengths:
+        raise UserError(
+            f"training.group_by_length: found true, allowed with objective.type {objective.name}: false, as its "
+            "samples are no rows of their own"
+        )
 
 
 def total_steps(training: TrainingSection, samples_per_epoch: int) -> int:

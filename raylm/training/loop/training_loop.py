@@ -37,6 +37,7 @@ from raylm.training.loop.batches import (
     evaluation_batches,
     step_batches,
     total_steps,
+    training_samples,
 )
 from raylm.training.loop.best import check_metrics, initial_state, is_patience_over, judge
 from raylm.training.loop.engine import make_engine
@@ -73,10 +74,8 @@ class TrainingLoop:
         self.objective = make_objective(self.config.objective, self.model_config.model_type, self.config.distillation)
         check_metrics(training, self.objective)
         self.model_config.update(self.objective.settings(job.data_directory))
-        self.samples, self.validation = (
-            self.objective.samples(job.data_directory, split, training.sequence_length, run.seed)
-            for split in ("train", "validation")
-        )
+        self.samples = training_samples(self.objective, job.data_directory, training, run.seed)
+        self.validation = self.objective.samples(job.data_directory, "validation", training.sequence_length, run.seed)
         if self.config.distillation is not None and self.config.distillation.top_k is not None:
             self.samples = TaughtSamples(self.samples, job.directory)
         self.total_steps = total_steps(training, self.samples.count)
