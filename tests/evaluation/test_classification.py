@@ -66,10 +66,27 @@ def test_unknown_labels_are_named(tmp_path: Path) -> None:
     train, other = tmp_path / "a.csv", tmp_path / "b.csv"
     train.write_text("text,label\na,x\nb,y\n")
     other.write_text("text,label\na,x\nb,z\n")
-    with pytest.raises(UserError, match=r"the label 'z' in the validation texts, allowed: .*data\.train has \(x, y\)"):
+    with pytest.raises(UserError, match=r"b\.csv:3: found the label 'z', allowed: .* training texts have \(x, y\)"):
         LabelledInput(DataSection(train=str(train), validation=str(other)))
-    with pytest.raises(UserError, match=r"the label 'x' in the train texts, allowed: .*model\.path was trained with"):
+    with pytest.raises(UserError, match=r"a\.csv:2: found the label 'x', allowed: .*model\.path was trained with"):
         LabelledInput(DataSection(train=str(train), validation=str(train)), ["y", "z"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        # A row of two lines and a row without a text stand before it.
+        ("b.csv", 'text,label\n"a\nb",x\n"",y\nc,z\n', r"b\.csv:5: "),
+        ("b.jsonl", '{"text": "a", "label": "x"}\n\n{"text": "b", "label": "z"}\n', r"b\.jsonl:3: "),
+        ("b.json", '[{"text": "a", "label": "x"}, {"text": "b", "label": "z"}]', r"b\.json: row 2: "),
+    ],
+)
+def test_the_place_of_an_unknown_label_is_named(name: str, content: str, place: str, tmp_path: Path) -> None:
+    train, other = tmp_path / "a.csv", tmp_path / name
+    train.write_text("text,label\na,x\nb,y\n")
+    other.write_text(content)
+    with pytest.raises(UserError, match=f"{place}found the label 'z', allowed: those that the training texts have"):
+        LabelledInput(DataSection(train=str(train), validation=str(other)))
 
 
 def test_figures(encoder: Path) -> None:
@@ -83,5 +100,5 @@ def test_figures(encoder: Path) -> None:
     assert found["macro_f1"] == pytest.approx(100 * (2 / 3 + 0.8) / 2)
     assert set(found["labels"]) == {"x", "y"}
     assert found["confusion"] == {"x": {"x": 1, "y": 1}, "y": {"y": 2}}
-    with pytest.raises(UserError, match="found the label 'y', allowed: the model's own"):
+    with pytest.raises(UserError, match=r"data: found the label 'y', allowed: the model's own \(x\)"):
         TextSet(texts, ["x"], load_tokenizer(encoder), 8, 2)

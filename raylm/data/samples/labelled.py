@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,10 @@ from raylm.data.padding import encoder_batch
 from raylm.data.samples.array_sets import SPLITS, ArraySamples, write_set
 from raylm.data.samples.sides import measured_on, with_sides
 from raylm.data.sources.documents import Split
-from raylm.data.sources.readers import read_table
+from raylm.data.sources.rows import Rows, rows_to_documents
 from raylm.data.sources.segments import open_sources
 from raylm.data.sources.streams import InputErrors
+from raylm.data.sources.tables import open_table
 from raylm.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,10 +37,15 @@ KIND = "labelled"
 
 @dataclass(frozen=True)
 class LabelledText:
-    """A text and the name of its class."""
+    """A text and the name of its class.
+
+    Attributes:
+        place: file and line or row, for messages.
+    """
 
     text: str
     label: str
+    place: str = field(default="data", compare=False)
 
 
 def read_labelled(data: DataSection) -> Iterator[tuple[Split, LabelledText]]:
@@ -71,12 +77,21 @@ def _of_sources(data: DataSection, names: list[Any], key: str) -> Iterator[Label
                     f"{key}: {source.name}: found the format {segment.format}, allowed with labels: "
                     f"{', '.join(FORMATS)}"
                 )
-            for document in read_table(segment, labelled, errors, needs_label=True):
+            table, number = open_table(segment, labelled, errors), [0]
+            followed = replace(table, rows=_noted(table.rows, number))
+            for document in rows_to_documents(followed, fields, errors, needs_label=True):
                 if document.text.strip():
-                    yield LabelledText(document.text, document.label.strip())
+                    yield LabelledText(document.text, document.label.strip(), table.place(number[0]))
                 else:
                     errors.count("without a text", f"{source.name}: a row without a text")
     errors.say(key)
+
+
+def _noted(rows: Rows, last: list[int]) -> Rows:
+    """The rows; in ``last`` stands the number of the one that was given last, which becomes a text at once."""
+    for number, row in rows:
+        last[0] = number
+        yield number, row
 
 
 def in_order(labels: set[str]) -> list[str]:
@@ -113,13 +128,8 @@ class LabelledInput:
         if len(self.labels) < 2:
             raise UserError(f"data.train: found one label only ('{self.labels[0]}'), allowed: two or more")
         for side in SPLITS:
-            unknown = sorted({text.label for text in self.texts[side]} - set(self.labels))
-            if unknown:
-                source = "data.train has" if known is None else "model.path was trained with"
-                raise UserError(
-                    f"data: found the label '{unknown[0]}' in the {side} texts, allowed: the labels that {source} "
-                    f"({_named(self.labels)})"
-                )
+            source = "the training texts have" if known is None else "model.path was trained with"
+            check_labels(self.texts[side], self.labels, f"those that {source}")
 
     def write(self, directory: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> dict[str, Any]:
         """Write the directory; returns the manifest."""
@@ -137,6 +147,21 @@ class LabelledInput:
             return arrays, {"texts": len(texts), "tokens": int(lengths.sum())}
 
         return write_set(directory, KIND, tokenizer, make_split, labels=self.labels, sequence_length=sequence_length)
+
+
+def check_labels(texts: Sequence[LabelledText], labels: Sequence[str], source: str) -> None:
+    """Refuse a label that is not among the ``labels``.
+
+    Args:
+        source: what those are.
+
+    Raises:
+        UserError: names the file and the line or row.
+    """
+    known = set(labels)
+    for text in texts:
+        if text.label not in known:
+            raise UserError(f"{text.place}: found the label '{text.label}', allowed: {source} ({_named(labels)})")
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], most: int) -> list[np.ndarray]:

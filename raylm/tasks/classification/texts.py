@@ -14,7 +14,7 @@ import numpy as np
 from raylm.config.stages import CompressConfig, EvaluateConfig
 from raylm.data.loading import load_tokenizer
 from raylm.data.padding import encoder_batch
-from raylm.data.samples.labelled import LabelledText, encode_texts, evaluation_labelled
+from raylm.data.samples.labelled import LabelledText, check_labels, encode_texts, evaluation_labelled
 from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions, label_names
 from raylm.models.loading import load_config
@@ -53,9 +53,7 @@ class TextSet:
         batch_size: int,
     ) -> None:
         numbers = {label: number for number, label in enumerate(labels)}
-        unknown = next((text.label for text in texts if text.label not in numbers), None)
-        if unknown is not None:
-            raise UserError(f"data: found the label '{unknown}', allowed: the model's own ({', '.join(labels[:20])})")
+        check_labels(texts, labels, "the model's own")
         self.texts, self.labels = texts, labels
         self.count, self.length, self.vocabulary_size = len(texts), length, len(tokenizer)
         self.targets = np.array([numbers[text.label] for text in texts])
