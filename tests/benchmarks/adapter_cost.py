@@ -1,7 +1,8 @@
-"""What a training step costs with all weights, LoRA and DoRA: seconds and peak memory.
+"""What a training step costs with all weights, LoRA, DoRA and preferences (DPO): seconds and peak memory.
 
     python tests/benchmarks/adapter_cost.py MODEL TEXT.txt OUT.json [--tokens 512] [--length 256] [--checkpointing]
 
+DPO trains all weights on pairs of as many tokens, half of the text in each answer; its reference is known before.
 Each way trains in processes of its own, in turn, through raylm's engine with ZeRO 0. OUT has, of each round, the
 median seconds of a step and the peak of the process above what it held before the model was there; on the screen the
 medians of the ratios to training all weights.
@@ -25,6 +26,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "full": None,
     "lora": {"rank": 16},
     "dora": {"type": "dora", "rank": 16},
+    "dpo": None,
 }
 STEPS = 5
 
@@ -46,6 +48,7 @@ def measure(way: str, model: str, text: str, tokens: int, length: int, checkpoin
     from raylm.parallel.engines.environment import prepare_deepspeed
     from raylm.tasks.causal import CausalObjective
     from raylm.tasks.objective import ObjectiveModule
+    from raylm.tasks.preference import PreferenceObjective
     from raylm.training.optimizers.build import make_optimizer
 
     prepare_deepspeed(use_gpu=False)
@@ -69,11 +72,14 @@ def measure(way: str, model: str, text: str, tokens: int, length: int, checkpoin
             added = {"trained": is_adapter, "saves_frozen": False}
             added["transform"] = lambda module, name: add_adapter(module, adapter, CAUSAL, 0)
         training = TrainingSection(steps=STEPS, learning_rate=1e-4)
+        # A pair has two.
+        sequences = count // 2 if way == "dpo" else count
+        objective = PreferenceObjective() if way == "dpo" else CausalObjective()
         engine = DataParallelEngine(
-            ObjectiveModule(outline.model, CausalObjective()),
+            ObjectiveModule(outline.model, objective),
             lambda named: make_optimizer(training, named, outline.model),
             EngineSettings(
-                zero_stage=0, micro_batch_size=count, accumulation=1, clipping=1.0, bf16=False,
+                zero_stage=0, micro_batch_size=sequences, accumulation=1, clipping=1.0, bf16=False,
                 device=torch.device("cpu"), weights=saved_weights(model, outline, CAUSAL, 0), **added,
             ),
         )  # fmt: skip
@@ -81,7 +87,7 @@ def measure(way: str, model: str, text: str, tokens: int, length: int, checkpoin
         for step in range(STEPS + 1):
             began = time.perf_counter()
             batch = {"input_ids": rows[step][:, :-1].contiguous(), "targets": rows[step][:, 1:].contiguous()}
-            result = engine.train_step([batch])
+            result = engine.train_step([paired(batch) if way == "dpo" else batch])
             seconds.append(time.perf_counter() - began)
             losses.append(engine.mean_loss(result))
         trained = sum(p.numel() for p in engine.parameters.values() if p.requires_grad)
@@ -90,6 +96,18 @@ def measure(way: str, model: str, text: str, tokens: int, length: int, checkpoin
             "way": way, "seconds": statistics.median(seconds[1:]), "peak_megabytes": (peak_bytes() - before) / 1e6,
             "trained": trained, "losses": losses,
         }  # fmt: skip
+
+
+def paired(batch: dict[str, Any]) -> dict[str, Any]:
+    """Rows of text as the answers of pairs."""
+    import torch
+
+    sides = {name: rows.view(-1, 2, rows.shape[1]) for name, rows in batch.items()}
+    count = len(sides["input_ids"])
+    return {
+        "input_ids": sides["input_ids"], "labels": sides["targets"],
+        "targets": torch.zeros((count, 1), dtype=torch.long), "reference": torch.zeros((count, 2)),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -102,6 +120,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="full is what others are compared to"
+    )
     parser.add_argument("--way", default=None)
     given = parser.parse_args()
     if given.way is not None:
@@ -111,7 +132,7 @@ def main() -> None:
     rounds = []
     for _ in range(given.rounds):
         rounds.append({})
-        for way in WAYS:
+        for way in given.ways:
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
                 command = [sys.executable, __file__, given.model, given.text, file.name, "--way", way]
                 command += ["--checkpointing"] if given.checkpointing else []
@@ -121,7 +142,7 @@ def main() -> None:
                 rounds[-1][way] = json.loads(Path(file.name).read_text())
             print({key: value for key, value in rounds[-1][way].items() if key != "losses"}, flush=True)
         given.output.write_text(json.dumps(rounds, indent=2))
-    for way in WAYS:
+    for way in given.ways:
         ratios = {
             name: statistics.median(one[way][name] / one["full"][name] for one in rounds)
             for name in ("seconds", "peak_megabytes")
