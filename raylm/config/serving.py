@@ -18,6 +18,8 @@ class ServedModel(Section):
     """Run directory, Hugging Face directory or hub name."""
     engine: Literal["auto", "openvino", "transformers", "vllm"] = "auto"
     """Engine of this model, as ``serving.engine``."""
+    adapters: dict[str, PathText] = Field(default_factory=dict)
+    """LoRA adapters of this model, as ``serving.adapters``."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """Pooling of this model, as ``serving.pooling``."""
 
@@ -65,6 +67,9 @@ class ServingSection(Section):
     """Name of the model in requests; by default the run's name."""
     models: dict[str, ServedModel] = Field(default_factory=dict)
     """Further models of the same application, by their names in requests."""
+    adapters: dict[str, PathText] = Field(default_factory=dict)
+    """LoRA adapters of the model at ``model.path``, by their names in requests: directories that raylm or peft wrote,
+    or runs. All share the model's weights, and are answered together."""
     loaded_models: Count | None = None
     """Models that a replica holds at a time. If a request names another one, it replaces the one unused for longest. By
     default a replica holds all."""
@@ -145,6 +150,20 @@ class ServingSection(Section):
         except ValueError:
             raise ValueError("allowed: an IP address such as 127.0.0.1 or 0.0.0.0, or localhost") from None
         return value
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> ServingSection:
+        taken = set(self.models)
+        for key, adapters in [
+            ("adapters", self.adapters),
+            *((f"models.{name}.adapters", model.adapters) for name, model in self.models.items()),
+        ]:
+            if adapters and self.loaded_models is not None:
+                raise ValueError(f"loaded_models: found {self.loaded_models}, allowed without {key}")
+            if double := sorted(taken & set(adapters)):
+                raise ValueError(f"{key}: found {double[0]}, which is another model's name already")
+            taken |= set(adapters)
+        return self
 
     @property
     def loopback(self) -> bool:

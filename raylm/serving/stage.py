@@ -13,9 +13,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylm.cluster.environment import API_KEYS_VARIABLE, default_environment
+from raylm.config.families import is_counted
 from raylm.config.run_directory import RunDirectory
 from raylm.config.serving import ServedModel, ServingSection
 from raylm.config.stages import ServeConfig
@@ -24,9 +25,13 @@ from raylm.errors import RunFailure, UserError, first_line
 from raylm.models.checks import check_vocabulary, check_weights
 from raylm.models.heads import NONE
 from raylm.models.loading import load_config
+from raylm.models.lora import check_adapters
 from raylm.progress import Activity
 from raylm.serving.http.access import load_key_hashes
 from raylm.tasks import task_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 APPLICATION = "raylm"
 # Loading a large model from a slow disk takes minutes; a server that is not up by then will not come up.
@@ -180,8 +185,13 @@ def check_access(serving: ServingSection) -> None:
 
 def check_model(config: ServeConfig) -> None:
     """Refuse a model directory that is missing, incomplete or damaged; reads headers, not weights."""
-    from raylm.serving.deploy.app import model_sources
+    from raylm.serving.deploy.app import model_name, model_sources
 
+    main = model_name(config)
+    further = {f"serving.models.{name}": model.adapters for name, model in config.serving.models.items()}
+    for where, adapters in {"serving": config.serving.adapters, **further}.items():
+        if main in adapters:
+            raise UserError(f"{where}.adapters: found {main}, which is the name of the model at model.path already")
     for name, model in model_sources(config).items():
         key = f"serving.models.{name}.path" if name in config.serving.models else "model.path"
         _check_model(model, config.serving, key)
@@ -201,13 +211,30 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
     if task.service.check is not None:
         task.service.check(model_config, tokenizer, serving, model.path)
     if directory.is_dir():
-        chosen = serving.model_copy(update={"engine": model.engine})
+        chosen = serving.model_copy(update={"engine": model.engine, "adapters": model.adapters})
         engine_key = key.removesuffix("path") + "engine" if key != "model.path" else "serving.engine"
         if choose_engine(source, chosen, engine_key, continues=task.continues) == "openvino":
             check_export(source, key, task.head.graphs)
         else:
             check_weights(directory, key)
     check_vocabulary(model_config, tokenizer, source, key)
+    if model.adapters:
+        _check_adapters(model, serving, model_config, key)
+
+
+def _check_adapters(model: ServedModel, serving: ServingSection, config: PretrainedConfig, key: str) -> None:
+    from raylm.serving.engines.opening import choose_engine
+    from raylm.serving.engines.vllm import adapter_rank
+
+    adapters_key = "serving.adapters" if key == "model.path" else key.removesuffix("path") + "adapters"
+    task = task_of(config)
+    if not task.continues or is_counted(config.model_type):
+        what = "an n-gram model" if task.continues else task.service.what
+        raise UserError(f"{adapters_key}: allowed with a text generator of linear layers, {model.path} is {what}")
+    check_adapters(model.adapters, config, adapters_key)
+    chosen = serving.model_copy(update={"engine": model.engine, "adapters": model.adapters})
+    if choose_engine(resolve_model(model.path, key), chosen) == "vllm":
+        adapter_rank(model.adapters, adapters_key)
 
 
 def _check_encoder(path: str, key: str = "serving.encoder") -> None:

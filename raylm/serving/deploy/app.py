@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import gc
 import ipaddress
@@ -30,7 +31,8 @@ from raylm.models.encoder_decoders import source_prefix
 from raylm.models.encoders import sentence_pooling
 from raylm.models.loading import load_config
 from raylm.serving.deploy.service import Models, ModelService
-from raylm.serving.engines.client import start_engine
+from raylm.serving.engines.adapted import AdaptedEngine
+from raylm.serving.engines.client import Engine, start_engine
 from raylm.serving.engines.on_demand import EnginePool
 from raylm.serving.engines.opening import choose_engine, context_length
 from raylm.serving.http import request_log
@@ -69,7 +71,11 @@ class ModelReplica:
         self._metrics = ServerMetrics(export=True)
         pool = EnginePool(serving.loaded_models, serving.request_seconds) if serving.loaded_models else None
         self._models = Models(
-            [open_service(settings, name, threads, self._metrics, pool) for name in model_sources(settings)]
+            [
+                service
+                for name in model_sources(settings)
+                for service in open_services(settings, name, threads, self._metrics, pool)
+            ]
         )
         if pool:
             # How long a start may take is not for serving.request_seconds to say.
@@ -110,8 +116,30 @@ def model_sources(config: ServeConfig) -> dict[str, ServedModel]:
     """The models to serve by their names in requests; the first is that of the file's ``model`` section."""
     assert config.model.path is not None
     serving = config.serving
-    main = ServedModel(path=config.model.path, engine=serving.engine, pooling=serving.pooling)
+    main = ServedModel(
+        path=config.model.path, engine=serving.engine, pooling=serving.pooling, adapters=serving.adapters
+    )
     return {model_name(config): main, **serving.models}
+
+
+def open_services(
+    config: ServeConfig,
+    name: str,
+    threads: int,
+    metrics: ServerMetrics | None = None,
+    pool: EnginePool | None = None,
+) -> list[ModelService]:
+    """A model and its adapters, all of which its engine answers; arguments as in :func:`open_service`."""
+    model = open_service(config, name, threads, metrics, pool)
+    adapters = model_sources(config)[name].adapters
+    assert not adapters or isinstance(model.engine, Engine)
+    return [
+        model,
+        *(
+            dataclasses.replace(model, name=adapter, engine=AdaptedEngine(model.engine, adapter), parent=name)
+            for adapter in adapters
+        ),
+    ]
 
 
 def open_service(
@@ -123,7 +151,7 @@ def open_service(
 ) -> ModelService:
     """Load one model and start its engine, or leave that to the ``pool``."""
     model = model_sources(config)[name]
-    serving = config.serving.model_copy(update={"engine": model.engine})
+    serving = config.serving.model_copy(update={"engine": model.engine, "adapters": model.adapters})
     source = resolve_model(model.path)
     model_config = load_config(source)
     task = task_of(model_config)

@@ -31,6 +31,7 @@ from raylm.tasks.base import GENERATION, Service
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from raylm.serving.engines.adapted import AdaptedEngine
     from raylm.serving.engines.on_demand import OnDemandEngine
 
 # Seeds are taken modulo this: engines want them in 63 bits, clients may send any integer.
@@ -88,10 +89,11 @@ class ModelService:
         text_work: where long texts become tokens.
         token_bytes: of text that one token stands for at most; 0 where that cannot be said, None until it is asked for.
         vocabulary: rows of the model's embedding, often more than the tokenizer has ids; None: as many as those.
+        parent: of an adapter, the name of the model that it belongs to.
     """
 
     name: str
-    engine: Engine | OnDemandEngine
+    engine: Engine | OnDemandEngine | AdaptedEngine
     tokenizer: PreTrainedTokenizerBase
     context_length: int | None
     max_new_tokens: int
@@ -105,6 +107,7 @@ class ModelService:
     text_work: TextWork = field(default_factory=TextWork, repr=False)
     token_bytes: int | None = field(default=None, repr=False)
     vocabulary: int | None = None
+    parent: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -125,8 +128,8 @@ class ModelService:
         """
 
     def load(self) -> EngineStats:
-        """What the engine has in work, and its counters."""
-        return self.engine.stats()
+        """What the engine has in work for this name, and its counters."""
+        return self.engine.own_stats()
 
     def check_model(self, name: str | None) -> None:
         """Refuse any other model's name; none at all is taken for this one."""

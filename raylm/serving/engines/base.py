@@ -111,11 +111,16 @@ class Event:
 
 @dataclass(frozen=True)
 class Generate:
-    """Command: go on from ``prompt_ids``; answered by events with tokens."""
+    """Command: go on from ``prompt_ids``; answered by events with tokens.
+
+    Attributes:
+        adapter: name of the one that the model is to have in this request; also of the commands below.
+    """
 
     number: int
     prompt_ids: list[int]
     parameters: SamplingParameters
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Score:
     number: int
     ids: list[int]
     top: int
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class Embed:
     number: int
     ids: list[int]
     pooling: Pooling
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ class Backend(abc.ABC):
         """Free what a request that was admitted and has not ended holds."""
 
     @abc.abstractmethod
-    def read(self, ids: list[int]) -> Reading:
+    def read(self, ids: list[int], adapter: str | None = None) -> Reading:
         """Read a whole text at once, for its logits and hidden states."""
 
     def cache_usage(self) -> float | None:

@@ -44,7 +44,7 @@ from raylm.serving.engines.base import (
 )  # fmt: skip
 from raylm.serving.engines.liveness import Pulse, family_cpu_seconds, kill_family
 from raylm.serving.engines.pace import Pace
-from raylm.serving.engines.stats import EngineStats
+from raylm.serving.engines.stats import Counts, EngineStats
 from raylm.serving.engines.streams import Answer, TokenStream, receive_all
 from raylm.serving.helper_process import module_path
 
@@ -81,8 +81,8 @@ class Engine:
         self._connection, self._process = connection, process
         self._numbers = itertools.count()
         self._waiting: dict[int, TokenStream | Answer] = {}
-        self._submitted = self._finished = self._cancelled = self._failed = 0
-        self._prompt_tokens = self._generated_tokens = 0
+        # By the adapter of a request.
+        self._counts: dict[str | None, Counts] = {None: Counts()}
         self._cache_usage: float | None = None
         self._pace = Pace()
         self._failure: str | None = None
@@ -110,36 +110,40 @@ class Engine:
         """Requests that it has and has not answered."""
         return len(self._waiting)
 
-    def submit(self, prompt_ids: Sequence[int], parameters: SamplingParameters) -> TokenStream:
+    def submit(
+        self, prompt_ids: Sequence[int], parameters: SamplingParameters, adapter: str | None = None
+    ) -> TokenStream:
         """Queue a request; call from a running event loop.
 
         Args:
             prompt_ids: at least one token id.
             parameters: how to decode.
+            adapter: name of the one that the model is to have, here and below.
 
         Raises:
             EngineFailure: the engine has stopped.
         """
-        stream = TokenStream(self, next(self._numbers))
-        self._enter(stream._number, stream, Generate(stream._number, list(prompt_ids), parameters), len(prompt_ids))
+        stream = TokenStream(self, next(self._numbers), adapter)
+        command = Generate(stream._number, list(prompt_ids), parameters, adapter)
+        self._enter(stream._number, stream, command, len(prompt_ids))
         return stream
 
-    async def score(self, ids: Sequence[int], top: int = 1) -> TokenScores:
+    async def score(self, ids: Sequence[int], top: int = 1, adapter: str | None = None) -> TokenScores:
         """How likely each token of ``ids`` is after those before it, and which ``top`` tokens are likeliest there.
 
         Raises:
             EngineFailure: the text cannot be read, or the engine has stopped.
         """
         number = next(self._numbers)
-        return await self._ask(Score(number, list(ids), top))
+        return await self._ask(Score(number, list(ids), top, adapter))
 
-    async def embed(self, ids: Sequence[int], pooling: Pooling) -> Any:
+    async def embed(self, ids: Sequence[int], pooling: Pooling, adapter: str | None = None) -> Any:
         """The pooled last hidden states of ``ids``, a vector of length 1, fp32 [hidden size].
 
         Raises:
             EngineFailure: the text cannot be read, or the engine has stopped.
         """
-        return await self._ask(Embed(next(self._numbers), list(ids), pooling))
+        return await self._ask(Embed(next(self._numbers), list(ids), pooling, adapter))
 
     async def encode(self, ids: Sequence[int], types: Sequence[int] | None = None) -> Any:
         """What an encoder with a task says of ``ids``: scores fp32 [tokens, 2] of a reader, logits [labels] of a
@@ -153,19 +157,23 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and current load."""
         in_work = self.in_work
-        waiting = max(0, in_work - self.sequences)
+        running = min(in_work, self.sequences)
+        return self._stats(running, in_work - running, Counts.sum(self._counts.values()))
+
+    def own_stats(self, adapter: str | None = None) -> EngineStats:
+        """Counters and current load of the requests of one adapter, or of none."""
+        # Requests begin in their order.
+        asked = [asker.adapter == adapter for asker in list(self._waiting.values())]
+        running = sum(asked[: self.sequences])
+        return self._stats(running, sum(asked) - running, self._counts.get(adapter, Counts()))
+
+    def _stats(self, running: int, waiting: int, counts: Counts) -> EngineStats:
+        # It is its turn when those before it wait no more and one of those in work has ended.
+        in_work = self.in_work
+        before = max(0, in_work - self.sequences) + 1
+        wait = self._pace.wait(before) if in_work >= self.sequences else 0.0
         return EngineStats(
-            running=min(in_work, self.sequences),
-            waiting=waiting,
-            requests=self._submitted,
-            finished=self._finished,
-            cancelled=self._cancelled,
-            failed=self._failed,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            cache_usage=self._cache_usage,
-            # It is its turn when those before it wait no more and one of those in work has ended.
-            wait_seconds=self._pace.wait(waiting + 1) if in_work >= self.sequences else 0.0,
+            running=running, waiting=waiting, cache_usage=self._cache_usage, wait_seconds=wait, **vars(counts)
         )
 
     @property
@@ -202,7 +210,7 @@ class Engine:
         self._connection.close()
 
     async def _ask(self, command: Score | Embed | Encode) -> Any:
-        answer = Answer()
+        answer = Answer(getattr(command, "adapter", None))
         self._enter(command.number, answer, command, len(command.ids))
         try:
             return await answer.future
@@ -215,16 +223,17 @@ class Engine:
         if not self._waiting:
             self._pace.begin()
         self._waiting[number] = asker
-        self._submitted += 1
-        self._prompt_tokens += prompt_tokens
+        counts = self._counts.setdefault(asker.adapter, Counts())
+        counts.requests += 1
+        counts.prompt_tokens += prompt_tokens
         self._send(command)
         # The engine may have ended since the check, after those who waited then were told.
         if self._failure is not None:
             self._deliver([Event(number, error=self._failure)])
 
     def _cancel(self, number: int) -> None:
-        if self._waiting.pop(number, None) is not None:
-            self._cancelled += 1
+        if (asker := self._waiting.pop(number, None)) is not None:
+            self._counts[asker.adapter].cancelled += 1
             self._send(Cancel(number))
 
     def _send(self, command: Command) -> None:
@@ -266,14 +275,15 @@ class Engine:
             if asker is None:
                 continue
             loops.setdefault(asker._loop, []).append((asker, event))
-            self._generated_tokens += len(event.tokens)
+            counts = self._counts[asker.adapter]
+            counts.generated_tokens += len(event.tokens)
             asker.generated += len(event.tokens)
             self._pace.tokens(len(event.tokens))
             if event.finish_reason is not None:
                 self._pace.finished(asker.generated)
             if event.last and self._waiting.pop(event.number, None) is not None:
-                self._finished += event.error is None
-                self._failed += event.error is not None
+                counts.finished += event.error is None
+                counts.failed += event.error is not None
         for loop, deliveries in loops.items():
             # A loop that has ended has nobody left who waits.
             with contextlib.suppress(RuntimeError):

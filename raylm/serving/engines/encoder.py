@@ -43,7 +43,7 @@ class EncoderBackend(Backend):
     def drop(self, number: int) -> None:
         pass
 
-    def read(self, ids: list[int]) -> Reading:
+    def read(self, ids: list[int], adapter: str | None = None) -> Reading:
         raise ValueError("this model gives no probabilities of tokens")
 
     def next_batch(self, waiting: deque[Score | Embed | Encode]) -> list[Encode | Embed]:

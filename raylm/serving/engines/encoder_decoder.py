@@ -79,7 +79,7 @@ class EncoderDecoderBackend(Backend):
             group.keep([row for row, known in enumerate(group.numbers) if known != number])
         self._groups = [group for group in self._groups if group.numbers]
 
-    def read(self, ids: list[int]) -> Reading:
+    def read(self, ids: list[int], adapter: str | None = None) -> Reading:
         raise ValueError("a sequence-to-sequence model gives no probabilities of its source, and no vector")
 
     def _next_newcomers(self) -> list[Generate]:

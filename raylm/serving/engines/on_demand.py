@@ -145,6 +145,10 @@ class OnDemandEngine:
             stats = stats.plus(engine.stats())
         return dataclasses.replace(stats, waiting=stats.waiting + self._waiting)
 
+    def own_stats(self) -> EngineStats:
+        """The same: engines that come and go have no adapters."""
+        return self.stats()
+
     def check(self) -> None:
         """Raise :class:`~raylm.serving.engines.base.EngineFailure` if its process has died, or hangs."""
         # Another thread may end it meanwhile.

@@ -11,6 +11,7 @@ from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions, open_encoder
 from raylm.models.heads import SEQUENCE_TO_SEQUENCE, Head
 from raylm.models.loading import load_config, load_model
+from raylm.models.lora import check_lora, load_lora
 from raylm.models.openvino import find_export
 from raylm.models.stops import end_token_ids, read_json
 from raylm.serving.engines.base import Backend
@@ -30,11 +31,13 @@ def choose_engine(source: str, serving: ServingSection, key: str = "serving.engi
         UserError: OpenVINO is asked for where there is no export, or together with a GPU; vLLM without a GPU, where it
             is not installed, or for another model than one of next tokens.
     """
+    if serving.adapters and serving.engine == "openvino":
+        raise UserError(f"{key}: found openvino, allowed with adapters: auto, transformers, vllm")
     exported, on_gpu = find_export(source) is not None, bool(serving.gpus_per_replica)
     if serving.engine == "auto":
         if on_gpu:
             return "vllm" if continues and _has_vllm() else "transformers"
-        return "openvino" if exported else "transformers"
+        return "openvino" if exported and not serving.adapters else "transformers"
     if serving.engine == "openvino":
         if not exported:
             raise UserError(
@@ -84,8 +87,15 @@ def load_backend(source: str, serving: ServingSection, *, threads: int) -> Backe
 
     torch.set_num_threads(threads)
     model = load_model(source).to("cuda" if serving.gpus_per_replica else "cpu")
+    adapters = {name: load_lora(path, f"serving.adapters.{name}") for name, path in serving.adapters.items()}
+    for name, layers in adapters.items():
+        check_lora(layers, model, serving.adapters[name], f"serving.adapters.{name}")
     return TransformersBackend(
-        model, end_ids, sequences=serving.max_concurrent_requests, tokenizer=load_tokenizer(source)
+        model,
+        end_ids,
+        sequences=serving.max_concurrent_requests,
+        tokenizer=load_tokenizer(source),
+        adapters=adapters,
     )
 
 

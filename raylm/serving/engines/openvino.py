@@ -194,7 +194,7 @@ class OpenVinoBackend(Backend):
         # The pipeline counts in percent.
         return self._pipeline.get_metrics().cache_usage / 100
 
-    def read(self, ids: list[int]) -> Reading:
+    def read(self, ids: list[int], adapter: str | None = None) -> Reading:
         """Read a whole text with the plain graph."""
         if self._reader is None:
             self._reader = TextReader(self._directory, self._threads)

@@ -159,7 +159,7 @@ def _read(backend: Backend, command: Score | Embed | Encode) -> Event:
     try:
         if isinstance(command, Encode):
             raise ValueError("this model generates text: it is no reader and no classifier")
-        reading = backend.read(command.ids)
+        reading = backend.read(command.ids, command.adapter)
         if isinstance(command, Embed):
             return Event(command.number, result=pool(reading.hidden(), command.pooling))
         return Event(command.number, result=score(reading, command.ids, command.top))

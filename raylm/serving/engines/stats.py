@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+
+@dataclass
+class Counts:
+    """Counters since the engine's start, of the requests of one adapter or of none."""
+
+    requests: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    @classmethod
+    def sum(cls, several: Iterable[Counts]) -> Counts:
+        """All of them together."""
+        total = cls()
+        for counts in several:
+            for key, value in vars(counts).items():
+                setattr(total, key, getattr(total, key) + value)
+        return total
 
 
 @dataclass(frozen=True)

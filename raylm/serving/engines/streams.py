@@ -17,9 +17,11 @@ class TokenStream:
     Attributes:
         finish_reason: ``stop`` (end token) or ``length``, once the stream has ended.
         generated: tokens that the engine gave, read or not.
+        adapter: what the model has in this request.
     """
 
-    def __init__(self, engine: Engine, number: int) -> None:
+    def __init__(self, engine: Engine, number: int, adapter: str | None = None) -> None:
+        self.adapter = adapter
         self.finish_reason: FinishReason | None = None
         self.generated = 0
         self._engine, self._number = engine, number
@@ -90,7 +92,8 @@ class TokenStream:
 class Answer:
     """The one result of a request that generates nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: str | None = None) -> None:
+        self.adapter = adapter
         self.generated = 0
         self._loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Any] = self._loop.create_future()

@@ -17,8 +17,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raylm.errors import first_line
+from raylm.models.lora import LoraLayer
 from raylm.serving.engines.base import Backend, EngineFailure, EngineRefusal, Event, Generate, Reading
 from raylm.serving.engines.grammar import Grammar, Grammars
+from raylm.serving.engines.row_adapters import RowAdapters
 from raylm.serving.engines.rows import Rows, is_plain, left_pad, plain_cache
 from raylm.serving.engines.sampling import Sampler
 
@@ -38,6 +40,7 @@ class TransformersBackend(Backend):
         end_ids: token ids that end a text.
         sequences: requests decoded together.
         tokenizer: of the model, for requests whose text must follow a schema; without it they are refused.
+        adapters: layers of the adapters that requests may name.
     """
 
     name = "transformers"
@@ -49,6 +52,7 @@ class TransformersBackend(Backend):
         *,
         sequences: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        adapters: dict[str, dict[str, LoraLayer]] | None = None,
     ) -> None:
         super().__init__(sequences)
         self._tokenizer = tokenizer
@@ -58,6 +62,9 @@ class TransformersBackend(Backend):
         self._model = model.eval()
         self._end_ids = end_ids
         self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._adapters = RowAdapters(model, adapters or {})
+        # Of requests in work: which adapter their rows have.
+        self._adapted: dict[int, str | None] = {}
         self.batches = self._padding_is_harmless()
         self._waiting: deque[Generate] = deque()
         self._samplers: dict[int, Sampler] = {}
@@ -68,6 +75,8 @@ class TransformersBackend(Backend):
     def admit(self, request: Generate) -> None:
         if request.parameters.schema is not None:
             self._begun[request.number] = self._grammar(request.parameters.schema)
+        self._adapters.check(request.adapter)
+        self._adapted[request.number] = request.adapter
         self._waiting.append(request)
 
     @torch.inference_mode()
@@ -88,15 +97,17 @@ class TransformersBackend(Backend):
         self._waiting = deque(request for request in self._waiting if request.number != number)
         self._samplers.pop(number, None)
         self._begun.pop(number, None)
+        self._adapted.pop(number, None)
         self._alone.pop(number, None)
         self._rows.keep(lambda row: row != number)
 
-    def read(self, ids: list[int]) -> Reading:
+    def read(self, ids: list[int], adapter: str | None = None) -> Reading:
         """Read a whole text."""
-        return _TransformersReading(self, ids)
+        self._adapters.check(adapter)
+        return _TransformersReading(self, ids, adapter)
 
     @torch.inference_mode()
-    def parts(self, ids: list[int], *, logits: bool) -> Iterator[torch.Tensor]:
+    def parts(self, ids: list[int], adapter: str | None, *, logits: bool) -> Iterator[torch.Tensor]:
         """Read ``ids`` part by part, so that the logits of a long text are never all in memory.
 
         Args:
@@ -109,11 +120,12 @@ class TransformersBackend(Backend):
         for start in range(0, len(ids), size):
             input_ids = torch.tensor([ids[start : start + size]])
             extra = {"output_hidden_states": not logits}
-            if cache is None:
-                output = self._model(input_ids=input_ids.to(self._model.device), **extra)
-            else:
-                mask = torch.ones(1, start + input_ids.shape[1], dtype=torch.int64)
-                output = self._run(input_ids, mask, cache, 0 if logits else 1, **extra)
+            with self._adapters.rows([adapter], input_ids.shape[1]):
+                if cache is None:
+                    output = self._model(input_ids=input_ids.to(self._model.device), **extra)
+                else:
+                    mask = torch.ones(1, start + input_ids.shape[1], dtype=torch.int64)
+                    output = self._run(input_ids, mask, cache, 0 if logits else 1, **extra)
             yield output.logits[0] if logits else output.hidden_states[-1][0]
 
     def _grammar(self, schema: str) -> Grammar:
@@ -143,7 +155,8 @@ class TransformersBackend(Backend):
         input_ids, mask = left_pad([request.prompt_ids for request in newcomers])
         cache = plain_cache()
         try:
-            logits = self._forward(input_ids, mask, cache)
+            with self._adapters.rows([request.adapter for request in newcomers], input_ids.shape[1]):
+                logits = self._forward(input_ids, mask, cache)
         except READING_ERRORS as error:
             return self._blame(newcomers, error)
         tokens, events = self._sample([request.number for request in newcomers], logits)
@@ -159,14 +172,15 @@ class TransformersBackend(Backend):
             torch.cuda.synchronize()
         if len(newcomers) > 1:
             return [event for request in newcomers for event in self._prefill([request])]
-        del self._samplers[newcomers[0].number]
+        self._forget(newcomers[0].number)
         return [Event(newcomers[0].number, error=f"the prompt cannot be read: {first_line(error)}")]
 
     def _decode(self) -> list[Event]:
         """One more token for every row."""
         rows = self._rows
         rows.grow()
-        logits = self._forward(rows.last_tokens, rows.mask, rows.cache)
+        with self._adapters.rows([self._adapted[number] for number in rows.numbers], 1):
+            logits = self._forward(rows.last_tokens, rows.mask, rows.cache)
         rows.last_tokens, events = self._sample(rows.numbers, logits)
         rows.keep(self._samplers.__contains__)
         return events
@@ -210,9 +224,12 @@ class TransformersBackend(Backend):
                 token = 0
                 events.append(Event(number, error=str(error), refused=isinstance(error, EngineRefusal)))
             if events[-1].last:
-                del self._samplers[number]
+                self._forget(number)
             tokens.append(token)
         return torch.tensor(tokens)[:, None], events
+
+    def _forget(self, number: int) -> None:
+        del self._samplers[number], self._adapted[number]
 
     def _advance_alone(self, number: int) -> Event:
         alone = self._alone[number]
@@ -221,7 +238,8 @@ class TransformersBackend(Backend):
         if "logits_to_keep" in self._takes:
             extra["logits_to_keep"] = 1
         try:
-            output = self._model(input_ids=torch.tensor([fresh], device=self._model.device), **extra)
+            with self._adapters.rows([alone.request.adapter], len(fresh)):
+                output = self._model(input_ids=torch.tensor([fresh], device=self._model.device), **extra)
         except READING_ERRORS as error:
             del self._alone[number]
             return self._blame([alone.request], error)[0]
@@ -254,14 +272,14 @@ class TransformersBackend(Backend):
 
 
 class _TransformersReading(Reading):
-    def __init__(self, backend: TransformersBackend, ids: list[int]) -> None:
-        self._backend, self._ids = backend, ids
+    def __init__(self, backend: TransformersBackend, ids: list[int], adapter: str | None) -> None:
+        self._backend, self._text = backend, (ids, adapter)
 
     def logits(self) -> Iterator[np.ndarray]:
-        return (part.float().cpu().numpy() for part in self._backend.parts(self._ids, logits=True))
+        return (part.float().cpu().numpy() for part in self._backend.parts(*self._text, logits=True))
 
     def hidden(self) -> np.ndarray:
-        parts = [part.float().cpu().numpy() for part in self._backend.parts(self._ids, logits=False)]
+        parts = [part.float().cpu().numpy() for part in self._backend.parts(*self._text, logits=False)]
         return np.concatenate(parts)
 
 

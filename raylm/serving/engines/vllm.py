@@ -17,6 +17,9 @@ import numpy as np
 
 from raylm import telemetry
 from raylm.config.serving import ServingSection
+from raylm.errors import UserError
+from raylm.models.checks import read_part
+from raylm.models.lora import SETTINGS, load_lora, resolve_adapter
 from raylm.serving.engines.base import (
     Alive,
     Cancel,
@@ -34,6 +37,8 @@ from raylm.serving.engines.base import (
 )  # fmt: skip
 
 NAME = "vllm"
+# Ranks that vLLM has kernels for.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -50,6 +55,25 @@ def run(connection: Connection, source: str, serving: ServingSection, end_ids: f
     asyncio.run(_Work(connection, end_ids).run(source, serving))
 
 
+def adapter_rank(adapters: dict[str, str], key: str) -> int:
+    """The smallest rank of vLLM's that all ``adapters`` (paths by names) fit into.
+
+    Raises:
+        UserError: vLLM would compute an adapter wrongly, or not at all.
+    """
+    largest = 0
+    for name, path in adapters.items():
+        settings = read_part(resolve_adapter(path, f"{key}.{name}") / SETTINGS, f"{key}.{name}")
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            if settings.get(pattern):
+                raise UserError(f"{key}.{name}: found {pattern}, allowed with engine: transformers")
+        rank = max(layer.first.shape[0] for layer in load_lora(path, f"{key}.{name}").values())
+        if rank > RANKS[-1]:
+            raise UserError(f"{key}.{name}: found rank {rank}, allowed with vLLM: at most {RANKS[-1]}")
+        largest = max(largest, rank)
+    return next(allowed for allowed in RANKS if allowed >= largest)
+
+
 class _Work:
     """Everything that one vLLM engine has in work."""
 
@@ -57,6 +81,7 @@ class _Work:
         self._connection, self._end_ids = connection, end_ids
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._events: list[Event] = []
+        self._adapters: dict[str, Any] = {}
         self._sign: asyncio.Task[None] | None = None
         self._closed = asyncio.Event()
 
@@ -71,6 +96,7 @@ class _Work:
             gpu_memory_utilization=serving.gpu_memory_utilization,
             max_num_seqs=serving.max_concurrent_requests,
             enable_prefix_caching=True,
+            **self._adapter_arguments(serving),
         )
         self._engine = AsyncLLM.from_engine_args(arguments)
         self._connection.send(Ready(NAME))
@@ -80,6 +106,18 @@ class _Work:
             await self._closed.wait()
         finally:
             self._engine.shutdown()
+
+    def _adapter_arguments(self, serving: ServingSection) -> dict[str, Any]:
+        """What vLLM needs to know of adapters before it loads the model; it keeps their caches apart itself."""
+        if not serving.adapters:
+            return {}
+        from vllm.lora.request import LoRARequest
+
+        for number, (name, path) in enumerate(serving.adapters.items(), start=1):
+            directory = resolve_adapter(path, f"serving.adapters.{name}")
+            self._adapters[name] = LoRARequest(name, number, str(directory))
+        rank = adapter_rank(serving.adapters, "serving.adapters")
+        return {"enable_lora": True, "max_loras": len(serving.adapters), "max_lora_rank": rank}
 
     def _receive(self) -> None:
         """Hand commands to the event loop; runs on a thread."""
@@ -130,7 +168,7 @@ class _Work:
 
     async def _generate(self, command: Generate) -> AsyncIterator[Event]:
         reason = None
-        async for output in self._outputs(command.number, command.prompt_ids, self._sampling(command.parameters)):
+        async for output in self._outputs(command, command.prompt_ids, self._sampling(command.parameters)):
             part = output.outputs[0]
             reason = REASONS.get(part.finish_reason or "")
             yield Event(command.number, list(part.token_ids), reason)
@@ -143,7 +181,7 @@ class _Work:
 
         wanted = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=command.top, logprobs=command.top)
         last = None
-        async for output in self._outputs(command.number, command.ids, wanted):
+        async for output in self._outputs(command, command.ids, wanted):
             last = output
         if last is None:
             raise EngineFailure("vLLM gave no scores")
@@ -157,10 +195,12 @@ class _Work:
             np.array([[-value for value, _ in row] for row in top], dtype=np.float32),
         )
 
-    def _outputs(self, number: int, ids: list[int], wanted: Any) -> AsyncIterator[Any]:
+    def _outputs(self, command: Generate | Score, ids: list[int], wanted: Any) -> AsyncIterator[Any]:
         from vllm.inputs import TokensPrompt
 
-        return self._engine.generate(TokensPrompt(prompt_token_ids=ids), wanted, request_id=str(number))
+        adapter = None if command.adapter is None else self._adapters[command.adapter]
+        prompt = TokensPrompt(prompt_token_ids=ids)
+        return self._engine.generate(prompt, wanted, request_id=str(command.number), lora_request=adapter)
 
     def _sampling(self, parameters: SamplingParameters) -> Any:
         from vllm import SamplingParams

@@ -82,7 +82,7 @@ def _add_state_routes(app: FastAPI, models: Models, metrics: ServerMetrics) -> N
         for service in models.services:
             service.engine.check()
             state = {"engine": service.engine.name, "loaded": service.engine.loaded}
-            loads[service.name] = state | dataclasses.asdict(service.engine.stats())
+            loads[service.name] = state | dataclasses.asdict(service.load())
         counters = [key for key, value in next(iter(loads.values())).items() if type(value) is int]
         totals = {key: sum(load[key] for load in loads.values()) for key in counters}
         return {"status": "ok", **totals, "models": loads}
@@ -144,6 +144,7 @@ def _model_object(service: ModelService) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "raylm",
+        "parent": service.parent,
         "task": service.task,
         "max_model_len": service.context_length,
     }
