@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm.config.base import path_refusal
+from raylm.data.loading import load_tokenizer
 from raylm.errors import UserError, first_line
-from raylm.models.checks import read_part
+from raylm.models.checks import check_vocabulary, read_part
+from raylm.models.stops import stop_tokens
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SETTINGS, WEIGHTS, RUN_FOLDER = "adapter_config.json", "adapter_model.safetensors", "adapter"
 PREFIX, FIRST, SECOND = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -129,6 +131,34 @@ def _scale(settings: dict[str, Any], name: str, rank: int) -> float:
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
+def adapter_tokenizer(path: str | Path, key: str, own: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer beside an adapter, for its chat template and end tokens; the model's ``own`` where there is none.
+
+    Raises:
+        UserError: it gives the model's tokens other numbers.
+    """
+    directory = resolve_adapter(path, key)
+    if not (directory / "tokenizer_config.json").is_file():
+        return own
+    tokenizer = load_tokenizer(directory, key)
+    numbers = tokenizer.get_vocab()
+    odd = next((token for token, number in own.get_vocab().items() if numbers.get(token) != number), None)
+    if odd is not None:
+        raise UserError(
+            f"{key}: {directory} has a tokenizer with the number {numbers.get(odd)} for {odd!r}, allowed: "
+            f"{own.get_vocab()[odd]}, as the model's has"
+        )
+    return tokenizer
+
+
+def adapter_ends(path: str | Path, key: str) -> frozenset[int]:
+    """Tokens that end an adapter's texts beside the model's own: those of the tokenizer that lies there."""
+    directory = resolve_adapter(path, key)
+    if not (directory / "tokenizer_config.json").is_file():
+        return frozenset()
+    return frozenset(stop_tokens(load_tokenizer(directory, key), None))
+
+
 def check_lora(layers: dict[str, LoraLayer], model: PreTrainedModel, path: str, key: str) -> None:
     """Refuse an adapter of another model.
 
@@ -156,11 +186,14 @@ def check_lora(layers: dict[str, LoraLayer], model: PreTrainedModel, path: str, 
             )
 
 
-def check_adapters(adapters: dict[str, str], config: PretrainedConfig, key: str) -> None:
+def check_adapters(
+    adapters: dict[str, str], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, key: str
+) -> None:
     """Refuse adapters that cannot be served with a causal model of this configuration; reads no weights of it.
 
     Args:
         adapters: paths by names.
+        tokenizer: of the model.
         key: of the adapters in the configuration file.
 
     Raises:
@@ -173,3 +206,6 @@ def check_adapters(adapters: dict[str, str], config: PretrainedConfig, key: str)
     model = make_outline(config).model
     for name, path in adapters.items():
         check_lora(load_lora(path, f"{key}.{name}"), model, path, f"{key}.{name}")
+        own = adapter_tokenizer(path, f"{key}.{name}", tokenizer)
+        if own is not tokenizer:
+            check_vocabulary(config, own, resolve_adapter(path, key), f"{key}.{name}")

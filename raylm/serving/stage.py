@@ -31,7 +31,7 @@ from raylm.serving.http.access import load_key_hashes
 from raylm.tasks import task_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 APPLICATION = "raylm"
 # Loading a large model from a slow disk takes minutes; a server that is not up by then will not come up.
@@ -219,10 +219,12 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
             check_weights(directory, key)
     check_vocabulary(model_config, tokenizer, source, key)
     if model.adapters:
-        _check_adapters(model, serving, model_config, key)
+        _check_adapters(model, serving, model_config, tokenizer, key)
 
 
-def _check_adapters(model: ServedModel, serving: ServingSection, config: PretrainedConfig, key: str) -> None:
+def _check_adapters(
+    model: ServedModel, serving: ServingSection, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, key: str
+) -> None:
     from raylm.serving.engines.opening import choose_engine
     from raylm.serving.engines.vllm import adapter_rank
 
@@ -231,7 +233,7 @@ def _check_adapters(model: ServedModel, serving: ServingSection, config: Pretrai
     if not task.continues or is_counted(config.model_type):
         what = "an n-gram model" if task.continues else task.service.what
         raise UserError(f"{adapters_key}: allowed with a text generator of linear layers, {model.path} is {what}")
-    check_adapters(model.adapters, config, adapters_key)
+    check_adapters(model.adapters, config, tokenizer, adapters_key)
     chosen = serving.model_copy(update={"engine": model.engine, "adapters": model.adapters})
     if choose_engine(resolve_model(model.path, key), chosen) == "vllm":
         adapter_rank(model.adapters, adapters_key)

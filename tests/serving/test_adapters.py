@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,11 +17,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from raylm.config.serving import ServingSection
 from raylm.errors import UserError
-from raylm.models.lora import load_lora
+from raylm.models.lora import adapter_tokenizer, load_lora
 from raylm.serving.engines.base import EngineFailure, Generate, SamplingParameters
 from raylm.serving.engines.client import Engine, start_engine
 from raylm.serving.engines.transformers import TransformersBackend
@@ -158,6 +159,39 @@ def test_the_models_weights_are_there_once(exported_model: Path, adapters: dict[
     assert [len(backend.advance()) for _ in range(3)] == [3, 3, 3]
 
 
+def test_an_adapters_own_template_and_end_tokens(
+    serve_config: Callable[..., Any], exported_model: Path, adapters: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "poet"
+    shutil.copytree(adapters["poet"], path)
+    tokenizer = AutoTokenizer.from_pretrained(exported_model)
+    tokenizer.chat_template = "{{ messages[0].content }}<turn>"
+    plain = asyncio.run(_one(exported_model, str(path)))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(plain[3])
+    tokenizer.save_pretrained(path)
+    check_model(serve_config(adapters={"poet": str(path)}))
+    assert adapter_tokenizer(path, "key", AutoTokenizer.from_pretrained(exported_model)).chat_template.endswith(
+        "<turn>"
+    )
+    assert asyncio.run(_one(exported_model, str(path))) == plain[: plain.index(plain[3]) + 1]
+    numbers = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = numbers["model"]["vocab"]
+    one, other = [token for token in vocabulary if len(token) == 1][:2]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (path / "tokenizer.json").write_text(json.dumps(numbers))
+    with pytest.raises(UserError, match=r"serving.adapters.poet: .* has a tokenizer with the number"):
+        check_model(serve_config(adapters={"poet": str(path)}))
+
+
+async def _one(model: Path, adapter: str) -> list[int]:
+    """What one adapter says first, on an engine of its own."""
+    engine = start_engine(str(model), ServingSection(adapters={"poet": adapter}), threads=1)
+    try:
+        return await collect(engine, PROMPTS[0], "poet")
+    finally:
+        engine.close()
+
+
 def test_gpt2s_layers_have_their_weights_the_other_way_round(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4)
@@ -278,8 +312,6 @@ def test_a_server_answers_under_all_names(
         assert listed == {"base": None, "french": "base", "poet": "base", "again": None}
         # One process, and so one copy of the weights, for a model and its adapters.
         assert len(engine_processes() - before) == 2
-        from transformers import AutoTokenizer
-
         tokenizer = AutoTokenizer.from_pretrained(exported_model)
         asked = [(name, place) for place in range(len(PROMPTS)) for name in ("french", "poet", "base", None)]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:

@@ -13,11 +13,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from raylm.config import load_config
-from raylm.config.adapter import FreezingSection
+from raylm.config.adapter import AdapterSection, FreezingSection
 from raylm.config.data import DataSection, TokenizerSection
 from raylm.data.prepare.stage import prepare_directory
 from raylm.errors import UserError
 from raylm.models.depth import Freezing, Rate, depths
+from raylm.models.lora import adapter_tokenizer, check_lora, load_lora
 from raylm.training.inputs import validate
 from tests.data.test_conversations import talks
 from tests.data.test_conversations import write as write_talks
@@ -92,6 +93,13 @@ def test_the_adapter_loads_in_peft_and_the_model_has_it(
     found = logits_of(PeftModel.from_pretrained(base, tmp_path / "half" / "adapter"), ids)
     assert float((found - before).abs().max()) > 0.05
     assert float((found - model).abs().max()) < 1e-5
+    # What the server reads; DoRA it does not.
+    if "type" not in adapter:
+        layers = load_lora(tmp_path / "half", "key")
+        check_lora(layers, AutoModelForCausalLM.from_pretrained(tiny_model), "half", "key")
+        assert {layer.scale for layer in layers.values()} == {AdapterSection(**adapter).scale}
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "half" / "model")
+        assert adapter_tokenizer(tmp_path / "half", "key", tokenizer) is not tokenizer
     settings = json.loads((tmp_path / "half" / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tiny_model) and settings["r"] == adapter["rank"]
     (newest,) = (tmp_path / "half" / "checkpoints").glob("step-00000004/*.safetensors")

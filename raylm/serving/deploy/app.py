@@ -30,6 +30,7 @@ from raylm.errors import UserError
 from raylm.models.encoder_decoders import source_prefix
 from raylm.models.encoders import sentence_pooling
 from raylm.models.loading import load_config
+from raylm.models.lora import adapter_tokenizer
 from raylm.serving.deploy.service import Models, ModelService
 from raylm.serving.engines.adapted import AdaptedEngine
 from raylm.serving.engines.client import Engine, start_engine
@@ -136,8 +137,14 @@ def open_services(
     return [
         model,
         *(
-            dataclasses.replace(model, name=adapter, engine=AdaptedEngine(model.engine, adapter), parent=name)
-            for adapter in adapters
+            dataclasses.replace(
+                model,
+                name=adapter,
+                engine=AdaptedEngine(model.engine, adapter),
+                tokenizer=adapter_tokenizer(path, f"serving.adapters.{adapter}", model.tokenizer),
+                parent=name,
+            )
+            for adapter, path in adapters.items()
         ),
     ]
 

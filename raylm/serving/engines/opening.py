@@ -11,7 +11,7 @@ from raylm.errors import UserError
 from raylm.models.encoders import encoder_positions, open_encoder
 from raylm.models.heads import SEQUENCE_TO_SEQUENCE, Head
 from raylm.models.loading import load_config, load_model
-from raylm.models.lora import check_lora, load_lora
+from raylm.models.lora import adapter_ends, check_lora, load_lora
 from raylm.models.openvino import find_export
 from raylm.models.stops import end_token_ids, read_json
 from raylm.serving.engines.base import Backend
@@ -96,6 +96,7 @@ def load_backend(source: str, serving: ServingSection, *, threads: int) -> Backe
         sequences=serving.max_concurrent_requests,
         tokenizer=load_tokenizer(source),
         adapters=adapters,
+        ends={name: adapter_ends(path, f"serving.adapters.{name}") for name, path in serving.adapters.items()},
     )
 
 

@@ -41,6 +41,7 @@ class TransformersBackend(Backend):
         sequences: requests decoded together.
         tokenizer: of the model, for requests whose text must follow a schema; without it they are refused.
         adapters: layers of the adapters that requests may name.
+        ends: by adapter, token ids that end its texts too.
     """
 
     name = "transformers"
@@ -53,6 +54,7 @@ class TransformersBackend(Backend):
         sequences: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         adapters: dict[str, dict[str, LoraLayer]] | None = None,
+        ends: dict[str, frozenset[int]] | None = None,
     ) -> None:
         super().__init__(sequences)
         self._tokenizer = tokenizer
@@ -61,6 +63,7 @@ class TransformersBackend(Backend):
         self._begun: dict[int, Grammar] = {}
         self._model = model.eval()
         self._end_ids = end_ids
+        self._ends = ends or {}
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._adapters = RowAdapters(model, adapters or {})
         # Of requests in work: which adapter their rows have.
@@ -84,7 +87,8 @@ class TransformersBackend(Backend):
         newcomers = self._next_newcomers()
         for request in newcomers:
             grammar = self._begun.pop(request.number, None)
-            self._samplers[request.number] = Sampler(request.parameters, self._end_ids, grammar)
+            end_ids = self._end_ids | self._ends.get(request.adapter or "", frozenset())
+            self._samplers[request.number] = Sampler(request.parameters, end_ids, grammar)
         if not self.batches:
             self._alone |= {request.number: _Alone(request) for request in newcomers}
             return [self._advance_alone(number) for number in list(self._alone)]

@@ -19,7 +19,7 @@ from raylm import telemetry
 from raylm.config.serving import ServingSection
 from raylm.errors import UserError
 from raylm.models.checks import read_part
-from raylm.models.lora import SETTINGS, load_lora, resolve_adapter
+from raylm.models.lora import SETTINGS, adapter_ends, load_lora, resolve_adapter
 from raylm.serving.engines.base import (
     Alive,
     Cancel,
@@ -31,7 +31,6 @@ from raylm.serving.engines.base import (
     Generate,
     Ping,
     Ready,
-    SamplingParameters,
     Score,
     TokenScores,
 )  # fmt: skip
@@ -82,6 +81,7 @@ class _Work:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._events: list[Event] = []
         self._adapters: dict[str, Any] = {}
+        self._ends: dict[str, frozenset[int]] = {}
         self._sign: asyncio.Task[None] | None = None
         self._closed = asyncio.Event()
 
@@ -115,6 +115,7 @@ class _Work:
 
         for number, (name, path) in enumerate(serving.adapters.items(), start=1):
             directory = resolve_adapter(path, f"serving.adapters.{name}")
+            self._ends[name] = adapter_ends(path, f"serving.adapters.{name}")
             self._adapters[name] = LoRARequest(name, number, str(directory))
         rank = adapter_rank(serving.adapters, "serving.adapters")
         return {"enable_lora": True, "max_loras": len(serving.adapters), "max_lora_rank": rank}
@@ -168,7 +169,7 @@ class _Work:
 
     async def _generate(self, command: Generate) -> AsyncIterator[Event]:
         reason = None
-        async for output in self._outputs(command, command.prompt_ids, self._sampling(command.parameters)):
+        async for output in self._outputs(command, command.prompt_ids, self._sampling(command)):
             part = output.outputs[0]
             reason = REASONS.get(part.finish_reason or "")
             yield Event(command.number, list(part.token_ids), reason)
@@ -202,10 +203,11 @@ class _Work:
         prompt = TokensPrompt(prompt_token_ids=ids)
         return self._engine.generate(prompt, wanted, request_id=str(command.number), lora_request=adapter)
 
-    def _sampling(self, parameters: SamplingParameters) -> Any:
+    def _sampling(self, command: Generate) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+        parameters = command.parameters
         schema = parameters.schema
         return SamplingParams(
             max_tokens=parameters.max_new_tokens,
@@ -214,7 +216,7 @@ class _Work:
             seed=parameters.seed,
             presence_penalty=parameters.presence_penalty,
             frequency_penalty=parameters.frequency_penalty,
-            stop_token_ids=sorted(self._end_ids),
+            stop_token_ids=sorted(self._end_ids | self._ends.get(command.adapter or "", frozenset())),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from raylm.config.adapter import AdapterSection
+from raylm.data.loading import load_tokenizer
 from raylm.models.adapters import BASE, FIRST, LENGTHS, NAME, SECOND, is_adapter, merged, peft_config
 from raylm.models.heads import Head
 from raylm.models.weights import Weights
@@ -60,9 +61,15 @@ class MergedWeights:
 
 
 def write_adapter(
-    reader: ExportedWeights, model: PreTrainedModel, section: AdapterSection, head: Head, source: str, output: Path
+    reader: ExportedWeights,
+    model: PreTrainedModel,
+    section: AdapterSection,
+    head: Head,
+    source: str,
+    tokenizer_directory: Path,
+    output: Path,
 ) -> None:
-    """Write the adapter as ``PeftModel.from_pretrained`` reads it; the directory appears whole.
+    """Write the adapter as ``PeftModel.from_pretrained`` reads it, with its tokenizer; the directory appears whole.
 
     Args:
         model: without adapters, and without memory.
@@ -72,6 +79,8 @@ def write_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     peft_config(section, model, head, source).save_pretrained(partial)
+    # Its chat template, and what ends a turn, may be others than the model's.
+    load_tokenizer(tokenizer_directory).save_pretrained(partial)
     state = {}
     for name in reader.shapes:
         key = name.removesuffix(".weight") if name.endswith(LENGTHS) else name

@@ -94,5 +94,6 @@ def _merged(loop: TrainingLoop, weights: ExportedWeights) -> MergedWeights:
     section, head, source = loop.config.adapter, loop.objective.head, loop.job.model_source
     assert section is not None and loop.original is not None and source is not None
     plain = make_outline(loop.model_config, head).model
-    write_adapter(weights, plain, section, head, source, loop.job.directory / FOLDER)
+    output = loop.job.directory / FOLDER
+    write_adapter(weights, plain, section, head, source, loop.job.tokenizer_directory, output)
     return MergedWeights(weights, loop.original, plain, section)
