@@ -16,7 +16,7 @@ from raylm.config.stages import PretrainConfig
 from raylm.errors import UserError
 from raylm.parallel.plan.planning import make_plan
 from raylm.parallel.plan.precision import LEAST_GAIN, NARROW, LayerTimes, decide, measure, settled, with_precision
-from raylm.training.checkpoints.export import tolerated
+from raylm.training.checkpoints.export import is_tolerated, tolerated
 from raylm.training.precision import note_precision, run_precision, slower_in_bf16
 from raylm.training.stage import pretrain
 
@@ -148,3 +148,16 @@ def test_larger_logits_may_differ_more_in_bf16() -> None:
     logits[1, 2] = -30.0
     assert tolerated(logits, torch.bfloat16) == pytest.approx(1.8)
     assert tolerated(logits, torch.float32) == pytest.approx(3e-3)
+
+
+def test_noise_of_bf16_is_tolerated_by_its_mean_square() -> None:
+    """Errors of a tenth of the spread have a largest one that is beyond the bound of a single logit."""
+    generator = torch.Generator().manual_seed(0)
+    expected = 3 * torch.randn(64, 5000, generator=generator)
+    noise = torch.randn(64, 5000, generator=generator)
+    noisy = expected + 0.3 * noise
+    assert (noisy - expected).abs().max() > tolerated(expected, torch.bfloat16)
+    assert is_tolerated(noisy, expected, torch.bfloat16)
+    assert not is_tolerated(noisy, expected, torch.float32)
+    assert not is_tolerated(expected + noise, expected, torch.bfloat16)
+    assert not is_tolerated(expected.where(expected < 9, torch.nan), expected, torch.bfloat16)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from raylm.errors import RunFailure
 from raylm.models.weights import make_outline
 from raylm.training.checkpoints.adapters import FOLDER, MergedWeights, write_adapter
-from raylm.training.checkpoints.export import ExportedWeights, export_model, largest_difference, tolerated
+from raylm.training.checkpoints.export import ExportedWeights, export_model, is_tolerated, reloaded_logits
 from raylm.training.checkpoints.mirror import BOARD, METRICS, TRACKED
 from raylm.training.checkpoints.store import CheckpointReader, whole_best
 from raylm.training.loop.additions import rounding_of
@@ -82,8 +82,9 @@ def _export(
         loop.job.model_source, merged or weights,
     )  # fmt: skip
     probe = {name: values.cpu() for name, values in probe.items()}
-    difference = largest_difference(output, loop.objective, probe, expected, rounding_of(loop.config))
-    if not difference <= tolerated(expected, computed):
+    found = reloaded_logits(output, loop.objective, probe, rounding_of(loop.config))
+    difference = float((found - expected).abs().max())
+    if not is_tolerated(found, expected, computed):
         raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
     loop.mirror.send("model", *([] if merged is None else [FOLDER]), METRICS, BOARD, *TRACKED)
     return difference
