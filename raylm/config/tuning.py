@@ -76,9 +76,9 @@ class TuningSection(Section):
     """Run directory of an earlier search: its best point is tried after those of ``start``, and tpe learns from all of
     its trials whose keys and values are of this space."""
     searcher: Literal["random", "grid", "tpe", "nsga2"] = "random"
-    """random draws from the space; grid tries every combination of its values once, whatever ``trials`` says; tpe draws
-    near what was good so far (Optuna's; Bergstra et al. 2011, Ozaki et al. 2020). Where the file has a section
-    compression also Optuna's nsga2 (Deb et al. 2002)."""
+    """random draws from the space; grid tries every combination of its values once, whatever ``trials`` says, with a
+    scheduler in an order drawn by ``run.seed``; tpe draws near what was good so far (Optuna's; Bergstra et al. 2011,
+    Ozaki et al. 2020). Where the file has a section compression also Optuna's nsga2 (Deb et al. 2002)."""
     metric: str | list[Objective] = Field(default="validation_loss", min_length=1)
     """What the best trial is best in: validation_loss, or another figure of validation that the task has, such as
     validation_accuracy. Where the file has a section compression one or more of quality (bits per byte, or the task's

@@ -64,6 +64,9 @@ def draw_candidates(tuning: TuningSection, seed: int, first: list[Point] | None 
     every = tuning.searcher == "grid"
     once = every or all(distribution.grid is not None for distribution in tuning.space.values())
     drawn_points = [point for _ in range(1 if once else tuning.trials) for point in _variants(tuning, every, generator)]
+    if every and tuning.scheduler != "none":
+        # In the order of the file, rates would rise from trial to trial: those to stop would be ahead when they come.
+        generator.shuffle(drawn_points)
     found = [completed(tuning, point, generator) for point in (tuning.start if first is None else first)]
     if once:
         found += [point for point in drawn_points if not any(_alike(point, other) for other in found)]

@@ -71,6 +71,10 @@ def test_grid_tries_every_combination_once() -> None:
     }
     drawn = draw_candidates(TuningSection(space=space, searcher="grid", trials=5), seed=0)
     assert len(drawn) == len({tuple(sorted(c.items())) for c in drawn}) == 12
+    # What comes first is what others are compared with: only a search without a scheduler keeps the file's order.
+    plain = draw_candidates(TuningSection(space=space, searcher="grid", scheduler="none"), seed=0)
+    assert [c["training.batch_size"] for c in plain] == [1] * 4 + [2] * 4 + [3] * 4
+    assert drawn != plain and all(point in drawn for point in plain)
 
 
 def test_concurrency_comes_from_the_resources(tiny_model: Path, tmp_path: Path) -> None:
