@@ -139,12 +139,13 @@ def test_a_kind_of_bytes_does_not_follow_from_a_width(vocabulary: int) -> None:
     for config in (LlamaConfig(vocab_size=vocabulary, **shape), LlamaConfig(vocab_size=vocabulary, **shape)):
         memory = memory_of(config, length=64)
         (stage,) = memory.stages(replace(PLAIN, micro_batch_size=1, accumulation=1))
-        # Logits and their gradient, in bf16 and in fp32.
+        ((*_, last),) = [found.segments for found in memory._segments.values()]
+        # The softmax in fp32, its gradient in bf16 and one of them in between; the peak may be before or after.
+        assert last.passage.forward["logits"] == (4 + 4 + 2) * 64 * vocabulary
         most = stage.footprint.without_gradients
-        assert 0 < most["logits"] <= 4 * 4 * 64 * vocabulary
         assert stage.footprint.kept <= sum(most.values())
-        whole = memory._measure_whole(False)
-        assert whole.footprint.without_gradients["logits"] == pytest.approx(most["logits"], rel=0.3)
+        whole = memory._measure_whole(False).footprint.without_gradients
+        assert sum(whole.values()) == pytest.approx(sum(most.values()), rel=0.3)
         gradients = stage.footprint.peak["gradients"]
         assert gradients <= 2 * stage.parameters
     assert torch.get_default_dtype() == torch.float32

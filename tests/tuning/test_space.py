@@ -58,15 +58,15 @@ def test_a_grid_has_each_combination_that_can_be_once() -> None:
         MATRIX: Distribution(uniform=[0.01, 0.02], step=0.01, when={OPTIMIZER: "muon"}),
         RATE: Distribution(grid=[1, True]),
     }
-    points = draw_candidates(TuningSection(space=space, searcher="grid"), seed=0)
+    points = draw_candidates(TuningSection(space=space, searcher="grid", scheduler="none"), seed=0)
     assert points == [
         {OPTIMIZER: "adamw", RATE: 1}, {OPTIMIZER: "adamw", RATE: True},
         {OPTIMIZER: "muon", MATRIX: 0.01, RATE: 1}, {OPTIMIZER: "muon", MATRIX: 0.01, RATE: True},
         {OPTIMIZER: "muon", MATRIX: 0.02, RATE: 1}, {OPTIMIZER: "muon", MATRIX: 0.02, RATE: True},
     ]  # fmt: skip
     # What is begun with is not tried again.
-    again = draw_candidates(TuningSection(space=space, searcher="grid", start=[points[3]]), seed=0)
-    assert again == [points[3], *points[:3], *points[4:]]
+    begun = TuningSection(space=space, searcher="grid", scheduler="none", start=[points[3]])
+    assert draw_candidates(begun, seed=0) == [points[3], *points[:3], *points[4:]]
 
 
 def test_grids_among_keys_that_are_drawn() -> None:
