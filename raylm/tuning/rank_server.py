@@ -66,19 +66,18 @@ def serve(pipe: Connection, use_gpu: bool) -> None:
 
 def _watched(process: BaseProcess, pipe: Connection) -> bool:
     """Wait for the end of the rank, or end it; whether the other end of the pipe is still there."""
-    while True:
-        if pipe not in wait([process.sentinel, pipe]):
-            process.join()
-            return True
-        try:
-            pipe.recv()
-            there = True
-        except EOFError:
-            there = False
-        # It may hang in a collective, which no signal that can be handled ends.
-        process.kill()
+    if pipe not in wait([process.sentinel, pipe]):
         process.join()
-        return there
+        return True
+    try:
+        pipe.recv()
+        there = True
+    except EOFError:
+        there = False
+    # It may hang in a collective, which no signal that can be handled ends.
+    process.kill()
+    process.join()
+    return there
 
 
 def _run_rank(order: Order, pipe: Connection) -> None:

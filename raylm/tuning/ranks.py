@@ -23,7 +23,7 @@ from raylm.cluster.environment import inherited_environment, training_environmen
 from raylm.cluster.waiting import worker_share
 from raylm.errors import RunFailure
 from raylm.training.loop.worker import TrainingJob, new_attempt
-from raylm.training.ray_train.board import Failure
+from raylm.training.ray_train.board import Failure, first_own
 from raylm.training.ray_train.places import Place, check_tensor_groups, place_here
 from raylm.training.reports.events import append_event
 from raylm.tuning.rank_server import Message, Order
@@ -196,7 +196,8 @@ class RankGroup:
 
 def _explained(failures: list[Failure]) -> RunFailure:
     """The first failure that follows from no other rank's."""
-    first = next((one for one in failures if one.kind != "collective"), failures[0])
+    first = first_own(failures)
+    assert first is not None
     log = f" (log: {first.log})" if first.log else ""
     return (RunFailure if first.kind == "fatal" else RankFailure)(f"rank {first.rank}: {first.text}{log}")
 

@@ -96,11 +96,7 @@ def completed(tuning: TuningSection, point: Point, generator: np.random.Generato
 def _variants(tuning: TuningSection, every: bool, generator: np.random.Generator) -> Iterator[Point]:
     """A point for each combination of the values that are all tried, the rest drawn."""
     for fixed in grid_points(tuning.space, every=every):
-        point: Point = {}
-        for key in in_order(tuning.space):
-            if is_active(tuning.space[key], point):
-                point[key] = fixed[key] if key in fixed else drawn(tuning.space[key], generator)
-        yield point
+        yield completed(tuning, fixed, generator)
 
 
 def _alike(one: Point, other: Point) -> bool:

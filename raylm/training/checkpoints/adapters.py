@@ -16,13 +16,12 @@ from raylm.config.adapter import AdapterSection
 from raylm.data.loading import load_tokenizer
 from raylm.models.adapters import BASE, FIRST, LENGTHS, NAME, SECOND, is_adapter, merged, peft_config
 from raylm.models.heads import Head
+from raylm.models.lora import PREFIX, WEIGHTS
 from raylm.models.weights import Weights
 from raylm.training.checkpoints.export import ExportedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FOLDER = "adapter"
 
 
 class MergedWeights:
@@ -85,7 +84,7 @@ def write_adapter(
     for name in reader.shapes:
         key = name.removesuffix(".weight") if name.endswith(LENGTHS) else name
         assert is_adapter(name) or BASE not in name, name
-        state[f"base_model.model.{key.replace(f'.{NAME}', '')}"] = reader.weight(name).contiguous()
-    save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        state[f"{PREFIX}{key.replace(f'.{NAME}', '')}"] = reader.weight(name).contiguous()
+    save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from raylm.errors import RunFailure
+from raylm.models.lora import RUN_FOLDER
 from raylm.models.weights import make_outline
-from raylm.training.checkpoints.adapters import FOLDER, MergedWeights, write_adapter
+from raylm.training.checkpoints.adapters import MergedWeights, write_adapter
 from raylm.training.checkpoints.export import ExportedWeights, export_model, is_tolerated, reloaded_logits
 from raylm.training.checkpoints.mirror import BOARD, METRICS, TRACKED
 from raylm.training.checkpoints.store import CheckpointReader, whole_best
@@ -86,7 +87,7 @@ def _export(
     difference = float((found - expected).abs().max())
     if not is_tolerated(found, expected, computed):
         raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
-    loop.mirror.send("model", *([] if merged is None else [FOLDER]), METRICS, BOARD, *TRACKED)
+    loop.mirror.send("model", *([] if merged is None else [RUN_FOLDER]), METRICS, BOARD, *TRACKED)
     return difference
 
 
@@ -95,6 +96,6 @@ def _merged(loop: TrainingLoop, weights: ExportedWeights) -> MergedWeights:
     section, head, source = loop.config.adapter, loop.objective.head, loop.job.model_source
     assert section is not None and loop.original is not None and source is not None
     plain = make_outline(loop.model_config, head).model
-    output = loop.job.directory / FOLDER
+    output = loop.job.directory / RUN_FOLDER
     write_adapter(weights, plain, section, head, source, loop.job.tokenizer_directory, output)
     return MergedWeights(weights, loop.original, plain, section)

@@ -34,6 +34,12 @@ class Failure:
     step: int
 
 
+def first_own(failures: Sequence[Failure]) -> Failure | None:
+    """The failure that explains the others: the first that is no consequence of another rank's, else the first."""
+    own = [failure for failure in failures if failure.kind != "collective"]
+    return next(iter(own or failures), None)
+
+
 @dataclass
 class Beat:
     """A rank's sign of life.
@@ -212,8 +218,7 @@ class Board:
 
     def first_failure(self) -> Failure | None:
         """The failure that explains the others: the first that is no consequence of another rank's, else the first."""
-        own = [f for f in self._failures if f.kind != "collective"]
-        return next(iter(own or self._failures), None)
+        return first_own(self._failures)
 
     def ask_to_save(self) -> int:
         """Ask for a checkpoint; returns the number of the request."""
