@@ -92,6 +92,8 @@ def open_source(section: ModelSection) -> tuple[str, PretrainedConfig]:
     """
     from raylm.data.loading import resolve_model
     from raylm.models.loading import load_config
+    from raylm.models.own_heads import refuse_own_head
+    from raylm.tasks import task_of
 
     if section.path is None:
         raise UserError("model.path: missing; compress needs an existing model")
@@ -104,6 +106,7 @@ def open_source(section: ModelSection) -> tuple[str, PretrainedConfig]:
             f"model.path: found {section.path}, whose family {model_config.model_type} is counted and has no "
             "weights to compress; allowed: a model that was trained by gradient"
         )
+    refuse_own_head(model_config, task_of(model_config).head, source, "model.path", "compress")
     return source, model_config
 
 

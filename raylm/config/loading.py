@@ -54,7 +54,8 @@ def _note_folder(config: Any, path: Path) -> None:
     objective, tuning = getattr(config, "objective", None), getattr(config, "tuning", None)
     if objective is None or objective.imports_from is not None:
         return
-    if objective.loss is not None or (tuning is not None and "objective.loss" in tuning.space):
+    searched = () if tuning is None else tuning.space
+    if objective.loss is not None or ":" in objective.head or {"objective.loss", "objective.head"} & set(searched):
         objective.imports_from = str(path.resolve().parent)
 
 

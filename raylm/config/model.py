@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,9 @@ from raylm.config.families import FAMILIES
 from raylm.config.tasks import TRAINED_TASKS
 
 Scheme = Literal["auto", "bio", "bioes", "none"]
+# What ``objective.head`` may be beside an import path.
+PLAIN_HEADS = ("linear", "crf")
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 class ModelSection(Section):
@@ -22,6 +26,9 @@ class ModelSection(Section):
     """Keys of the architecture's Hugging Face configuration; the vocabulary size comes from the tokenizer."""
     path: PathText | None = None
     """Hugging Face directory, run directory or hub name of an existing model."""
+    trust_code: bool = False
+    """evaluate and serve: import and run the code of a model whose head is of somebody's own (``objective.head``), from
+    the PYTHONPATH or from the copy in the model's directory. For models from people whom you trust."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSection:
@@ -79,8 +86,8 @@ class ObjectiveSection(Section):
     loss_options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of ``loss`` by name: of the function beside logits and targets, or of the class."""
     imports_from: Annotated[PathText | None, MayChange()] = None
-    """Folder that the module of ``loss`` is imported from, where Python does not find it otherwise (PYTHONPATH); by
-    default that of the YAML file."""
+    """Folder that the modules of ``loss`` and ``head`` are imported from, where Python does not find them otherwise
+    (PYTHONPATH); by default that of the YAML file."""
     beta: float = Field(default=0.1, gt=0, le=1e3)
     """preference: how far the model may go from what it was; a smaller one lets it go farther."""
     source_prefix: str | None = None
@@ -95,18 +102,43 @@ class ObjectiveSection(Section):
     """tagging: how tags say where spans are. bio: B-TYPE begins a span, I-TYPE goes on with it, O is outside (IOB2).
     bioes: E-TYPE ends it, S-TYPE is a span of one word. none: each tag stands for itself, as parts of speech do. auto:
     what the tags look like."""
-    head: Literal["linear", "crf"] = "linear"
-    """tagging: what chooses the tags of a sentence. linear: each word its own, by its logits. crf: a linear chain
-    scores neighbouring tags as well, and the best sequence that the scheme allows is taken."""
+    head: str = "linear"
+    """classification and tagging: what stands on top of the encoder. linear: a linear layer. crf, of tagging alone: a
+    linear chain scores neighbouring tags as well, and the best sequence that the scheme allows is taken. Or a head of
+    your own, as ``module:attribute``: a class of torch modules or a function that makes one. It is called with the
+    model's configuration; the module is called with hidden states ([n, T, width]) and the attention mask (int64
+    [n, T]), and returns logits: [n, labels] of texts, [n, T, labels] of tokens."""
+    head_options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a ``head`` of your own by name, beside the configuration."""
 
     _named = field_validator("class_weights", mode="before")(_label_names)
 
     @field_validator("loss")
     @classmethod
-    def _import_path(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", value):
+    def _loss_path(cls, value: str | None) -> str | None:
+        if value is not None and not _IMPORT_PATH.fullmatch(value):
             raise ValueError("allowed: module:attribute, such as mypackage.losses:FocalLoss")
         return value
+
+    @field_validator("head")
+    @classmethod
+    def _head_path(cls, value: str) -> str:
+        if value not in PLAIN_HEADS and not _IMPORT_PATH.fullmatch(value):
+            raise ValueError(f"allowed: {', '.join(PLAIN_HEADS)}, module:attribute such as mypackage.heads:MeanPooled")
+        return value
+
+    @model_validator(mode="after")
+    def _own_head(self) -> ObjectiveSection:
+        if not self.head_options:
+            return self
+        if self.head in PLAIN_HEADS:
+            raise ValueError("head_options: allowed with a head of your own, whose arguments they are")
+        try:
+            # The model's config.json has them.
+            json.dumps(self.head_options, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"head_options: found {error}, allowed: numbers, texts, lists and mappings") from None
+        return self
 
     @model_validator(mode="after")
     def _own_loss(self) -> ObjectiveSection:

@@ -22,6 +22,8 @@ class ServedModel(Section):
     """LoRA adapters of this model, as ``serving.adapters``."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """Pooling of this model, as ``serving.pooling``."""
+    trust_code: bool = False
+    """Run the code of this model's own head, as ``model.trust_code``."""
 
 
 class ReplicaScaling(Section):

@@ -125,8 +125,10 @@ class TrainConfig(Section):
         if self.distillation is not None and self.distillation.teacher is None:
             raise ValueError("distillation.teacher: missing; allowed: the path of a model with the same tokenizer")
         for key in ("adapter", "distillation"):
-            if self.objective.head == "crf" and getattr(self, key) is not None:
-                raise ValueError(f"objective.head: found crf, allowed with {key}: linear")
+            if self.objective.head != "linear" and getattr(self, key) is not None:
+                raise ValueError(f"objective.head: found {self.objective.head}, allowed with {key}: linear")
+        if self.model.trust_code:
+            raise ValueError("model.trust_code: found true, allowed: false; a stage that trains names objective.head")
         if self.training is not None and (refusal := layout_refusal(self)):
             raise ValueError(refusal)
         return self

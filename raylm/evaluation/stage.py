@@ -89,15 +89,18 @@ class BatchScorer:
 class ExampleScorer:
     """What one Ray worker holds: a model that is scored on examples; one batch of them a call."""
 
-    def load(self, model_path: str, task: str) -> None:
+    def load(self, model_path: str, task: str, trusted: bool) -> None:
         """Load the model; not in the constructor, whose exceptions Ray does not hand on as they are."""
         import torch
 
+        from raylm.models.loading import load_config
+        from raylm.models.own_heads import usable_head
         from raylm.tasks import find_task
 
         found = find_task(task)
+        head = usable_head(found.head, load_config(model_path), model_path, "model.path", trusted=trusted)
         assert found.evaluation is not None
-        self._model = found.evaluation.open_model(model_path, found.head, torch.get_num_threads())
+        self._model = found.evaluation.open_model(model_path, head, torch.get_num_threads())
 
     def score(self, batch: Arrays) -> np.ndarray:
         """What the model gives, [n, ...]."""
@@ -134,6 +137,7 @@ def measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
     from raylm.models.heads import CAUSAL
     from raylm.models.loading import load_config, load_parts
     from raylm.models.openvino import find_export
+    from raylm.models.own_heads import usable_head
     from raylm.tasks import chosen_task
 
     with Activity("evaluate: reading the model's configuration and the data"), ended_at_once():
@@ -142,6 +146,7 @@ def measure(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
         model_config = load_config(source)
         task = chosen_task(model_config, config.objective, measured=True)
         check_task(task, config)
+        usable_head(task.head, model_config, source, "model.path", trusted=config.model.trust_code)
         if scored := task.evaluation is not None and task.evaluation.results:
             # An export needs no other weights.
             load_parts(source, weights=find_export(source) is None)
@@ -240,7 +245,7 @@ def evaluate_examples(
     """Score ``examples`` on Ray workers; writes what the model says to each into ``directory``."""
     assert task.evaluation is not None
     began = time.perf_counter()
-    scorers = start_scorers(ExampleScorer, (source, task.name), len(examples.batches), config)
+    scorers = start_scorers(ExampleScorer, (source, task.name, config.model.trust_code), len(examples.batches), config)
     found = score_batches(scorers, examples.batches)
     seconds = time.perf_counter() - began
     outputs = [found[number] for number in range(len(examples.batches))]

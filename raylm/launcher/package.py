@@ -1,4 +1,4 @@
-"""What a job takes along: the configuration's file, the module of a loss beside it, and raylm itself.
+"""What a job takes along: the configuration's file, the modules of a loss and a head beside it, and raylm itself.
 
 The nodes then run the code that submitted. What the configuration names must be where all nodes find it.
 """
@@ -17,11 +17,11 @@ from pydantic import BaseModel
 import raylm
 from raylm.config.base import is_path
 from raylm.errors import UserError
+from raylm.models.own_code import COMPILED, module_places
 
 CONFIGURATION = "config.yaml"
 # Of the nodes' temporary files, and of Ray's own limit on packages.
 LARGEST_BYTES = 100 * 10**6
-_COMPILED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def packaged(path: Path, modules: Sequence[Path] = ()) -> Iterator[Path]:
         shutil.copyfile(path, directory / CONFIGURATION)
         for module in modules:
             if module.is_dir():
-                shutil.copytree(module, directory / module.name, ignore=_COMPILED)
+                shutil.copytree(module, directory / module.name, ignore=COMPILED)
             else:
                 shutil.copyfile(module, directory / module.name)
         code(directory)
@@ -47,7 +47,7 @@ def packaged(path: Path, modules: Sequence[Path] = ()) -> Iterator[Path]:
 
 
 def own_modules(config: BaseModel, path: Path) -> list[Path]:
-    """The files, or folders of packages, beside the YAML file at ``path`` that its losses are imported from.
+    """The files, or folders of packages, beside the YAML file at ``path`` that its losses and heads are imported from.
 
     What lies in another folder (``objective.imports_from``) or on the PYTHONPATH is the nodes' own.
     """
@@ -55,11 +55,11 @@ def own_modules(config: BaseModel, path: Path) -> list[Path]:
     folder = path.resolve().parent
     if objective is None or objective.imports_from != str(folder):
         return []
-    searched = tuning.space.get("objective.loss") if tuning is not None else None
-    names = [objective.loss, *((searched.choice or searched.grid or []) if searched is not None else [])]
-    tops = dict.fromkeys(str(name).partition(":")[0].partition(".")[0] for name in names if name)
-    places = [place for top in tops for place in (folder / top, folder / f"{top}.py") if place.exists()]
-    return [place for place in places if place.name != "raylm"]
+    names = [objective.loss, objective.head if ":" in objective.head else None]
+    for key in ("objective.loss", "objective.head"):
+        searched = tuning.space.get(key) if tuning is not None else None
+        names += (searched.choice or searched.grid or []) if searched is not None else []
+    return list(dict.fromkeys(place for name in names if name for place in module_places(str(name), folder)))
 
 
 def code(directory: Path) -> None:
@@ -69,7 +69,7 @@ def code(directory: Path) -> None:
         UserError: it is larger than a package may be.
     """
     source = Path(raylm.__file__).resolve().parent
-    shutil.copytree(source, directory / "raylm", ignore=_COMPILED)
+    shutil.copytree(source, directory / "raylm", ignore=COMPILED)
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     if size > LARGEST_BYTES:
         raise UserError(

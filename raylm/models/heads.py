@@ -11,6 +11,8 @@ from raylm.models.openvino import EXPORT_DECODER, EXPORT_ENCODER, EXPORT_MODEL
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from raylm.models.own_heads import OwnHead
+
 Network = Literal["decoder", "encoder", "encoder_decoder"]
 
 
@@ -29,6 +31,8 @@ class Head:
         exporter: optimum-intel's class that exports models with it; None where raylm exports none.
         graphs: files of an OpenVINO export.
         module: where ``auto_class`` is.
+        takes_own: whether a head of the user's own may stand in its place.
+        own: that head, where it does.
     """
 
     name: str
@@ -40,10 +44,17 @@ class Head:
     exporter: str | None = None
     graphs: tuple[str, ...] = (EXPORT_MODEL,)
     module: str = "transformers"
+    takes_own: bool = False
+    own: OwnHead | None = None
 
     def load_class(self) -> Any:
         """The class that builds and loads."""
-        return getattr(importlib.import_module(self.module), self.auto_class)
+        found = getattr(importlib.import_module(self.module), self.auto_class)
+        if not self.takes_own:
+            return found
+        from raylm.models.own_models import OwnHeadModels
+
+        return OwnHeadModels(found, self)
 
     def is_named_in(self, config: PretrainedConfig) -> bool:
         """Whether the configuration is one of a model with this head."""
@@ -65,9 +76,9 @@ READER = Head(
 )  # fmt: skip
 CLASSIFIER = Head(
     "classification", "encoder", "AutoModelForSequenceClassification", ("logits",), "classifier",
-    class_ending="ForSequenceClassification", exporter="OVModelForSequenceClassification",
+    class_ending="ForSequenceClassification", exporter="OVModelForSequenceClassification", takes_own=True,
 )  # fmt: skip
 TAGGER = Head(
     "tagging", "encoder", "TaggerModels", ("logits",), "tagger", class_ending="ForTokenClassification",
-    exporter="OVModelForTokenClassification", module="raylm.models.taggers",
+    exporter="OVModelForTokenClassification", module="raylm.models.taggers", takes_own=True,
 )  # fmt: skip

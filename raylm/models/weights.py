@@ -8,6 +8,7 @@ is the same under every layout.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -118,11 +119,13 @@ class DrawnWeights:
     """Parameters drawn as the family's own initialisation says, each from ``seed`` and its name alone."""
 
     def __init__(self, outline: Outline, seed: int) -> None:
-        self._rules, self._seed = outline.rules, seed
+        self._rules, self._model, self._seed = outline.rules, outline.model, seed
         self._shapes = {name: tuple(p.shape) for name, p in outline.model.named_parameters()}
 
     def open(self, name: str) -> torch.Tensor:
         """See :class:`Weights`; holds the one parameter in main memory."""
+        if name in self._own:
+            return self._own[name]
         if name not in self._rules:
             raise UserError(f"model: its family has no rule to initialise {name}")
         weight = torch.empty(self._shapes[name])
@@ -133,6 +136,12 @@ class DrawnWeights:
                 view = weight.as_strided(operation.size, operation.stride, operation.offset)
                 operation.function(view, *operation.arguments, **operation.options)
         return weight
+
+    @functools.cached_property
+    def _own(self) -> dict[str, torch.Tensor]:
+        """Of a head of the user's own, which are what its constructor gives them."""
+        own = getattr(self._model, "own", None)
+        return {} if own is None else own.drawn(self._model.config, self._seed)
 
 
 class HeldWeights:

@@ -26,6 +26,7 @@ from raylm.models.checks import check_vocabulary, check_weights
 from raylm.models.heads import NONE
 from raylm.models.loading import load_config
 from raylm.models.lora import check_adapters
+from raylm.models.own_heads import usable_head
 from raylm.progress import Activity
 from raylm.serving.http.access import load_key_hashes
 from raylm.tasks import task_of
@@ -208,6 +209,7 @@ def _check_model(model: ServedModel, serving: ServingSection, key: str) -> None:
             _check_json(directory / name, key)
     model_config, tokenizer = load_config(source, key), load_tokenizer(source, key)
     task = task_of(model_config)
+    usable_head(task.head, model_config, source, key, trusted=model.trust_code)
     if task.service.check is not None:
         task.service.check(model_config, tokenizer, serving, model.path)
     if directory.is_dir():

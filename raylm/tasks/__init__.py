@@ -11,6 +11,7 @@ from raylm.config.model import ObjectiveSection
 from raylm.config.tasks import TASKS, tasks_of
 from raylm.errors import UserError
 from raylm.models.encoder_decoders import source_prefix
+from raylm.models.own_heads import is_import_path, with_own_head
 from raylm.tasks.own_loss import load_loss
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def make_objective(
         distillation: what the model learns from a teacher, where it has one.
 
     Raises:
-        UserError: a model of that type cannot be trained so, or there is no such loss.
+        UserError: a model of that type cannot be trained so, or there is no such loss or head.
     """
     encoder = model_type in ENCODERS
     allowed = tasks_of(_own_tasks(model_type), encoder=encoder)
@@ -101,7 +102,14 @@ def make_objective(
     ):
         if wanted and not follows:
             raise UserError(f"objective.{key}: leave it out; objective.type {name} has no place for it")
+    own = is_import_path(section.head)
+    if not (objective.head.takes_own if own else section.head in objective.plain_heads):
+        allowed_heads = [*objective.plain_heads, *(["module:attribute"] if objective.head.takes_own else [])]
+        raise UserError(
+            f"objective.head: found {section.head}, allowed with objective.type {name}: {', '.join(allowed_heads)}"
+        )
     made = objective(section)
+    made.head = with_own_head(made.head, section)
     made.distillation = distillation
     if section.loss is not None:
         made.own_loss = load_loss(section)

@@ -22,6 +22,7 @@ from raylm.data.sources.documents import Split
 from raylm.errors import UserError
 from raylm.models.families import find_family
 from raylm.models.heads import Head
+from raylm.models.own_heads import SETTING
 from raylm.tasks.own_loss import OwnLoss
 from raylm.tasks.rows import RowReader
 
@@ -65,12 +66,13 @@ class Objective(ABC):
         smooths_labels: whether :meth:`training_loss` follows ``objective.label_smoothing``.
         weighs_classes: whether it follows ``objective.class_weights``.
         takes_loss: whether it follows ``objective.loss``.
+        plain_heads: what ``objective.head`` may be beside a head of the user's own, which its ``head`` may take.
         groups_lengths: whether its samples follow ``training.group_by_length``: each is an example as it stands.
         choices_vary: whether what can be chosen, or how often, differs from sample to sample.
     """
 
     name: ClassVar[str]
-    head: ClassVar[Head]
+    head: Head
     forward_options: ClassVar[dict[str, Any]] = {}
     rows: ClassVar[RowReader | None] = None
     measures: ClassVar[tuple[str, ...]] = ()
@@ -79,6 +81,7 @@ class Objective(ABC):
     smooths_labels: ClassVar[bool] = False
     weighs_classes: ClassVar[bool] = False
     takes_loss: ClassVar[bool] = False
+    plain_heads: ClassVar[tuple[str, ...]] = ("linear",)
     groups_lengths: ClassVar[bool] = False
     choices_vary: ClassVar[bool] = False
 
@@ -223,6 +226,10 @@ class EncoderObjective(Objective):
 
     groups_lengths: ClassVar[bool] = True
     targets_each: ClassVar[int] = 1
+
+    def head_settings(self) -> dict[str, Any]:
+        """Keys of the model's configuration that say which head of the user's own it has."""
+        return {} if self.head.own is None else {SETTING: self.head.own.setting()}
 
     def example(self, sequence_length: int) -> Batch:
         """See :class:`Objective`."""

@@ -7,15 +7,14 @@ for each target; the sum is made here, as of every loss, so that it does not dep
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylm.config.model import ObjectiveSection
 from raylm.data.samples.token_samples import IGNORED
-from raylm.errors import RunFailure, UserError, first_line
+from raylm.errors import RunFailure, UserError
+from raylm.models.own_code import import_attribute, told
 
 if TYPE_CHECKING:
     import torch
@@ -66,28 +65,12 @@ def load_loss(section: ObjectiveSection) -> OwnLoss:
     Raises:
         UserError: there is no such module or attribute, or it cannot be called.
     """
-    name, options = str(section.loss), section.loss_options
-    module_name, _, attribute = name.partition(":")
-    folder = section.imports_from
-    # It stays there: the module may import others of the folder later. It is last, so that a file of the user's with a
-    # common name hides no library.
-    if folder is not None and folder not in sys.path:
-        sys.path.append(folder)
-        importlib.invalidate_caches()
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:  # whatever a module of the user's raises while it is imported
-        where = f" from {folder} or the PYTHONPATH" if folder is not None else " from the PYTHONPATH"
-        raise UserError(f"{KEY}: cannot import {module_name}{where}: {_told(error)}") from error
-    place = getattr(found, "__file__", None) or module_name
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"{KEY}: found '{name}', allowed: what {place} has; it has no '{attribute}'")
-        found = getattr(found, part)
+    name = str(section.loss)
+    found = import_attribute(name, KEY, section.imports_from)
     if not callable(found):
         kind = type(found).__name__
         raise UserError(f"{KEY}: found '{name}' of type {kind}, allowed: a function of logits and targets, or a class")
-    return OwnLoss(name, _made(name, found, options))
+    return OwnLoss(name, _made(name, found, section.loss_options))
 
 
 def _made(name: str, found: Any, options: dict[str, Any]) -> Callable[..., Any]:
@@ -100,7 +83,7 @@ def _made(name: str, found: Any, options: dict[str, Any]) -> Callable[..., Any]:
         made = found(**options)
     except Exception as error:  # whatever a class of the user's raises
         raise UserError(
-            f"objective.loss_options: found {options}, which {name} does not take: {_told(error)}"
+            f"objective.loss_options: found {options}, which {name} does not take: {told(error)}"
         ) from error
     if not callable(made):
         raise UserError(
@@ -127,7 +110,7 @@ def check_loss(loss: OwnLoss, choices: int) -> None:
     try:
         each = loss.function(logits, targets)
     except Exception as error:  # whatever a function of the user's raises
-        raise UserError(f"{tried}: {_told(error)}") from error
+        raise UserError(f"{tried}: {told(error)}") from error
     if refusal := _refusal(each, count):
         raise UserError(f"{tried} returned {refusal}")
     if not torch.isfinite(each).all():
@@ -137,7 +120,7 @@ def check_loss(loss: OwnLoss, choices: int) -> None:
     try:
         each.sum().backward()
     except Exception as error:  # as above
-        raise UserError(f"{tried} has no backward pass: {_told(error)}") from error
+        raise UserError(f"{tried} has no backward pass: {told(error)}") from error
 
 
 def _refusal(each: Any, count: int) -> str:
@@ -151,7 +134,3 @@ def _refusal(each: Any, count: int) -> str:
         hint = " (reduction='none')" if not each.dim() else ""
         return f"the shape {list(each.shape)}, {allowed}{hint}"
     return "" if each.is_floating_point() else f"{each.dtype}, {allowed}"
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -44,15 +44,40 @@ def validate(config: TrainConfig) -> Checked:
     Raises:
         UserError: one line.
     """
-    from raylm.tasks.own_loss import check_loss
     from raylm.training.reports.trackers import check_trackers
 
     check_trackers(config.run.trackers)
     loaded, objective = _open_model(config)
     data = check_data(config, objective, loaded)
-    if objective.own_loss is not None:
-        check_loss(objective.own_loss, len(labels_of(config, data)))
+    if objective.own_loss is not None or objective.head.own is not None:
+        _check_own(config, loaded, objective, len(labels_of(config, data)))
     return Checked(_check_trained(config, loaded, objective), data)
+
+
+def check_own(config: TrainConfig, labels: int) -> None:
+    """Try the loss and the head of the user's own, where there are any, on examples of so many ``labels``.
+
+    Raises:
+        UserError: one line.
+    """
+    _check_own(config, *_open_model(config), labels)
+
+
+def _check_own(config: TrainConfig, loaded: PretrainedConfig | None, objective: Objective, labels: int) -> None:
+    from raylm.tasks.own_loss import check_loss
+
+    if objective.own_loss is not None:
+        check_loss(objective.own_loss, labels)
+    if objective.head.own is not None:
+        import torch
+
+        from raylm.models.own_models import check_own_head
+
+        # Tasks that take one go on from an encoder that exists.
+        assert loaded is not None
+        precision = config.training.precision
+        bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available())
+        check_own_head(objective.head, loaded, labels, bf16=bf16)
 
 
 def check_trained(config: TrainConfig) -> TrainedModel:

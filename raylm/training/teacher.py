@@ -32,11 +32,13 @@ def check_teacher(section: DistillationSection, student: PretrainedConfig, head:
     from raylm.data.loading import resolve_model
     from raylm.models.families.build import check_head
     from raylm.models.loading import load_config
+    from raylm.models.own_heads import refuse_own_head
 
     name = f"{key}distillation.teacher"
     path = str(section.teacher)
     teacher = load_config(resolve_model(path, name), name)
     check_head(teacher, head, path, name)
+    refuse_own_head(teacher, head, path, name, "teach")
     check_layers(section, student, teacher, head, key)
 
 

@@ -29,12 +29,12 @@ def check_space(config: TuneConfig, objective: Objective, labels: Sequence[str] 
 
     Args:
         objective: of the file as it stands.
-        labels: of the data, on which losses of the user's own are tried.
+        labels: of the data, on which losses and heads of the user's own are tried.
 
     Raises:
         UserError: a key does not exist or cannot vary, a value is not allowed, or the metric is none of the task.
     """
-    from raylm.tasks.own_loss import check_loss, load_loss
+    from raylm.training.inputs import check_own
 
     tuning = config.tuning
     _check_metric(str(tuning.metric), objective)
@@ -50,8 +50,8 @@ def check_space(config: TuneConfig, objective: Objective, labels: Sequence[str] 
         if key not in seen:
             seen.add(key)
             _check_model(config, found)
-            if found.objective.loss is not None:
-                check_loss(load_loss(found.objective), len(labels))
+            if found.objective.loss is not None or ":" in found.objective.head:
+                check_own(found, len(labels))
     return points
 
 

@@ -118,7 +118,11 @@ def model_sources(config: ServeConfig) -> dict[str, ServedModel]:
     assert config.model.path is not None
     serving = config.serving
     main = ServedModel(
-        path=config.model.path, engine=serving.engine, pooling=serving.pooling, adapters=serving.adapters
+        path=config.model.path,
+        engine=serving.engine,
+        pooling=serving.pooling,
+        adapters=serving.adapters,
+        trust_code=config.model.trust_code,
     )
     return {model_name(config): main, **serving.models}
 
@@ -162,7 +166,7 @@ def open_service(
     source = resolve_model(model.path)
     model_config = load_config(source)
     task = task_of(model_config)
-    start = functools.partial(start_engine, source, serving, threads=threads, task=task.name)
+    start = functools.partial(start_engine, source, serving, threads=threads, task=task.name, trusted=model.trust_code)
     engine = pool.engine(name, choose_engine(source, serving, continues=task.continues), start) if pool else start()
     common: dict[str, Any] = {
         "name": name,

@@ -290,7 +290,9 @@ class Engine:
                 loop.call_soon_threadsafe(receive_all, deliveries)
 
 
-def start_engine(source: str, serving: ServingSection, *, threads: int, task: str = "causal") -> Engine:
+def start_engine(
+    source: str, serving: ServingSection, *, threads: int, task: str = "causal", trusted: bool = False
+) -> Engine:
     """Start a process that loads the model, and wait until it can be asked.
 
     Args:
@@ -298,6 +300,7 @@ def start_engine(source: str, serving: ServingSection, *, threads: int, task: st
         serving: limits and the choice of engine.
         threads: threads that the model computes with.
         task: the model's (:data:`raylm.config.tasks.TASKS`).
+        trusted: whether code of the model's own may be imported.
 
     Raises:
         EngineFailure: the model could not be loaded; says why.
@@ -310,7 +313,7 @@ def start_engine(source: str, serving: ServingSection, *, threads: int, task: st
             env=inherited_environment() | worker_environment(threads) | {"PYTHONPATH": module_path()},
         )
     try:
-        ours.send((source, serving, threads, task))
+        ours.send((source, serving, threads, task, trusted))
         message = ours.recv()
     except (EOFError, OSError):
         raise EngineFailure(f"the engine's process ended with status {process.wait()} while loading {source}") from None

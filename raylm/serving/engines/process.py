@@ -214,11 +214,13 @@ def main(descriptor: int) -> None:
     # Ctrl-C in a terminal reaches every process; the replica decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(descriptor) as connection:
+        from raylm.models.loading import load_config
+        from raylm.models.own_heads import usable_head
         from raylm.models.stops import end_token_ids
         from raylm.serving.engines.opening import choose_engine, load_backend, load_encoder, load_encoder_decoder
         from raylm.tasks import find_task
 
-        source, serving, threads, name = connection.recv()
+        source, serving, threads, name, trusted = connection.recv()
         task = find_task(name)
         try:
             network = task.head.network
@@ -232,7 +234,8 @@ def main(descriptor: int) -> None:
             elif network == "decoder":
                 backend = load_backend(source, serving, threads=threads)
             else:
-                backend = load_encoder(source, serving, task.head, threads=threads)
+                head = usable_head(task.head, load_config(source), source, "model.path", trusted=trusted)
+                backend = load_encoder(source, serving, head, threads=threads)
         except (UserError, RuntimeError, ValueError, OSError) as error:
             connection.send(EngineFailure(str(error)))
             return

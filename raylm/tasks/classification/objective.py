@@ -22,6 +22,7 @@ from raylm.data.tokens.shards import read_manifest
 from raylm.errors import UserError
 from raylm.models.encoders import label_names
 from raylm.models.heads import CLASSIFIER, Head
+from raylm.models.own_heads import check_same_head
 from raylm.tasks.objective import Batch, EncoderObjective
 from raylm.tasks.rows import RowReader
 
@@ -32,6 +33,7 @@ SHORTEST = 4
 
 
 def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection) -> LabelledInput:
+    check_same_head(config, CLASSIFIER, section)
     # A classifier that is trained further keeps its labels.
     found = LabelledInput(data, label_names(config) if CLASSIFIER.is_named_in(config) else None)
     weights = section.class_weights
@@ -61,7 +63,7 @@ class ClassificationObjective(EncoderObjective):
     """Cross-entropy of the class; one target a text."""
 
     name: ClassVar[str] = "classification"
-    head: ClassVar[Head] = CLASSIFIER
+    head: Head = CLASSIFIER
     rows: ClassVar[RowReader | None] = RowReader(KIND, "labelled texts", _read)
     smooths_labels: ClassVar[bool] = True
     weighs_classes: ClassVar[bool] = True
@@ -93,6 +95,7 @@ class ClassificationObjective(EncoderObjective):
         return {
             "id2label": dict(enumerate(labels)),
             "label2id": {label: number for number, label in enumerate(labels)},
+            **self.head_settings(),
         }
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, cross_entropy: object = None) -> torch.Tensor:

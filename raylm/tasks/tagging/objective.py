@@ -26,6 +26,7 @@ from raylm.errors import UserError
 from raylm.models.chains import has_chain
 from raylm.models.encoders import label_names
 from raylm.models.heads import TAGGER, Head
+from raylm.models.own_heads import check_same_head
 from raylm.tasks.objective import Batch, EncoderObjective
 from raylm.tasks.rows import RowReader
 from raylm.tasks.tagging.decoding import followers, model_scheme
@@ -40,6 +41,7 @@ SHORTEST = 4
 def _read(data: DataSection, config: PretrainedConfig, section: ObjectiveSection) -> TaggedInput:
     if has_chain(config) and section.head != "crf":
         raise UserError(f"objective.head: found {section.head}, allowed: crf, as the model at model.path has one")
+    check_same_head(config, TAGGER, section)
     if not TAGGER.is_named_in(config):
         return TaggedInput(data, section.scheme)
     # A tagger that is trained further keeps its tags, and what they say of spans unless the file says otherwise.
@@ -55,10 +57,11 @@ class TaggingObjective(EncoderObjective):
     """
 
     name: ClassVar[str] = "tagging"
-    head: ClassVar[Head] = TAGGER
+    head: Head = TAGGER
     rows: ClassVar[RowReader | None] = RowReader(KIND, "tagged sentences", _read)
     measures: ClassVar[tuple[str, ...]] = ("token_accuracy", "span_f1")
     takes_loss: ClassVar[bool] = True
+    plain_heads: ClassVar[tuple[str, ...]] = ("linear", "crf")
     choices_vary: ClassVar[bool] = True
 
     labels: Sequence[str] = ()
@@ -84,7 +87,8 @@ class TaggingObjective(EncoderObjective):
             "id2label": dict(enumerate(manifest["labels"])),
             "label2id": {label: number for number, label in enumerate(manifest["labels"])},
             "tagging_scheme": manifest["scheme"],
-            "tagging_head": self.section.head,
+            "tagging_head": self.section.head if self.head.own is None else "linear",
+            **self.head_settings(),
         }
 
     def example(self, sequence_length: int) -> Batch:

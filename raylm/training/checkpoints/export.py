@@ -72,6 +72,8 @@ def export_model(
     empty = build_empty(config, head)
     config.architectures = [type(empty).__name__]
     config.save_pretrained(partial)
+    if head.own is not None:
+        head.own.copy_code(partial)
     _write_weights(weights or CheckpointReader(checkpoint), partial, dtype)
     tokenizer = load_tokenizer(tokenizer_directory)
     if (positions := getattr(config, "max_position_embeddings", None)) is not None:
