@@ -27,6 +27,10 @@ class AdapterSection(Section):
     """Layers that get adapters: all_linear (but the output's), or the ends of their names, such as [q_proj, v_proj]."""
     rank_stabilized: bool = False
     """The product counts alpha / sqrt(rank) times, so that a larger rank learns more (arXiv:2312.03732)."""
+    bits: Literal[4] | None = None
+    """4 keeps the linear layers' own weights in 4 bits while adapters are trained beside them, in about a quarter of
+    bf16's memory (NF4 with double quantization: QLoRA, arXiv:2305.14314); needs the extra qlora. By default they are in
+    the type that training computes in."""
 
     @field_validator("targets")
     @classmethod

@@ -23,6 +23,7 @@ from raylm.config.training import CheckpointSection, ParallelSection, TrainingSe
 from raylm.config.tuning import OBJECTIVES, TuningSection
 
 DORA_READS = "it reads whole weights, of which ZeRO 3 leaves a worker parts"
+FOUR_BITS = "4-bit weights stay whole on each worker"
 
 
 class PrepareConfig(Section):
@@ -141,10 +142,26 @@ class TrainConfig(Section):
             raise ValueError("freezing: allowed without adapter, which leaves all weights but its own as they are")
         if self.adapter.type == "dora" and self.parallel.zero_stage == 3:
             raise ValueError("parallel.zero_stage: found 3, allowed with adapter.type dora: 0, 1, 2; " + DORA_READS)
+        if self.adapter.bits is not None:
+            self._fits_four_bits()
         if self.rounding is not None:
             raise ValueError("adapter: allowed without rounding, which is of the weights that stay as they are")
         if self.training is not None and self.training.keep_zeros:
             raise ValueError("training.keep_zeros: found true, allowed without adapter, which leaves all weights alone")
+
+    def _fits_four_bits(self) -> None:
+        """Refuse what does not go with a model whose weights are in 4 bits."""
+        if self.adapter.type == "dora":
+            raise ValueError("adapter.bits: found 4, allowed with adapter.type lora; dora reads whole weights")
+        if self.parallel.zero_stage == 3:
+            raise ValueError(f"parallel.zero_stage: found 3, allowed with adapter.bits 4: 0, 1, 2; {FOUR_BITS}")
+        if self.objective.type == "preference":
+            raise ValueError(
+                "adapter.bits: found 4, allowed with objective.type preference: leave it out, as answers are compared "
+                "with what the model says in all its bits"
+            )
+        if self.training is not None and self.training.compile:
+            raise ValueError("training.compile: found true, allowed with adapter.bits 4: false")
 
 
 class PretrainConfig(TrainConfig):

@@ -34,13 +34,15 @@ TASK_TYPES = {
 
 
 def check_adapter(section: AdapterSection, config: PretrainedConfig, head: Head) -> None:
-    """Refuse to start without peft, or with layers that the model does not have.
+    """Refuse to start without peft, or what keeps weights in 4 bits, or with layers that the model does not have.
 
     Raises:
         UserError: one line.
     """
     if find_spec("peft") is None:
         raise UserError("adapter: needs peft: pip install 'raylm[adapters]'")
+    if section.bits is not None and find_spec("bitsandbytes") is None:
+        raise UserError("adapter.bits: found 4, which needs bitsandbytes: pip install 'raylm[qlora]'")
     from raylm.models.weights import make_outline
 
     adapted_layers(make_outline(config, head).model, section, head)
@@ -52,15 +54,7 @@ def adapted_layers(model: PreTrainedModel, section: AdapterSection, head: Head) 
     Raises:
         UserError: ``section.targets`` names one that is not there.
     """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    output, new = model.get_output_embeddings(), new_modules(model, head)
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output and name.partition(".")[0] not in new
-    }
+    linear = linear_layers(model, head)
     if section.targets == ALL_LINEAR:
         return linear
     found: dict[str, Any] = {}
@@ -71,6 +65,19 @@ def adapted_layers(model: PreTrainedModel, section: AdapterSection, head: Head) 
             raise UserError(f"adapter.targets: found '{target}', allowed: {ALL_LINEAR}, or of {', '.join(ends)}")
         found |= fitting
     return found
+
+
+def linear_layers(model: PreTrainedModel, head: Head) -> dict[str, Any]:
+    """Layers that multiply by a matrix, by name, but the output's and those of a task's own head."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    output, new = model.get_output_embeddings(), new_modules(model, head)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output and name.partition(".")[0] not in new
+    }
 
 
 def new_modules(model: PreTrainedModel, head: Head) -> set[str]:

@@ -1,8 +1,8 @@
-"""How much of a model a run trains."""
+"""How much of a model a run trains, and how much of it is kept in 4 bits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from raylm.config.stages import TrainConfig
 from raylm.models.adapters import adapted_layers, new_modules
@@ -11,6 +11,30 @@ from raylm.models.heads import Head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+class Packed(NamedTuple):
+    """What of a model is kept in 4 bits.
+
+    Attributes:
+        share: of its parameters.
+        largest: elements of the largest such weight.
+    """
+
+    share: float = 0.0
+    largest: int = 0
+
+
+def packed_weights(config: TrainConfig, model_config: PretrainedConfig, head: Head) -> Packed:
+    """What of the model is kept in 4 bits, as ``adapter.bits`` says."""
+    if config.adapter is None or config.adapter.bits is None:
+        return Packed()
+    from raylm.models.four_bits import four_bit_layers
+    from raylm.models.weights import make_outline
+
+    model = make_outline(model_config, head).model
+    sizes = [layer.weight.numel() for layer in four_bit_layers(model, head).values()]
+    return Packed(sum(sizes) / sum(parameter.numel() for parameter in model.parameters()), max(sizes))
 
 
 def trained_share(config: TrainConfig, model_config: PretrainedConfig, head: Head) -> float:

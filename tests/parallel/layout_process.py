@@ -100,6 +100,10 @@ def make_engine(case: dict[str, Any]):
     section_of_task = ObjectiveSection(document_boundaries=boundaries, label_smoothing=case.get("smooth", 0.0))
     objective = make_objective(section_of_task, model_type, distillation)
     model = make_outline(whole.config, objective.head).model
+    if case.get("adapt", {}).get("bits") is not None:
+        from raylm.models.four_bits import keep_in_four_bits
+
+        keep_in_four_bits(model, objective.head, torch.bfloat16 if case.get("bf16") else torch.float32)
     # Two micro-batches for each stage, as far as the batch goes.
     share = BATCH // case["data"]
     accumulation = min(share, max(2, 2 * case["pipeline"]))

@@ -27,7 +27,8 @@ def fill(
     """Replace the parameters of ``module`` that have no memory, tied ones by one; others stay.
 
     Args:
-        names: parameter -> its name in the model; those that are cut carry their ``slicing``.
+        names: parameter -> its name in the model; those that are cut carry their ``slicing``, and those that are kept
+            in a form of their own ``pack``, which makes it of their values.
         share_out: called with each parameter as soon as it is filled.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -45,6 +46,8 @@ def fill(
 def _filled(parameter: nn.Parameter, weights: Weights, name: str, device: torch.device) -> nn.Parameter:
     slicing = getattr(parameter, "slicing", None) or Slicing(tuple(parameter.shape))
     values = slicing.read(weights.open(name)).to(device, parameter.dtype).contiguous()
+    if (pack := getattr(parameter, "pack", None)) is not None:
+        return pack(values)
     filled = nn.Parameter(values, requires_grad=parameter.requires_grad)
     # What the cut noted: the slicing, and DeepSpeed's marks.
     filled.__dict__.update(parameter.__dict__)

@@ -18,6 +18,8 @@ class Layout:
         use_gpu: whether each worker holds a GPU.
         trained: share of the parameters that is trained, the others have neither gradients nor moments.
         averaged: whether an average of what is trained is kept.
+        packed: share of the parameters that is kept in 4 bits.
+        unpacked: elements of the largest of these, which is whole while it is multiplied by.
     """
 
     data: int
@@ -32,6 +34,8 @@ class Layout:
     use_gpu: bool = False
     trained: float = 1.0
     averaged: bool = False
+    packed: float = 0.0
+    unpacked: int = 0
 
     @property
     def workers(self) -> int:

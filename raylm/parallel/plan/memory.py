@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from raylm.models.families import find_outline
 from raylm.models.families.base import Steps
+from raylm.models.four_bits import BYTES
 from raylm.parallel.layout.pipeline_stages import StageLayer, balanced_stages, step_weights
 from raylm.parallel.layout.tensor import TensorGroup, split_loss
 from raylm.parallel.plan.footprint import KINDS, Footprint, Passage, Work, chain, measure, whole
@@ -301,7 +302,7 @@ def held_bytes(parameters: int, layout: Layout) -> dict[str, float]:
         # Micro-batches are added up in fp32.
         gradients += trained * FP32
     return {
-        "weights": parameters * low / (data if zero == 3 else 1),
+        "weights": parameters * (low + layout.packed * (BYTES - low)) / (data if zero == 3 else 1),
         "gradients": gradients,
         # ZeRO keeps an fp32 copy of its share of the weights beside the moments.
         "optimizer": trained * FP32 * (moments + (1 if zero else 0)) / (data if zero else 1),
@@ -336,7 +337,7 @@ def rank_bytes(stage: StageMemory, layout: Layout) -> dict[str, float]:
         # What came in is held twice over, in a buffer for each micro-batch; so is what the next stage sends back.
         activations += stage.received * (1 + max(2, stage.in_flight)) + stage.sent
     passed = {
-        "weights": weights + gathered,
+        "weights": weights + gathered + layout.unpacked * low,
         "gradients": now["gradients"] * layout.trained
         if fresh
         else gradients + (bucket * low if zero >= 2 or layout.use_gpu else 0),

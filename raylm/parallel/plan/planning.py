@@ -28,7 +28,7 @@ from raylm.models.families.build import (
     with_dropout,
 )
 from raylm.models.loading import load_config
-from raylm.models.trained import trained_share
+from raylm.models.trained import packed_weights, trained_share
 from raylm.parallel.plan.description import describe
 from raylm.parallel.plan.layout import Layout
 from raylm.parallel.plan.measured import Measured, read_measured
@@ -190,6 +190,7 @@ def plan_training(
         figures=_with_measured(figures or _usual_figures(config, capacity), config, measured),
         teacher=plan_teacher(config, objective, bf16=bf16),
         trained=trained_share(config, model_config, objective.head),
+        packed=packed_weights(config, model_config, objective.head),
     )
     settled = "auto" not in (parallel.tensor, parallel.pipeline)
     for replicas in space.replicas(parallel.model_parallel) if settled else []:

@@ -16,6 +16,7 @@ from raylm.cluster.capacity import PROCESS_BYTES
 from raylm.cluster.hardware import Figures
 from raylm.config.layout import batch_refusal, micro_batch_refusal, splitting_refusal, workers_refusal, zero_refusal
 from raylm.config.stages import TrainConfig
+from raylm.models.trained import Packed
 from raylm.parallel.plan.layout import Layout
 from raylm.parallel.plan.refusals import model_refusal
 
@@ -85,6 +86,7 @@ class Space:
         figures: what a worker's hardware gives.
         teacher: that each worker holds beside the model, if there is one.
         trained: share of the parameters that is trained.
+        packed: what of them is kept in 4 bits.
     """
 
     config: TrainConfig
@@ -99,6 +101,7 @@ class Space:
     figures: Figures
     teacher: Teacher | None = None
     trained: float = 1.0
+    packed: Packed = Packed()
 
     @property
     def budget(self) -> float | None:
@@ -152,8 +155,8 @@ class Space:
         given, compiled = self.config.parallel.zero_stage, self.config.training.compile
         stages = [0, 1, 2, 3] if given == "auto" else [given]
         adapter = self.config.adapter
-        if adapter is not None and adapter.type == "dora":
-            # It reads whole weights.
+        if adapter is not None and (adapter.type == "dora" or adapter.bits is not None):
+            # It reads whole weights, or they are not cut.
             stages = [n for n in stages if n < 3]
         return [n for n in stages if not zero_refusal(n, model_parallel, bf16=self.bf16, compiled=compiled)]
 
@@ -185,7 +188,7 @@ class Space:
                             Layout(
                                 replicas, tensor, pipeline, zero_stage, micro, -(-share // micro), checkpointing,
                                 self.bf16, self.config.training.optimizer, self.use_gpu, self.trained,
-                                self.config.training.ema is not None,
+                                self.config.training.ema is not None, *self.packed,
                             )
                             for checkpointing in self.checkpointings()
                             for micro in sizes

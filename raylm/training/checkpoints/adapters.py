@@ -6,11 +6,12 @@ A checkpoint of such a run holds what is trained alone.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from raylm.config.adapter import AdapterSection
 from raylm.data.loading import load_tokenizer
@@ -59,6 +60,26 @@ class MergedWeights:
         return name in self._reader.shapes
 
 
+def _peft_name(name: str) -> str:
+    """What peft's file calls a parameter that is trained."""
+    key = name.removesuffix(".weight") if name.endswith(LENGTHS) else name
+    return f"{PREFIX}{key.replace(f'.{NAME}', '')}"
+
+
+@torch.no_grad()
+def read_adapter(directory: Path, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Give the parameters of a model with adapters, and of its own head, the values of an adapter that was written.
+
+    Args:
+        parameters: of the model by name; those that the file does not have stay.
+    """
+    state = load_file(directory / WEIGHTS)
+    for name, parameter in parameters.items():
+        if (values := state.pop(_peft_name(name), None)) is not None:
+            parameter.copy_(values)
+    assert not state, sorted(state)
+
+
 def write_adapter(
     reader: ExportedWeights,
     model: PreTrainedModel,
@@ -82,9 +103,8 @@ def write_adapter(
     load_tokenizer(tokenizer_directory).save_pretrained(partial)
     state = {}
     for name in reader.shapes:
-        key = name.removesuffix(".weight") if name.endswith(LENGTHS) else name
         assert is_adapter(name) or BASE not in name, name
-        state[f"{PREFIX}{key.replace(f'.{NAME}', '')}"] = reader.weight(name).contiguous()
+        state[_peft_name(name)] = reader.weight(name).contiguous()
     save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)

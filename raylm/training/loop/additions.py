@@ -52,6 +52,7 @@ def additions_of(
     """What ``config`` adds to training ``model``.
 
     Args:
+        model: without memory for its parameters; layers of it may be replaced.
         weights: what the model begins with.
         head: of the model, and of its teacher.
     """
@@ -62,6 +63,8 @@ def additions_of(
             # The others give no probabilities.
             model.set_attn_implementation("eager")
     if config.adapter is not None:
+        if config.adapter.bits is not None:
+            _keep_in_four_bits(config, model, head)
         transform = functools.partial(_adapt, section=config.adapter, head=head, seed=config.run.seed)
         trained = functools.partial(_is_trained, whole=tuple(f"{name}." for name in new_modules(model, head)))
         return Additions(reference, transform, None, trained, saves_frozen=False, rates=_faster_chain)
@@ -77,6 +80,14 @@ def _faster_chain(name: str, rates: Callable[[str], Rate] = lambda name: Rate())
     """How a parameter is trained: as ``rates`` says, and the scores of a chain over tags faster."""
     rate = rates(name)
     return replace(rate, factor=rate.factor * CHAIN_RATE) if name.startswith(f"{CHAIN}.") else rate
+
+
+def _keep_in_four_bits(config: TrainConfig, model: PreTrainedModel, head: Head) -> None:
+    import torch
+
+    from raylm.models.four_bits import keep_in_four_bits
+
+    keep_in_four_bits(model, head, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
 
 
 def _adapt(module: nn.Module, name: str, section: AdapterSection, head: Head, seed: int) -> None:

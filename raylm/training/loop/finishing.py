@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from raylm.training.checkpoints.store import CheckpointReader, whole_best
 from raylm.training.loop.additions import rounding_of
 from raylm.training.loop.averages import AveragedWeights
 from raylm.training.loop.batches import to_tensors
+from raylm.training.loop.four_bits import beside_original_logits, put_back_logits
 
 if TYPE_CHECKING:
     from raylm.training.checkpoints.storage import Storage
@@ -82,12 +84,27 @@ def _export(
         source, loop.model_config, loop.job.tokenizer_directory, output, dtype, loop.objective.head,
         loop.job.model_source, merged or weights,
     )  # fmt: skip
-    probe = {name: values.cpu() for name, values in probe.items()}
-    found = reloaded_logits(output, loop.objective, probe, rounding_of(loop.config))
+    on_cpu = {name: values.cpu() for name, values in probe.items()}
+    found = reloaded_logits(output, loop.objective, on_cpu, rounding_of(loop.config))
+    if loop.config.adapter is not None and loop.config.adapter.bits is not None:
+        _check(output.with_name(RUN_FOLDER), put_back_logits(loop, probe), expected, computed)
+        # The model on disk has the original weights under the adapter, not those in 4 bits.
+        expected = beside_original_logits(loop, on_cpu)
+        computed = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    difference = _check(output, found, expected, computed)
+    loop.mirror.send("model", *([] if merged is None else [RUN_FOLDER]), METRICS, BOARD, *TRACKED)
+    return difference
+
+
+def _check(output: Path, found: torch.Tensor, expected: torch.Tensor, computed: torch.dtype) -> float:
+    """How far logits of what was written are from the ``expected`` ones.
+
+    Raises:
+        RunFailure: further than is tolerated.
+    """
     difference = float((found - expected).abs().max())
     if not is_tolerated(found, expected, computed):
         raise RunFailure(f"{output}: the reloaded model's logits differ from the trained one's by {difference}")
-    loop.mirror.send("model", *([] if merged is None else [RUN_FOLDER]), METRICS, BOARD, *TRACKED)
     return difference
 
 
