@@ -21,14 +21,14 @@ class Packed(NamedTuple):
         largest: elements of the largest such weight.
     """
 
-    share: float = 0.0
-    largest: int = 0
+    share: float
+    largest: int
 
 
-def packed_weights(config: TrainConfig, model_config: PretrainedConfig, head: Head) -> Packed:
-    """What of the model is kept in 4 bits, as ``adapter.bits`` says."""
+def packed_weights(config: TrainConfig, model_config: PretrainedConfig, head: Head) -> Packed | None:
+    """What of the model is kept in 4 bits, as ``adapter.bits`` says; None where it says nothing."""
     if config.adapter is None or config.adapter.bits is None:
-        return Packed()
+        return None
     from raylm.models.four_bits import four_bit_layers
     from raylm.models.weights import make_outline
 

@@ -1,4 +1,4 @@
-"""A base in 4 bits with adapters beside it: against what transformers and bitsandbytes make, where that is installed."""
+"""A base in 4 bits with adapters beside it, against what transformers loads; where bitsandbytes is installed."""
 
 from __future__ import annotations
 

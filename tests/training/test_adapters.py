@@ -225,6 +225,24 @@ def test_rates_fall_with_the_depth(tiny_model: Path) -> None:
             "zero_stage: found 3, allowed with adapter.type",
         ),
         ({"adapter": {}, "parallel": {"tensor": 2}}, "adapter: allowed with parallel.tensor and parallel.pipeline 1"),
+        ({"adapter": {"bits": 8}}, "adapter.bits: found 8, allowed: 4"),
+        (
+            {"adapter": {"bits": 4}, "parallel": {"zero_stage": 3}},
+            "zero_stage: found 3, allowed with adapter.bits 4: 0, 1, 2",
+        ),
+        (
+            {"adapter": {"bits": 4}, "parallel": {"pipeline": 2}},
+            "adapter: allowed with parallel.tensor and parallel.pipeline 1",
+        ),
+        ({"adapter": {"bits": 4, "type": "dora"}}, "adapter.bits: found 4, allowed with adapter.type lora"),
+        (
+            {"adapter": {"bits": 4}, "objective": {"type": "preference"}},
+            "adapter.bits: found 4, allowed with objective.type preference: leave it out",
+        ),
+        (
+            {"adapter": {"bits": 4}, "training": {"steps": 4, "compile": True}},
+            "training.compile: found true, allowed with adapter.bits 4: false",
+        ),
         ({"adapter": {}, "freezing": {"layers": 1}}, "freezing: allowed without adapter"),
         ({"freezing": {"layers": 9}}, "freezing.layers: found 9, allowed: at most the model's "),
         (

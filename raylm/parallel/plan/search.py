@@ -16,13 +16,13 @@ from raylm.cluster.capacity import PROCESS_BYTES
 from raylm.cluster.hardware import Figures
 from raylm.config.layout import batch_refusal, micro_batch_refusal, splitting_refusal, workers_refusal, zero_refusal
 from raylm.config.stages import TrainConfig
-from raylm.models.trained import Packed
 from raylm.parallel.plan.layout import Layout
 from raylm.parallel.plan.refusals import model_refusal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from raylm.models.trained import Packed
     from raylm.parallel.plan.memory import ModelMemory
     from raylm.parallel.plan.teacher import Teacher
     from raylm.parallel.plan.timing import StepTime
@@ -86,7 +86,7 @@ class Space:
         figures: what a worker's hardware gives.
         teacher: that each worker holds beside the model, if there is one.
         trained: share of the parameters that is trained.
-        packed: what of them is kept in 4 bits.
+        packed: what of them is kept in 4 bits, if anything is.
     """
 
     config: TrainConfig
@@ -101,7 +101,7 @@ class Space:
     figures: Figures
     teacher: Teacher | None = None
     trained: float = 1.0
-    packed: Packed = Packed()
+    packed: Packed | None = None
 
     @property
     def budget(self) -> float | None:
@@ -188,7 +188,7 @@ class Space:
                             Layout(
                                 replicas, tensor, pipeline, zero_stage, micro, -(-share // micro), checkpointing,
                                 self.bf16, self.config.training.optimizer, self.use_gpu, self.trained,
-                                self.config.training.ema is not None, *self.packed,
+                                self.config.training.ema is not None, *(self.packed or ()),
                             )
                             for checkpointing in self.checkpointings()
                             for micro in sizes
