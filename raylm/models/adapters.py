@@ -42,7 +42,9 @@ def check_adapter(section: AdapterSection, config: PretrainedConfig, head: Head)
     if find_spec("peft") is None:
         raise UserError("adapter: needs peft: pip install 'raylm[adapters]'")
     if section.bits is not None and find_spec("bitsandbytes") is None:
-        raise UserError("adapter.bits: found 4, which needs bitsandbytes: pip install 'raylm[qlora]'")
+        raise UserError(
+            "adapter.bits: found 4, which needs bitsandbytes: python -m pip install 'bitsandbytes>=0.50,<1'"
+        )
     from raylm.models.weights import make_outline
 
     adapted_layers(make_outline(config, head).model, section, head)

@@ -107,10 +107,13 @@ def test_the_adapter_loads_in_peft_and_the_model_has_it(
 
 
 @pytest.mark.slow
-def test_a_classifier_with_an_adapter_trains_its_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", [{"rank": 4}, {"rank": 4, "bits": 4}])
+def test_a_classifier_with_an_adapter_trains_its_head(tmp_path: Path, adapter: dict[str, Any]) -> None:
     from peft import PeftModel
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
+    if "bits" in adapter:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (the extra qlora)")
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "encoder")
     torch.manual_seed(0)
@@ -125,7 +128,7 @@ def test_a_classifier_with_an_adapter_trains_its_head(tmp_path: Path) -> None:
     ]
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
     path = write(
-        tmp_path, "run", tmp_path / "encoder", tmp_path / "rows.csv", adapter={"rank": 4},
+        tmp_path, "run", tmp_path / "encoder", tmp_path / "rows.csv", adapter=adapter,
         objective={"type": "classification"},
         training={"steps": 80, "batch_size": 16, "sequence_length": 16, "learning_rate": 0.003},
     )  # fmt: skip

@@ -51,7 +51,7 @@ def test_without_bitsandbytes_is_one_line(tiny_model: Path, tmp_path: Path, monk
     assert section is not None
     find = adapters.find_spec
     monkeypatch.setattr(adapters, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-    line = r"adapter.bits: found 4, which needs bitsandbytes: pip install 'raylm\[qlora\]'"
+    line = r"adapter.bits: found 4, which needs bitsandbytes: python -m pip install 'bitsandbytes>="
     with pytest.raises(UserError, match=line) as caught:
         check_adapter(section, load_model_config(tiny_model), CAUSAL)
     assert "\n" not in str(caught.value)
