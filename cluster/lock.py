@@ -44,7 +44,7 @@ PLATFORMS = {
 }
 SOURCE_ONLY = ("deepspeed",)
 COMMON = ("cpu", "chinese", "adapters", "scorers")
-CPU_EXTRAS, GPU_EXTRAS, TEST_EXTRAS = COMMON, (*COMMON, "gpu"), (*COMMON, "test")
+CPU_EXTRAS, GPU_EXTRAS, TEST_EXTRAS = COMMON, (*COMMON, "qlora", "gpu"), (*COMMON, "qlora", "test")
 # Of a CUDA build of torch alone. torchvision, which optimum-intel asks for and raylm's use of it does not import, has
 # to match the build of torch: only the GPU set has it.
 _CUDA = re.compile(r"torch|torchvision|triton|cuda-.*|nvidia-.*")
