@@ -12,8 +12,10 @@ from raylm import telemetry
 
 # Large activations are freed and taken again each step. By default glibc returns them to the kernel in between and pays
 # for the page faults (https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html); told to keep
-# them, its heap breaks up into holes and grows to twice of what is in use. jemalloc does neither.
+# them, its heap breaks up into holes and grows to twice of what is in use. jemalloc does not, and is told to keep what
+# was used within a minute, large pieces too, which it would return at once (https://jemalloc.net/jemalloc.3.html).
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+JEMALLOC_SETTINGS = "oversize_threshold:0,dirty_decay_ms:60000,muzzy_decay_ms:60000"
 
 # Keys of a server's clients, separated by commas.
 API_KEYS_VARIABLE = "RAYLM_API_KEYS"
@@ -63,4 +65,5 @@ def training_environment(cpus: float) -> dict[str, str]:
     library = Path(spec.origin).parent / "core" / "libjemalloc.so" if spec and spec.origin else None
     if library is not None and library.is_file() and "LD_PRELOAD" not in os.environ:
         environment["LD_PRELOAD"] = str(library)
+        environment["MALLOC_CONF"] = os.environ.get("MALLOC_CONF", JEMALLOC_SETTINGS)
     return environment
