@@ -15,6 +15,7 @@ from raylm.config.evaluation import EvaluationSection
 from raylm.config.families import FAMILIES, is_counted
 from raylm.config.layout import layout_refusal
 from raylm.config.model import ModelSection, ObjectiveSection
+from raylm.config.population import population_refusal
 from raylm.config.quantization import RoundingSection
 from raylm.config.run import LocalRunSection, ResourcesSection, TrainingRunSection, TuneRunSection
 from raylm.config.serving import ServingSection
@@ -204,6 +205,8 @@ class TuneConfig(FinetuneConfig):
                 )
             if self.resources.elastic is not None:
                 raise ValueError("resources.elastic: leave it out, trials keep their number of workers")
+            if tuning.scheduler == "pbt":
+                self._of_population()
         else:
             self._of_compression()
         for key in tuning.space:
@@ -211,6 +214,14 @@ class TuneConfig(FinetuneConfig):
             if section in ("training", "compression") and getattr(self, section) is None:
                 raise ValueError(f"tuning.space: found '{key}', allowed with a section {section} only")
         return self
+
+    def _of_population(self) -> None:
+        """Check what population based training asks of the file."""
+        tuning, members = self.tuning, max(self.tuning.trials, len(self.tuning.start))
+        members = min(members, tuning.budget.trials or members)
+        assert self.training is not None
+        if refusal := population_refusal(tuning.space, self.training, tuning.perturbation_evaluations, members):
+            raise ValueError(refusal)
 
     def _of_compression(self) -> None:
         """Complete and check what a search over ways to compress is told."""
@@ -223,6 +234,8 @@ class TuneConfig(FinetuneConfig):
             )
         if tuning.direction == "max":
             raise ValueError("tuning.direction: found max, allowed with compression: auto, min")
+        if tuning.scheduler == "pbt":
+            raise ValueError("tuning.scheduler: found pbt, allowed without compression, which changes shapes")
         if tuning.test is not None:
             raise ValueError("tuning.test: allowed without compression, which measures on the data of its own")
         if tuning.budget.tokens is not None:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from raylm.config.base import Count, CountOrAuto, PathText, Section, Total
 from raylm.config.distributions import Distribution, Point, count_points, in_order, is_active
+from raylm.config.population import within_refusal
 
 __all__ = ["Distribution", "TuningSection"]
 
@@ -53,7 +54,8 @@ def vary_refusal(key: str) -> str:
 
 
 class BudgetSection(Section):
-    """``tuning.budget``: when no further trial begins; those that have begun come to their end."""
+    """``tuning.budget``: when no further trial begins; those that have begun come to their end. With the scheduler pbt,
+    when no further turn begins; the best member is exported as it is then."""
 
     trials: Annotated[int | None, Field(ge=1, le=MOST_TRIALS)] = None
     """Trials, whatever the space and ``tuning.trials`` ask for."""
@@ -69,7 +71,8 @@ class TuningSection(Section):
     space: dict[str, Distribution] = Field(min_length=1)
     """Dotted key, for example training.learning_rate, to a distribution."""
     trials: int = Field(default=8, ge=1, le=MOST_TRIALS)
-    """Draws from the space; with a grid, draws for each of its points."""
+    """Draws from the space; with a grid, draws for each of its points. With the scheduler pbt, members of the
+    population."""
     start: list[dict[str, Any]] = Field(default=[], max_length=MOST_TRIALS)
     """Points that are tried first; keys of the space that a point leaves out are drawn."""
     start_from: PathText | None = None
@@ -86,12 +89,20 @@ class TuningSection(Section):
     them minimised; by default all three."""
     direction: Literal["auto", "min", "max"] = "auto"
     """Whether a smaller or a larger ``metric`` is better; auto: a smaller loss, and a larger one of any other."""
-    scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
+    scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
     """Stops trials early. asha: those that are worse than others at the same step (Li et al. 2020, arXiv:1810.05934).
     hyperband: the same, but some trials are left alone for longer (its brackets, Li et al. 2018, arXiv:1603.06560).
-    median: those whose best is worse than the median of the others' means (Golovin et al. 2017)."""
+    median: those whose best is worse than the median of the others' means (Golovin et al. 2017). pbt stops none: the
+    trials are a population that goes forward in turns, after each of which the last quarter takes over the checkpoints
+    of the first, and goes on with their values changed (population based training, Jaderberg et al. 2017,
+    arXiv:1711.09846)."""
     grace_evaluations: Count = 1
-    """Evaluations of a trial before it may be stopped."""
+    """Evaluations of a trial before it may be stopped, or with pbt take over another's checkpoint."""
+    perturbation_evaluations: Count = 1
+    """pbt: evaluations of a turn, of training.evaluate_every_steps each."""
+    resample_probability: float = Field(default=0.25, ge=0, le=1)
+    """pbt: how likely a value that is taken over is drawn from the space anew. Else a number is multiplied by 0.8 or
+    1.2, within its range, and a choice goes to a neighbour in its list."""
     reduction_factor: int = Field(default=2, ge=2, le=1000)
     """asha and hyperband keep one in this many trials at each rung."""
     max_concurrent: CountOrAuto = "auto"
@@ -132,10 +143,26 @@ class TuningSection(Section):
         trials = count_points(self.space, MOST_TRIALS, every=every) * (1 if once else self.trials)
         if trials > MOST_TRIALS:
             raise ValueError(f"space: found a grid of {trials} trials, allowed: at most {MOST_TRIALS}")
+        if self.scheduler == "pbt":
+            self._of_population(gridded)
         for number, point in enumerate(self.start):
             if refusal := self.point_refusal(point):
                 raise ValueError(f"start.{number}{refusal}")
         return self
+
+    def _of_population(self, gridded: list[str]) -> None:
+        """Check what a population is told."""
+        if self.searcher != "random":
+            raise ValueError(f"searcher: found {self.searcher} with scheduler pbt, allowed with it: random")
+        if gridded:
+            raise ValueError(
+                f"space: found a grid of {', '.join(gridded)} with scheduler pbt, allowed with it: choice, uniform, "
+                "log_uniform, integer"
+            )
+        if self.trials < 2:
+            raise ValueError(f"trials: found {self.trials} with scheduler pbt, allowed with it: 2 or more members")
+        if refusal := within_refusal(self.space):
+            raise ValueError(refusal)
 
     def point_refusal(self, point: Point) -> str:
         """Why a point is none of the space, in words that begin behind its place; empty where it is one."""

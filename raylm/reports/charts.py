@@ -24,7 +24,14 @@ MOST_POINTS = 1200
 DEFAULT_SMOOTHING = 0.6
 # A curve of fewer points is drawn as it is.
 LEAST_SMOOTHED = 20
-MARKS = {"failure": "bad", "anomaly": "bad", "restart": "warn", "interrupted": "warn", "resume": "note"}
+MARKS = {
+    "failure": "bad",
+    "anomaly": "bad",
+    "restart": "warn",
+    "interrupted": "warn",
+    "resume": "note",
+    "takeover": "note",
+}
 
 STYLE = """
 :root{--c0:#3b6fb6;--c1:#d9772b;--c2:#3a9b6d;--c3:#b3446c;--c4:#7a5fc0;--c5:#8a6d3b;--c6:#2f9fb3;--c7:#6b7280;

@@ -19,6 +19,7 @@ EVENT_NAMES = {
     "resume": "went on",
     "restart": "workers restarted",
     "anomaly": "anomaly, rolled back",
+    "takeover": "went on from another trial",
     "interrupted": "interrupted",
     "failure": "failed",
 }
@@ -171,6 +172,7 @@ def _searched(run: Run) -> dict[str, str]:
     assert run.report is not None
     return {
         "Trials": searches.trials(run.report),
+        "Lineage": searches.lineage(run.report),
         "All keys": searches.parallel_coordinates(run.report),
         "What matters": searches.importance_section(run.report),
     }

@@ -21,11 +21,12 @@ WIDTH, HEIGHT, SIDE, TOP, BOTTOM = 760, 280, 60, 40, 34
 LEAST_TRIALS = 8
 # A range that spans more than this factor is drawn, and judged, by its logarithm.
 WIDE = 50.0
-ORDINARY = ("trial", "step", "validation_loss", "status", "failure")
+ORDINARY = ("trial", "step", "validation_loss", "status", "failure", "lineage")
 NOTE = (
     "Best first. A trial that was stopped early was behind the others at the same step; its figures are the last that "
     "it reached."
 )
+MEMBERS_NOTE = "Best first. A trial is a member of a population, and its values are those that it had last."
 
 Row = dict[str, Any]
 
@@ -54,7 +55,37 @@ def trials(report: dict[str, Any]) -> str:
             {"trial": row["trial"], **{key: value_text(row.get(key)) for key in keys_of(report)},
              "steps": _or_dash(row["step"]), **figures, "status": status}
         )  # fmt: skip
-    return f"<div class=wide>{table(listed)}</div><p class=dim>{NOTE}</p>"
+    note = MEMBERS_NOTE if is_population(report) else NOTE
+    return f"<div class=wide>{table(listed)}</div><p class=dim>{note}</p>"
+
+
+def is_population(report: dict[str, Any]) -> bool:
+    """Whether the trials were members that took over each other's checkpoints."""
+    return any("lineage" in row for row in report["trials"])
+
+
+def lineage(report: dict[str, Any]) -> str:
+    """Of a population: the values that the best one's weights were trained with, and what each member took over."""
+    if not is_population(report):
+        return ""
+    keys = keys_of(report)
+    parts = [
+        {"steps": f"{part['from_step']:,} to {part['to_step']:,}", "trial": part["trial"],
+         **{key: value_text(part["values"].get(key)) for key in keys}}
+        for part in report["best"].get("schedule", ())
+    ]  # fmt: skip
+    taken = [
+        {"step": f"{one['step']:,}", "trial": row["trial"], "goes on from trial": one["trial"],
+         **{key: value_text(one["values"].get(key)) for key in keys}, "had failed": one.get("failure", "–")}
+        for row in sorted(report["trials"], key=lambda row: row["trial"])
+        for one in row.get("lineage", ())
+    ]  # fmt: skip
+    if not any("failure" in one for row in report["trials"] for one in row.get("lineage", ())):
+        taken = [{key: value for key, value in row.items() if key != "had failed"} for row in taken]
+    shown = f"<p>What the best one's weights were trained with:</p><div class=wide>{table(parts)}</div>"
+    if not taken:
+        return f"{shown}<p>No member went on from another's checkpoint.</p>"
+    return f"{shown}<p>Members that went on from another's checkpoint:</p><div class=wide>{table(taken)}</div>"
 
 
 def importance(report: dict[str, Any]) -> dict[str, float]:
@@ -64,6 +95,9 @@ def importance(report: dict[str, Any]) -> dict[str, float]:
     """
     import optuna
 
+    if is_population(report):
+        # Of what changed within training, the last values explain little.
+        return {}
     rows, metric = _measured(report), metric_of(report)
     axes = [axis for axis in (_axis(key, rows) for key in keys_of(report)) if axis is not None]
     axes = [axis for axis in axes if all(row.get(axis.key) is not None for row in rows) and axis.differs]

@@ -17,6 +17,7 @@ from raylm.config.tuning import TuningSection
 from raylm.errors import RunFailure
 from raylm.training.checkpoints.mirror import METRICS
 from raylm.training.reports.metrics import read_metrics
+from raylm.tuning.population.rows import LINEAGE, SCHEDULE, lineage_text, values_text
 from raylm.tuning.search import FAILURE, FINISHED, TRIAL, reason, trial_config, trial_directory
 from raylm.tuning.space import is_minimised
 
@@ -24,11 +25,8 @@ if TYPE_CHECKING:
     from ray.tune import Result
 
 BEST = "best.yaml"
-# What a row has beside the keys of the space and the metric.
-ORDINARY = ("trial", "step", "validation_loss", "status", FAILURE)
-
 # In the order of a table.
-ENDS = ("running", "finished", "stopped", "failed")
+ENDS = ("running", "waiting", "finished", "stopped", "failed")
 
 Row = dict[str, Any]
 
@@ -110,7 +108,17 @@ def export_best(run: RunDirectory, config: TuneConfig, best: Row) -> None:
     found = trial_config(config, trained["candidate"])
     named = found.model_copy(update={"run": found.run.model_copy(update={"name": f"{config.run.name}-best"})})
     title = f"# The best of {config.run.name}'s trials, number {best['trial']}: raylm finetune {BEST}\n"
-    write_atomically(run.path / BEST, title + to_yaml(named))
+    write_atomically(run.path / BEST, title + _changes(best) + to_yaml(named))
+
+
+def _changes(best: Row) -> str:
+    """With the scheduler pbt: the values that the best one's weights were trained with, as comments."""
+    parts = [
+        f"#   steps {part['from_step']} to {part['to_step']}, trial {part['trial']}: {values_text(part['values'])}"
+        for part in best.get(SCHEDULE, ())
+    ]
+    head = "# Its values changed within training; this file has the last ones, from the first step on. They were:"
+    return "".join(f"{line}\n" for line in [head, *parts]) if parts else ""
 
 
 def counted(rows: list[Row]) -> str:
@@ -138,9 +146,13 @@ def trials_table(rows: list[Row], tuning: TuningSection) -> str:
     """The trials as lines of text, best first; a stopped one's figures are the last that it reached."""
     metrics = list(dict.fromkeys(("validation_loss", str(tuning.metric))))
     columns = ["trial", *tuning.space, "step", *metrics]
-    heads = ["trial", *tuning.space, "steps", *[name.replace("_", " ") for name in metrics], "status"]
+    heads = ["trial", *tuning.space, "steps", *[name.replace("_", " ") for name in metrics], *_taken(rows), "status"]
     lines = [
-        [*[cell(row.get(column)) for column in columns], f"failed: {row[FAILURE]}" if FAILURE in row else row["status"]]
+        [
+            *[cell(row.get(column)) for column in columns],
+            *_taken(rows, row),
+            f"failed: {row[FAILURE]}" if FAILURE in row else row["status"],
+        ]
         for row in best_first(rows, str(tuning.metric), minimised=is_minimised(tuning))
     ]
     return aligned([heads, *lines])
@@ -152,10 +164,17 @@ def live_table(rows: list[Row], tuning: TuningSection) -> str:
     names = [end if ends.count(end) == 1 else key for key, end in zip(tuning.space, ends, strict=True)]
     metric = str(tuning.metric)
     lines = [
-        [cell(row.get(column)) for column in ("trial", "status", "step", metric, *tuning.space)]
+        [*[cell(row.get(column)) for column in ("trial", "status", "step", metric, *tuning.space)], *_taken(rows, row)]
         for row in best_first(rows, metric, minimised=is_minimised(tuning))
     ]
-    return aligned([["trial", "", "step", metric.removeprefix("validation_"), *names], *lines])
+    return aligned([["trial", "", "step", metric.removeprefix("validation_"), *names, *_taken(rows)], *lines])
+
+
+def _taken(rows: list[Row], row: Row | None = None) -> list[str]:
+    """Of a population: the column of what members took over, its head or that of a ``row``; else no column."""
+    if not any(LINEAGE in one for one in rows):
+        return []
+    return ["went on from"] if row is None else [lineage_text(row) or "-"]
 
 
 def aligned(cells: list[list[str]]) -> str:

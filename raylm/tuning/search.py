@@ -215,35 +215,57 @@ def note(directory: Path, candidate: Point, status: str) -> None:
 
 def _train(candidate: Point, base: TrainingJob, planner: Planner, directory: Path) -> dict[str, Any]:
     """Train to the end, or find that the trial has come to it; the last figures, those of the exported weights."""
-    from raylm.data.loading import resolve_model
     from raylm.parallel.engines.environment import prepare_deepspeed
 
-    inside, metric = base.config.resources.workers == 1, str(planner.config.tuning.metric)
-    if inside:
+    if base.config.resources.workers == 1:
         prepare_deepspeed(base.use_gpu)
-    resolved, _ = planner.resolve(candidate)
-    source = base.model_source if "model.path" not in candidate else resolve_model(resolved.model.path)
-    job = dataclasses.replace(
-        base, config=resolved, directory=directory, storage=str(directory), model_source=source, progress=None
-    )
+    job = job_of(candidate, base, planner, directory)
     # Ray Tune writes down what has finished some time later: after an interrupt it may ask for a finished trial again.
-    outcome = Outcome(directory, resolved)
+    outcome, metric = Outcome(directory, job.config), str(planner.config.tuning.metric)
     if (final := outcome.read()) is not None:
         return final
-    # A trial of a search that was overtaken may not take its directory back.
-    Mirror(Storage(base.storage), base.directory).check_owner(base.attempt)
-    Mirror(Storage(job.storage), directory).own(base.attempt)
-    if inside:
-        join_single_process_group()
-        from raylm.training.loop.training_loop import TrainingLoop
-
-        final = TrainingLoop(job, Worker(0, 1, reporter(metric), device=0)).run()
-    else:
-        final = _ranks.train(job, planner.folder, reporter(metric))
+    final = trained(job, base, planner.folder, _ranks, reporter(metric))
     if FAILURE not in final:
         final |= exported_figures(read_metrics(directory / METRICS), final["exported_step"], metric)
         outcome.write(final)
     return final
+
+
+def job_of(candidate: Point, base: TrainingJob, planner: Planner, directory: Path) -> TrainingJob:
+    """The job of a trial in its ``directory``.
+
+    Args:
+        base: what all trials share.
+
+    Raises:
+        UserError: the candidate is not allowed, or its layout does not fit.
+    """
+    from raylm.data.loading import resolve_model
+
+    resolved, _ = planner.resolve(candidate)
+    source = base.model_source if "model.path" not in candidate else resolve_model(resolved.model.path)
+    return dataclasses.replace(
+        base, config=resolved, directory=directory, storage=str(directory), model_source=source, progress=None
+    )
+
+
+def trained(
+    job: TrainingJob, base: TrainingJob, folder: Path, ranks: KeptRanks, report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Train a trial, in this process where it has one worker and else in ``ranks``; the final metrics.
+
+    Raises:
+        RunFailure: a later start of the search has taken over, or a rank failed.
+    """
+    # A trial of a search that was overtaken may not take its directory back.
+    Mirror(Storage(base.storage), base.directory).check_owner(base.attempt)
+    Mirror(Storage(job.storage), job.directory).own(base.attempt)
+    if base.config.resources.workers > 1:
+        return ranks.train(job, folder, report)
+    join_single_process_group()
+    from raylm.training.loop.training_loop import TrainingLoop
+
+    return TrainingLoop(job, Worker(0, 1, report, device=0)).run()
 
 
 def exported_figures(lines: list[dict[str, Any]], step: int, metric: str) -> dict[str, float]:
@@ -253,7 +275,7 @@ def exported_figures(lines: list[dict[str, Any]], step: int, metric: str) -> dic
         RunFailure: a figure is no finite number.
     """
     found = next(line for line in reversed(lines) if line["step"] == step and "validation_loss" in line)
-    return _finite(found, metric)
+    return finite(found, metric)
 
 
 def reporter(metric: str) -> Callable[[dict[str, Any]], None]:
@@ -262,12 +284,17 @@ def reporter(metric: str) -> Callable[[dict[str, Any]], None]:
     def report(metrics: dict[str, Any]) -> None:
         from ray import tune
 
-        tune.report({"step": metrics["step"], "tokens": metrics["tokens"], **_finite(metrics, metric)})
+        tune.report({"step": metrics["step"], "tokens": metrics["tokens"], **finite(metrics, metric)})
 
     return report
 
 
-def _finite(metrics: dict[str, Any], metric: str) -> dict[str, float]:
+def finite(metrics: dict[str, Any], metric: str) -> dict[str, float]:
+    """The loss and the metric of an evaluation.
+
+    Raises:
+        RunFailure: one is no finite number.
+    """
     names = dict.fromkeys(("validation_loss", metric))
     for name in names:
         if not math.isfinite(metrics[name]):

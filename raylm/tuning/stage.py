@@ -17,6 +17,9 @@ from raylm.interrupts import deferred, ended_at_once
 from raylm.progress import Activity
 from raylm.tuning.checking import check_space
 from raylm.tuning.ending import ended_in_order
+from raylm.tuning.population.rows import with_schedule
+from raylm.tuning.population.state import STATE as POPULATION
+from raylm.tuning.population.state import read as read_population
 from raylm.tuning.progress import Look, SearchProgress, trained_so_far
 from raylm.tuning.ray_tune import STATE, quiet_ray_tune, resumed
 from raylm.tuning.results import best_of, counted, describe, export_best, make_rows, rows_so_far
@@ -81,6 +84,8 @@ def tune(config: TuneConfig) -> None:
                 rows = _search(planner, base, at_a_time)
             mirror.check_owner(base.attempt)
             best = _best(run, rows, config.tuning)
+            if (population := read_population(run.path)) is not None:
+                best = with_schedule(best, population)
             export_best(run, config, best)
             report = {"best": best, "trials": rows, "metric": config.tuning.metric, "concurrent_trials": at_a_time}
             if config.tuning.test is not None:
@@ -127,6 +132,7 @@ def _best(run: RunDirectory, rows: list[dict[str, Any]], tuning: TuningSection) 
     except RunFailure as error:
         # Once what they failed for is mended, the same command tries them again.
         shutil.rmtree(run.path / STATE, ignore_errors=True)
+        (run.path / POPULATION).unlink(missing_ok=True)
         raise RunFailure(f"{error}; see {run.path / 'trials'}") from None
 
 
@@ -144,6 +150,10 @@ def _search(planner: Planner, base: TrainingJob, at_a_time: int) -> list[dict[st
     from raylm.tuning.searcher import CandidateSearch, make_candidates
 
     tuning = planner.config.tuning
+    if tuning.scheduler == "pbt":
+        from raylm.tuning.population.search import evolve
+
+        return evolve(planner, base, at_a_time)
     quiet_ray_tune()
     metric = str(tuning.metric)
     candidates = make_candidates(tuning, planner.config.run.seed, [metric], [is_minimised(tuning)], at_a_time)

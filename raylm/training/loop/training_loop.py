@@ -17,6 +17,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from raylm.data.loading import load_tokenizer
+from raylm.errors import RunFailure
 from raylm.models.families.build import build_config, dropout_of, with_dropout
 from raylm.models.loading import load_config
 from raylm.models.weights import DrawnWeights, Weights, make_outline, saved_weights
@@ -132,7 +133,8 @@ class TrainingLoop:
     def run(self) -> dict[str, Any]:
         """Train to the end and export; returns the final metrics (the same on every rank).
 
-        Where the run was asked to stop, or its anomalies forbid to go on, they hold ``failure``, the reason.
+        Where the run was asked to stop, or its anomalies forbid to go on, they hold ``failure``, the reason. Those of a
+        turn that exports nothing lack ``finished``.
         """
         # Before anything is touched that a later start may use.
         if self.worker.rank == 0:
@@ -143,8 +145,9 @@ class TrainingLoop:
         self._record_from_here()
         try:
             failure = self._train()
-            final = finish(self) if failure is None else {"failure": failure}
-            if self.recorder is not None and failure is None:
+            ends = failure is None and self._exports()
+            final = finish(self) if ends else {"failure": failure} if failure is not None else self._paused()
+            if self.recorder is not None and ends:
                 self.recorder.finish(final)
             return final
         finally:
@@ -159,7 +162,18 @@ class TrainingLoop:
             trackers = open_trackers(self.config, directory, step)
             self.recorder = MetricsRecorder(directory, step, self.config.run.name, self.job.progress, trackers)
 
+    def _exports(self) -> bool:
+        """Whether the weights are exported at the step at which training has ended."""
+        turn = self.job.turn
+        return turn is None or turn.exports or self.state["step"] >= self.total_steps or self._should_stop()
+
+    def _paused(self) -> dict[str, Any]:
+        """What the last evaluation found, at the end of a turn that exports nothing."""
+        found = {"step": self.state["step"], "tokens": self.state["tokens"]}
+        return found | {"validation_loss": self.state["validation_loss"], **self.state["measures"]}
+
     def _resume(self) -> None:
+        turn = self.job.turn
         found, damaged = newest_whole(self.writer.root, *self.ranks)
         if self.worker.rank == 0:
             for name in damaged:
@@ -169,9 +183,11 @@ class TrainingLoop:
         if found is not None:
             self.load(CheckpointReader(found))
             self.newest, self.writer.committed = str(found).rpartition("/")[2], self.state["step"]
-            if self.worker.rank == 0:
+            if self.worker.rank == 0 and not (turn is not None and self.state["step"] == turn.first):
                 self.job.note("resume", self.state["step"], f"goes on from the checkpoint of step {self.state['step']}")
-        elif self.config.training.anomalies.policy != "stop":
+        if turn is not None and self.state["step"] < turn.first:
+            raise RunFailure(f"{self.writer.root} has no whole checkpoint of step {turn.first}, to go on from")
+        if found is None and self.config.training.anomalies.policy != "stop":
             # Something to go back to before the first checkpoint is due.
             self._save()
 
@@ -199,7 +215,8 @@ class TrainingLoop:
         saved_at = time.monotonic()
         agreement = Agreement(self.worker.rank, self.state["step"], self.device)
         interval = _Interval(self.writer)
-        while self.state["step"] < self.total_steps and not self._should_stop():
+        end = self.total_steps if self.job.turn is None else min(self.total_steps, self.job.turn.last)
+        while self.state["step"] < end and not self._should_stop():
             step = self.state["step"]
             seed_step(self.config.run.seed, step, self.engine)
             began = time.perf_counter()
@@ -216,7 +233,7 @@ class TrainingLoop:
                 interval = _Interval(self.writer)
                 continue
             step = self._count(result, interval)
-            last = step == self.total_steps
+            last = step == end
             evaluated = (bool(training.evaluate_every_steps) and step % training.evaluate_every_steps == 0) or last
             save = last or (checkpoint.every_steps is not None and step % checkpoint.every_steps == 0)
             notice = Notice.NONE

@@ -22,6 +22,21 @@ def new_attempt() -> str:
     return uuid.uuid4().hex[:8]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A part of a run, which ends with a checkpoint that the next one goes on from.
+
+    Attributes:
+        first: step that a checkpoint has to be there of, or of a later one; 0 is the beginning.
+        last: step at which training pauses, unless it is done before.
+        exports: whether the weights are exported there, as at the end of training.
+    """
+
+    first: int
+    last: int
+    exports: bool = False
+
+
 @dataclass
 class TrainingJob:
     """Everything that is the same on every rank; it travels to the workers by pickle.
@@ -37,6 +52,7 @@ class TrainingJob:
         use_gpu: whether each worker holds a GPU.
         attempt: token of this start of the driver.
         progress: handle of the :class:`~raylm.training.ray_train.board.Board` actor, or None.
+        turn: the part of the run that is made; by default all of it.
     """
 
     config: TrainConfig
@@ -49,6 +65,7 @@ class TrainingJob:
     use_gpu: bool
     attempt: str
     progress: Any = None
+    turn: Turn | None = None
 
     def note(self, kind: str, step: int, text: str) -> None:
         """Have an event of the run written down (:mod:`raylm.training.reports.events`); called on rank 0."""

@@ -16,8 +16,9 @@ from typing import Any
 from raylm.config.run_directory import parse_object
 
 EVENTS = "events.jsonl"
-# resume: went on from a checkpoint. restart: workers started again. anomaly: went back without some batches.
-KINDS = ("resume", "restart", "anomaly", "interrupted", "failure")
+# resume: went on from a checkpoint. restart: workers started again. anomaly: went back without some batches. takeover:
+# a member of a population went on from another's checkpoint.
+KINDS = ("resume", "restart", "anomaly", "interrupted", "failure", "takeover")
 
 ALWAYS: dict[str, type] = {"kind": str, "step": int, "text": str}
 
