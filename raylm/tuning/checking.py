@@ -43,6 +43,9 @@ def check_space(config: TuneConfig, objective: Objective, labels: Sequence[str] 
     earlier_trials(tuning, [str(tuning.metric)])
     learns = tuning.searcher in ("tpe", "nsga2")
     points = [*tuning.start, *corners(tuning.space)] if learns else draw_candidates(tuning, config.run.seed)
+    if tuning.scheduler == "pbt":
+        # What members come to is none of what was drawn.
+        points += corners(tuning.space)
     seen: set[str] = set()
     for point in points:
         found = trial_config(config, point)

@@ -243,10 +243,10 @@ DRAWN = "tuning.space={training.learning_rate: {uniform: [0.1, 0.2]}"
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["training.batch_size: {choice: [2, 4]}"], "'training.batch_size' with scheduler pbt, which cannot change within training: the place in the data follows from it; allowed: training.learning_rate, "),
+        (["training.batch_size: {choice: [2, 4]}"], "cannot change within training: the place in the data follows"),
         (["training.optimizer: {choice: [adamw, sgd]}"], "each optimizer keeps moments of its own"),
         (["training.steps: {choice: [8, 16]}"], "members are compared at the same steps"),
-        (["adapter.rank: {choice: [4, 8]}"], "the shape or the scale of what was trained would change; allowed: adapter.dropout"),
+        (["adapter.rank: {choice: [4, 8]}"], "of what was trained would change; allowed: adapter.dropout"),
         (["adapter: {choice: [null, {rank: 4}]}"], "found 'adapter' with scheduler pbt"),
         (["parallel.zero_stage: {choice: [0, 1]}"], "the layout of others"),
         (["model.path: {choice: [a, b]}"], "members go on with each other's weights"),
@@ -263,7 +263,7 @@ DRAWN = "tuning.space={training.learning_rate: {uniform: [0.1, 0.2]}"
         (["", "training.restore_best=true"], "training.restore_best: found true"),
         (["training.momentum: {uniform: [0.0, 0.9]}", "training.optimizer=sgd"], "above 0; without momentum sgd"),
         (["training.momentun: {uniform: [0.1, 0.9]}"], "found 'training.momentun'"),
-        (["training.betas.7: {uniform: [0.8, 0.9]}"], "training.betas.7: found 7 in a list"),
+        (["training.betas.7: {uniform: [0.8, 0.9]}"], "'training.betas.7': found '7' in a list"),
         (["training.warmup_steps: {choice: [0, 99]}"], "warmup_steps: found 99"),
     ],
 )  # fmt: skip
@@ -285,3 +285,161 @@ def test_what_may_change_is_taken(tiny_model: Path, tmp_path: Path) -> None:
     )
     config = load_config("tune", write_config(tmp_path, tiny_model), [PBT, space])
     assert config.tuning.scheduler == "pbt" and len(config.tuning.space) == 6
+
+
+def rows_config(directory: Path, **changes: Any) -> Path:
+    """A population over classifiers, whose rows need no Ray."""
+    rows = [f"{words},{label}" for label, words in (("person", "anna lives"), ("weather", "much rain fell"))] * 20
+    (directory / "texts.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    write_encoder(directory / "encoder")
+    plain_config(directory, **changes)
+    return directory / "tune.yaml"
+
+
+def make_turns(config: Path, *overrides: str, kill_when: Path | None = None) -> None:
+    """All turns in a process without Ray; where a file is named, that is killed once it is there."""
+    process = start(str(Path(__file__).with_name("population_process.py")), str(config), *overrides)
+    try:
+        while kill_when is not None and not kill_when.exists():
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            time.sleep(0.002)
+        if kill_when is not None:
+            process.kill()
+        _, errors = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert kill_when is not None or process.returncode == 0, errors[-3000:]
+
+
+def weights_at(member: Path, step: int) -> dict[str, torch.Tensor]:
+    """All weights and moments of a checkpoint."""
+    reader = CheckpointReader(member / "checkpoints" / checkpoint_name(step))
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    return {
+        f"{kind}/{name}": reader.weight(name, kind)
+        for name in reader.shapes
+        for kind in kinds
+        if reader.has(kind, name)
+    }
+
+
+def check_takeovers(run: Path, population: Population) -> int:
+    """That each member went on from its donor's weights, moments and data, with its own values; how many did.
+
+    A step's loss and gradient are of the weights before it: those of the first step after the takeover are the donor's.
+    """
+    found = 0
+    for number, member in enumerate(population.members):
+        for taken in member.takeovers:
+            mine, donors = (run / "trials" / f"trial-{one:03d}" for one in (number, taken.donor))
+            lines, theirs = ({line["step"]: line for line in read_metrics(p / "metrics.jsonl")} for p in (mine, donors))
+            first = lines[taken.step + 1]
+            assert first["learning_rate"] == pytest.approx(taken.values[RATE], rel=1e-6)
+            later = [one.step for one in population.members[taken.donor].takeovers]
+            for figure in ("loss", "gradient_norm"):
+                assert first[figure] == pytest.approx(theirs[taken.step + 1][figure], rel=1e-5)
+            # Later takeovers remove the checkpoints of earlier ones.
+            if taken == member.takeovers[-1] and not any(step > taken.step for step in later):
+                here, there = weights_at(mine, taken.step), weights_at(donors, taken.step)
+                assert here.keys() == there.keys() and any(key.startswith("exp_avg_sq/") for key in here)
+                assert all(torch.equal(here[key], there[key]) for key in here)
+                after = weights_at(mine, taken.step + 1)
+                moved = [key for key in here if key.startswith("weight/") and not torch.equal(here[key], after[key])]
+                assert moved
+            found += 1
+    return found
+
+
+def figures_of(run: Path) -> tuple[list[Any], dict[int, float]]:
+    """What a search decided and found: its members, and the best one's losses by step."""
+    population = read(run)
+    assert population is not None
+    lines = {line["step"]: line["loss"] for line in read_metrics(run / "trials" / "trial-000" / "metrics.jsonl")}
+    return population.members, lines
+
+
+@pytest.mark.slow
+def test_members_go_on_from_their_donors_also_after_a_kill(tmp_path: Path) -> None:
+    """One of four diverges at once and is taken in again; a search that is killed twice has the same members."""
+    rates = {
+        "space": {RATE: {"log_uniform": [1e-4, 1e30]}},
+        "start": [{RATE: rate} for rate in (1e30, 1e-2, 1e-3, 1e-4)],
+    }
+    config = rows_config(tmp_path, tuning={**rates, "resample_probability": 0.0})
+    make_turns(config)
+    run = tmp_path / "search"
+    population = read(run)
+    assert population is not None and population.turn == 3
+    assert [(member.step, member.finished, member.failure) for member in population.members] == [(16, True, None)] * 4
+    first = population.members[0].takeovers[0]
+    assert first.step == 4 and "finite" in str(first.failure)
+    assert check_takeovers(run, population) >= 3
+    assert "takeover" in [event["kind"] for event in read_events(run / "trials" / "trial-000")]
+    trial = run / "trials" / "trial-001"
+    for name, place in (("killed", trial / "checkpoints/step-00000003"), ("late", trial / "checkpoints/step-00000010")):
+        killed = tmp_path / name
+        make_turns(config, f"run.name={name}", kill_when=killed / place.relative_to(run))
+        assert (read_object(killed / STATE) or {})["turn"] < 3
+        make_turns(config, f"run.name={name}")
+        assert figures_of(killed) == figures_of(run)
+
+
+@pytest.mark.slow
+def test_members_of_two_workers_take_turns_on_two_cpus(
+    ray_instance, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where one trial runs at a time, its ranks are the next one's; the report tells who went on from whom."""
+    share = ray_instance.cluster_resources()["CPU"] / 2
+    path = write_config(tmp_path, tiny_model, space={RATE: {"log_uniform": [1e-5, 3e-2]}}, trials=4, scheduler="pbt")
+    overrides = ["resources.workers=2", f"resources.cpus_per_worker={share}", "training.schedule=constant"]
+    logged = ["training.log_every_steps=1", "checkpoint.every_steps=1", "checkpoint.keep=20"]
+    before = set(ray_instance.util.placement_group_table())
+    tune(load_config("tune", path, [*overrides, *logged]))
+    # One group of ranks made all twelve turns.
+    assert len(set(ray_instance.util.placement_group_table()) - before) == 1
+    run = tmp_path / "search"
+    report, population = json.loads((run / "report.json").read_text()), read(run)
+    assert report["concurrent_trials"] == 1 and population is not None
+    assert [row["status"] for row in report["trials"]] == ["finished"] * 4
+    assert check_takeovers(run, population) == 2
+    best = report["best"]
+    assert best["validation_loss"] == min(row["validation_loss"] for row in report["trials"])
+    assert best["schedule"][0]["from_step"] == 0 and best["schedule"][-1]["to_step"] == 12
+    assert best["schedule"][-1]["values"] == {RATE: best[RATE]}
+    weights = (run / "trials" / f"trial-{best['trial']:03d}" / "model" / "model.safetensors").read_bytes()
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    again = load_config("finetune", run / "best.yaml")
+    assert again.training.learning_rate == best[RATE]
+    comments = [line for line in (run / "best.yaml").read_text().splitlines() if line.startswith("#   steps ")]
+    assert len(comments) == len(best["schedule"])
+    takers = [row for row in report["trials"] if row["lineage"]]
+    assert f"trial {takers[0]['lineage'][0]['trial']} at {takers[0]['lineage'][0]['step']}" in capsys.readouterr().out
+    assert "Members that went on from another" in write_report([run]).read_text()
+    assert become_free(seconds=20), holders_of_cpus()
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_goes_on_to_the_same_end(tiny_model: Path, tmp_path: Path) -> None:
+    """Ctrl-C exports nothing, and the same command has the members of a search that was left alone."""
+    path = write_config(tmp_path, tiny_model, space=SPACE, trials=4, scheduler="pbt", max_concurrent=1)
+    command = ["-m", "raylm.cli", "tune", str(path), "training.steps=60", "training.evaluate_every_steps=20"]
+    whole = start(*command, "run.name=whole")
+    assert whole.wait(240) == 0, whole.communicate()[1][-2000:]
+    first, run = start(*command), tmp_path / "search"
+    try:
+        until = time.monotonic() + 200
+        while (read_object(run / STATE) or {}).get("turn") != 1:
+            assert first.poll() is None and time.monotonic() < until, first.communicate()[1][-2000:]
+            time.sleep(0.1)
+        os.killpg(first.pid, 2)
+        output, errors = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert (first.returncode, output) == (130, "")
+    assert errors.splitlines()[-1] == "raylm: interrupted" and "Traceback" not in errors
+    assert not {"report.json", "model"} & {found.name for found in run.iterdir()}
+    again = start(*command)
+    _, errors = again.communicate(timeout=240)
+    assert again.returncode == 0, errors[-2000:]
+    left, right = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "search"))
+    assert left == right
