@@ -84,8 +84,6 @@ def tune(config: TuneConfig) -> None:
                 rows = _search(planner, base, at_a_time)
             mirror.check_owner(base.attempt)
             best = _best(run, rows, config.tuning)
-            if (population := read_population(run.path)) is not None:
-                best = with_schedule(best, population)
             export_best(run, config, best)
             report = {"best": best, "trials": rows, "metric": config.tuning.metric, "concurrent_trials": at_a_time}
             if config.tuning.test is not None:
@@ -128,12 +126,14 @@ def _job(
 
 def _best(run: RunDirectory, rows: list[dict[str, Any]], tuning: TuningSection) -> dict[str, Any]:
     try:
-        return best_of(rows, tuning)
+        best = best_of(rows, tuning)
     except RunFailure as error:
         # Once what they failed for is mended, the same command tries them again.
         shutil.rmtree(run.path / STATE, ignore_errors=True)
         (run.path / POPULATION).unlink(missing_ok=True)
         raise RunFailure(f"{error}; see {run.path / 'trials'}") from None
+    population = read_population(run.path)
+    return best if population is None else with_schedule(best, population)
 
 
 def _refuse_older(run: RunDirectory) -> None:

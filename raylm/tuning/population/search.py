@@ -7,6 +7,7 @@ Tune, draws from generators without a seed, and gives up the workers of a trial 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from raylm.cluster.environment import training_environment, worker_environment
@@ -43,6 +44,8 @@ def evolve(planner: Planner, base: TrainingJob, at_a_time: int) -> list[dict[str
         metric = str(tuning.metric)
         candidates = make_candidates(tuning, planner.config.run.seed, [metric], [is_minimised(tuning)])
         population = state.begun([candidates.ask() for _ in range(candidates.count)])
+        # Of a population whose members all failed, and which begins anew.
+        shutil.rmtree(run / "trials", ignore_errors=True)
     mirror, count = Mirror(Storage(base.storage), run), len(population.members)
     evolution = Evolution(run, planner.config, population, lambda: mirror.check_owner(base.attempt))
 

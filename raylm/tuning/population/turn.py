@@ -7,15 +7,12 @@ member failed. A turn of one worker trains in the process itself; of several, in
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raylm.config.distributions import Point
-from raylm.config.run_directory import read_object
 from raylm.errors import first_line
 from raylm.training.checkpoints.mirror import METRICS
 from raylm.training.loop.worker import TrainingJob, Turn
@@ -24,7 +21,6 @@ from raylm.tuning.ranks import KeptRanks
 from raylm.tuning.search import (
     FAILURE,
     FAILURE_LOG,
-    TRIAL,
     Planner,
     exported_figures,
     finite,
@@ -97,7 +93,8 @@ class TurnProcess:
 def run_turn(order: Order, base: TrainingJob, planner: Planner, ranks: KeptRanks) -> Outcome:
     """Make a turn in this process or in ``ranks``; whatever fails is its outcome."""
     directory, metric = trial_directory(base.directory, order.member), str(planner.config.tuning.metric)
-    _begin(directory, order)
+    directory.mkdir(parents=True, exist_ok=True)
+    note(directory, order.values, "running")
     status = "failed"
     try:
         job = dataclasses.replace(job_of(order.values, base, planner, directory), turn=order.turn)
@@ -110,15 +107,6 @@ def run_turn(order: Order, base: TrainingJob, planner: Planner, ranks: KeptRanks
     finally:
         note(directory, order.values, status)
     return outcome
-
-
-def _begin(directory: Path, order: Order) -> None:
-    """Make the member's directory; one that was left for other first values is emptied."""
-    found = (read_object(directory / TRIAL) or {}).get("candidate")
-    if order.turn.first == 0 and found is not None and found != json.loads(json.dumps(order.values)):
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    note(directory, order.values, "running")
 
 
 def _check(metrics: dict[str, Any], metric: str) -> None:
