@@ -90,7 +90,8 @@ class TuningSection(Section):
     direction: Literal["auto", "min", "max"] = "auto"
     """Whether a smaller or a larger ``metric`` is better; auto: a smaller loss, and a larger one of any other."""
     scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
-    """Stops trials early. asha: those that are worse than others at the same step (Li et al. 2020, arXiv:1810.05934).
+    """Stops trials early. asha: a trial pauses at each rung and goes on once it is among the best of those that came as
+    far (Li et al. 2020, arXiv:1810.05934); of equal figures the smaller loss is the better one.
     hyperband: the same, but some trials are left alone for longer (its brackets, Li et al. 2018, arXiv:1603.06560).
     median: those whose best is worse than the median of the others' means (Golovin et al. 2017). pbt stops none: the
     trials are a population that goes forward in turns, after each of which the last quarter takes over the checkpoints
@@ -103,8 +104,8 @@ class TuningSection(Section):
     resample_probability: float = Field(default=0.25, ge=0, le=1)
     """pbt: how likely a value that is taken over is drawn from the space anew. Else a number is multiplied by 0.8 or
     1.2, within its range, and a choice goes to a neighbour in its list."""
-    reduction_factor: int = Field(default=2, ge=2, le=1000)
-    """asha and hyperband keep one in this many trials at each rung."""
+    reduction_factor: int = Field(default=4, ge=2, le=1000)
+    """asha and hyperband: one in this many trials goes on from each rung, to a rung at this many times the steps."""
     max_concurrent: CountOrAuto = "auto"
     """Trials at a time; auto is as many as the cluster holds. More are refused."""
     test: PathText | None = None

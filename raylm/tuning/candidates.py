@@ -37,7 +37,7 @@ class Candidates(Protocol):
         """The next one; they are numbered from 0."""
 
     def tell(self, number: int, values: Sequence[float] | None, step: int | None = None) -> None:
-        """What came of a point.
+        """What came of a point; one that was stopped and goes on is told of again.
 
         Args:
             values: of the metrics; None where the trial failed.
@@ -112,7 +112,11 @@ class Learnt:
         import optuna
 
         trial = self._asked[number]
-        if self._study.trials[trial.number].state.is_finished():
+        told = self._study.trials[trial.number]
+        if told.state.is_finished():
+            # What is told stays as it is; that the point came farther is learnt as if of another trial.
+            if values is not None and len(self._minimised) == 1:
+                self._study.add_trial(_came_to(told, values, step))
             return
         if values is None and len(self._minimised) > 1:
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -135,15 +139,29 @@ class Learnt:
     def _known(self, trial: Known) -> optuna.trial.FrozenTrial:
         import optuna
 
-        states = optuna.trial.TrialState
-        pruned = trial.step is not None and len(trial.values) == 1
         return optuna.trial.create_trial(
-            state=states.PRUNED if pruned else states.COMPLETE,
-            values=None if pruned else trial.values,
-            intermediate_values={trial.step: trial.values[0]} if pruned else {},
+            **_result(trial.values, trial.step),
             params={key: self._inside(key, value) for key, value in trial.point.items()},
             distributions={key: _distribution(self._space[key]) for key in trial.point},
         )
+
+
+def _came_to(trial: optuna.trial.FrozenTrial, values: Sequence[float], step: int | None) -> optuna.trial.FrozenTrial:
+    """The trial with another result."""
+    import optuna
+
+    return optuna.trial.create_trial(
+        **_result(values, step), params=dict(trial.params), distributions=dict(trial.distributions)
+    )
+
+
+def _result(values: Sequence[float], step: int | None) -> dict[str, Any]:
+    """What a trial came to, as Optuna is told it."""
+    import optuna
+
+    if step is not None and len(values) == 1:
+        return {"state": optuna.trial.TrialState.PRUNED, "intermediate_values": {step: values[0]}}
+    return {"state": optuna.trial.TrialState.COMPLETE, "values": list(values)}
 
 
 def _sampler(tuning: TuningSection, seed: int, at_a_time: int, count: int, known: int) -> optuna.samplers.BaseSampler:

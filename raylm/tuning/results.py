@@ -18,7 +18,7 @@ from raylm.errors import RunFailure
 from raylm.training.checkpoints.mirror import METRICS
 from raylm.training.reports.metrics import read_metrics
 from raylm.tuning.population.rows import LINEAGE, SCHEDULE, lineage_text, values_text
-from raylm.tuning.search import FAILURE, FINISHED, TRIAL, reason, trial_config, trial_directory
+from raylm.tuning.search import FAILURE, FINISHED, TRIAL, TURN, reason, trial_config, trial_directory, trial_number
 from raylm.tuning.space import is_minimised
 
 if TYPE_CHECKING:
@@ -36,22 +36,22 @@ def make_rows(results: Iterable[Result], tuning: TuningSection) -> list[Row]:
 
     One that was stopped early has the last figures that it reached, one that failed the reason.
     """
-    rows = []
-    for result in results:
+    rows: dict[int, Row] = {}
+    # Of the parts of a trial the last one counts.
+    for result in sorted(results, key=lambda result: ((result.config or {}).get(TURN) or [0, 0])[1]):
         metrics, failure = result.metrics or {}, None
         if result.error or FAILURE in metrics:
             failure = metrics.get(FAILURE) or reason(result.error)
-        rows.append(
-            {
-                "trial": int(Path(result.path).name.split("-")[1]),
-                **{key: (result.config or {}).get(key) for key in tuning.space},
-                "step": metrics.get("step"),
-                **{name: metrics.get(name) for name in dict.fromkeys(("validation_loss", str(tuning.metric)))},
-                "status": "failed" if failure else "finished" if metrics.get(FINISHED) else "stopped",
-                **({FAILURE: failure} if failure else {}),
-            }
-        )
-    return sorted(rows, key=lambda row: row["trial"])
+        number = trial_number(Path(result.path).name)
+        rows[number] = {
+            "trial": number,
+            **{key: (result.config or {}).get(key) for key in tuning.space},
+            "step": metrics.get("step"),
+            **{name: metrics.get(name) for name in dict.fromkeys(("validation_loss", str(tuning.metric)))},
+            "status": "failed" if failure else "finished" if metrics.get(FINISHED) else "stopped",
+            **({FAILURE: failure} if failure else {}),
+        }
+    return [rows[number] for number in sorted(rows)]
 
 
 def rows_so_far(trials: Path, tuning: TuningSection) -> list[Row]:
@@ -68,7 +68,7 @@ def rows_so_far(trials: Path, tuning: TuningSection) -> list[Row]:
         evaluated = next((line for line in reversed(lines) if "validation_loss" in line), {})
         rows.append(
             {
-                "trial": int(path.parent.name.split("-")[1]),
+                "trial": trial_number(path.parent.name),
                 **{key: found["candidate"].get(key) for key in tuning.space},
                 "step": lines[-1]["step"] if lines else None,
                 **{name: evaluated.get(name) for name in dict.fromkeys(("validation_loss", str(tuning.metric)))},

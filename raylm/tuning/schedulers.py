@@ -1,25 +1,19 @@
-"""Which trials are stopped before their end: ``tuning.scheduler``, as Ray Tune's schedulers.
+"""Which of Ray Tune's schedulers stops trials before their end: ``tuning.scheduler: median``.
 
-All of them count in steps, not in reports: a trial that goes on after an interrupt reports from where it stood. None
-pauses a trial or changes one that runs.
+It counts in steps, not in reports: a trial that goes on after an interrupt reports from where it stood. The others'
+rungs are in :mod:`raylm.tuning.halving`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import MedianStoppingRule, TrialScheduler
 
 from raylm.config.tuning import TuningSection
 
 if TYPE_CHECKING:
     from raylm.config.training import TrainingSection
-
-# Larger than any number of steps, so that no trial is cut off at the end.
-ENDLESS = 10**9
-# Hyperband's, where the length of training is not given in steps, and at most.
-USUAL_BRACKETS, MOST_BRACKETS = 3, 5
 
 
 class MedianOfWhatIsKnown(MedianStoppingRule):
@@ -32,28 +26,8 @@ class MedianOfWhatIsKnown(MedianStoppingRule):
 
 
 def make_scheduler(tuning: TuningSection, training: TrainingSection) -> TrialScheduler | None:
-    """Ray Tune's scheduler; None where trials are not stopped."""
-    if tuning.scheduler == "none":
+    """Ray Tune's scheduler; None where it stops no trial."""
+    if tuning.scheduler != "median":
         return None
     grace = tuning.grace_evaluations * (training.evaluate_every_steps or 1)
-    if tuning.scheduler == "median":
-        return MedianOfWhatIsKnown(time_attr="step", grace_period=grace)
-    return ASHAScheduler(
-        time_attr="step",
-        max_t=ENDLESS,
-        grace_period=grace,
-        reduction_factor=tuning.reduction_factor,
-        brackets=brackets(tuning, training) if tuning.scheduler == "hyperband" else 1,
-    )
-
-
-def brackets(tuning: TuningSection, training: TrainingSection) -> int:
-    """Hyperband's: as many as there are rungs from ``grace_evaluations`` to the end of training.
-
-    Bracket number s leaves its trials alone for ``reduction_factor`` to the power of s times as long as the first.
-    """
-    if training.steps is None:
-        return USUAL_BRACKETS
-    grace = tuning.grace_evaluations * (training.evaluate_every_steps or 1)
-    rungs = math.log(max(1.0, training.steps / grace)) / math.log(tuning.reduction_factor)
-    return max(1, min(MOST_BRACKETS, int(rungs + 1e-9) + 1))
+    return MedianOfWhatIsKnown(time_attr="step", grace_period=grace)

@@ -26,7 +26,7 @@ from raylm.config.stages import FinetuneConfig, TuneConfig
 from raylm.errors import RunFailure, UserError, first_line
 from raylm.training.checkpoints.mirror import METRICS, Mirror
 from raylm.training.checkpoints.storage import Storage
-from raylm.training.loop.worker import TrainingJob, Worker, join_single_process_group
+from raylm.training.loop.worker import TrainingJob, Turn, Worker, join_single_process_group
 from raylm.training.reports.metrics import read_metrics
 from raylm.tuning.ranks import KeptRanks
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 UNWIND_SECONDS = 15.0
 # A sliver of the head node's own marker resource: places the trial without taking a CPU from its workers.
 HEAD_NODE_SHARE = {"node:__internal_head__": 0.001}
+# In a candidate: which trial goes forward, where it is a part of one, from which step and to which.
+TURN = "turn"
 # In a result: why the trial failed, and that it came to its end.
 FAILURE, FINISHED = "failure", "finished"
 # Of a trial: what it is and how it stands, and the whole of what it failed with.
@@ -137,8 +139,17 @@ class Planner:
 
 
 def trial_name(trial: Trial) -> str:
-    """Name of a trial and of its directory: Ray Tune's own count, from 1, which a resumed search goes on with."""
+    """Name of what Ray Tune has as a trial, and of its folder: that of the trial's directory, by Ray Tune's own count,
+    from 1, which a resumed search goes on with; of a part of a trial with the step that it begins at."""
+    if (turn := trial.config.get(TURN)) is not None:
+        number, first, _ = turn
+        return f"{trial_directory(Path(), number).name}-from-{first}"
     return trial_directory(Path(), int(trial.experiment_tag.split("_")[0]) - 1).name
+
+
+def trial_number(name: str) -> int:
+    """The trial whose name, or that of a part of it, this is."""
+    return int(name.split("-")[1])
 
 
 class EndsFirst:
@@ -182,12 +193,14 @@ def _run_trial(candidate: Point, base: TrainingJob, planner: Planner) -> None:
     from ray import tune
 
     go_back(planner.folder)
-    directory = base.directory / "trials" / tune.get_context().get_trial_name()
+    directory = trial_directory(base.directory, trial_number(tune.get_context().get_trial_name()))
+    candidate = dict(candidate)
+    turn = candidate.pop(TURN, None)
     begin(directory, candidate)
     ended = "stopped"
     try:
-        final = _train(candidate, base, planner, directory)
-        ended = "failed" if FAILURE in final else "finished"
+        final = _train(candidate, base, planner, directory, None if turn is None else Turn(*turn[1:]))
+        ended = "failed" if FAILURE in final else "finished" if FINISHED in final else "stopped"
     except Exception as error:  # noqa: BLE001 - whatever it is, the other trials go on
         (directory / FAILURE_LOG).write_text(traceback.format_exc(), encoding="utf-8")
         final, ended = {FAILURE: first_line(error)}, "failed"
@@ -213,21 +226,29 @@ def note(directory: Path, candidate: Point, status: str) -> None:
     write_atomically(directory / TRIAL, json.dumps({"candidate": candidate, "status": status}) + "\n")
 
 
-def _train(candidate: Point, base: TrainingJob, planner: Planner, directory: Path) -> dict[str, Any]:
-    """Train to the end, or find that the trial has come to it; the last figures, those of the exported weights."""
+def _train(candidate: Point, base: TrainingJob, planner: Planner, directory: Path, turn: Turn | None) -> dict[str, Any]:
+    """Train to the end of the ``turn`` or of all, or find that the trial has come to it; the last figures, at the end
+    those of the exported weights."""
     from raylm.parallel.engines.environment import prepare_deepspeed
 
     if base.config.resources.workers == 1:
         prepare_deepspeed(base.use_gpu)
-    job = job_of(candidate, base, planner, directory)
+    job = dataclasses.replace(job_of(candidate, base, planner, directory), turn=turn)
     # Ray Tune writes down what has finished some time later: after an interrupt it may ask for a finished trial again.
     outcome, metric = Outcome(directory, job.config), str(planner.config.tuning.metric)
     if (final := outcome.read()) is not None:
         return final
     final = trained(job, base, planner.folder, _ranks, reporter(metric))
-    if FAILURE not in final:
-        final |= exported_figures(read_metrics(directory / METRICS), final["exported_step"], metric)
-        outcome.write(final)
+    if FAILURE in final:
+        return final
+    lines = read_metrics(directory / METRICS)
+    if FINISHED not in final:
+        assert turn is not None
+        # Killed later than Ray Tune has noted, a trial may have come farther than it is asked for.
+        step = min(turn.last, final["step"])
+        return {"step": step, "tokens": final["tokens"], **figures_at(lines, step, metric)}
+    final |= figures_at(lines, final["exported_step"], metric)
+    outcome.write(final)
     return final
 
 
@@ -268,8 +289,8 @@ def trained(
     return TrainingLoop(job, Worker(0, 1, report, device=0)).run()
 
 
-def exported_figures(lines: list[dict[str, Any]], step: int, metric: str) -> dict[str, float]:
-    """What validation gave for the weights that were exported, of those lines of metrics.jsonl.
+def figures_at(lines: list[dict[str, Any]], step: int, metric: str) -> dict[str, float]:
+    """What validation gave for the weights of a ``step``, of those lines of metrics.jsonl.
 
     Raises:
         RunFailure: a figure is no finite number.

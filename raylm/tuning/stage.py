@@ -147,6 +147,7 @@ def _refuse_older(run: RunDirectory) -> None:
 
 
 def _search(planner: Planner, base: TrainingJob, at_a_time: int) -> list[dict[str, Any]]:
+    from raylm.tuning.halving import make_halving
     from raylm.tuning.searcher import CandidateSearch, make_candidates
 
     tuning = planner.config.tuning
@@ -157,8 +158,12 @@ def _search(planner: Planner, base: TrainingJob, at_a_time: int) -> list[dict[st
     quiet_ray_tune()
     metric = str(tuning.metric)
     candidates = make_candidates(tuning, planner.config.run.seed, [metric], [is_minimised(tuning)], at_a_time)
-    tuner = _tuner(planner, base, CandidateSearch(candidates, [metric], tuning.budget, at_a_time), at_a_time)
-    count = candidates.count
+    assert planner.config.training is not None
+    search = CandidateSearch(
+        candidates, [metric], tuning.budget, at_a_time,
+        make_halving(tuning, planner.config.training, planner.config.run.seed), minimised=is_minimised(tuning),
+    )  # fmt: skip
+    tuner, count = _tuner(planner, base, search, at_a_time), candidates.count
 
     def look() -> Look:
         return trained_so_far(rows_so_far(base.directory / "trials", tuning), count, tuning)
@@ -188,7 +193,7 @@ def _tuner(planner: Planner, base: TrainingJob, search: CandidateSearch, at_a_ti
             metric=str(tuning.metric),
             mode="min" if is_minimised(tuning) else "max",
             search_alg=search,
-            num_samples=search.candidates.count,
+            num_samples=search.most,
             scheduler=make_scheduler(tuning, config.training),
             trial_name_creator=trial_name,
             trial_dirname_creator=trial_name,

@@ -18,10 +18,10 @@ from raylm.reports.report import write_report
 from raylm.training.reports.metrics import read_metrics
 from raylm.training.stage import finetune
 from raylm.tuning.checking import check_space
+from raylm.tuning.halving import brackets
 from raylm.tuning.progress import trained_so_far
 from raylm.tuning.results import best_first, best_of, rows_so_far, trials_table
-from raylm.tuning.schedulers import brackets
-from raylm.tuning.search import TRIAL, begin, exported_figures, note
+from raylm.tuning.search import TRIAL, begin, figures_at, note
 from raylm.tuning.stage import tune
 from tests.cpus import become_free, holders_of_cpus
 from tests.reading import write_encoder
@@ -41,10 +41,10 @@ def tuning(**values: Any) -> TuningSection:
 
 
 def test_figures_are_those_of_the_exported_weights() -> None:
-    assert exported_figures(LINES, 4, "validation_loss") == {"validation_loss": 1.0}
-    assert exported_figures(LINES, 2, "validation_accuracy") == {"validation_loss": 2.0, "validation_accuracy": 0.5}
+    assert figures_at(LINES, 4, "validation_loss") == {"validation_loss": 1.0}
+    assert figures_at(LINES, 2, "validation_accuracy") == {"validation_loss": 2.0, "validation_accuracy": 0.5}
     with pytest.raises(RunFailure, match=r"step 6: validation_loss is nan, no finite number"):
-        exported_figures(LINES, 6, "validation_accuracy")
+        figures_at(LINES, 6, "validation_accuracy")
 
 
 def test_the_best_is_best_in_the_metric() -> None:
@@ -68,8 +68,8 @@ def test_brackets_follow_from_the_length_of_training(tiny_model: Path, tmp_path:
     config = load_config("tune", write_config(tmp_path, tiny_model), ["training.steps=64"])
     assert config.training is not None
     # Rungs at 4, 8, 16, 32 and 64 steps.
-    assert brackets(tuning(scheduler="hyperband"), config.training) == 5
-    assert brackets(tuning(scheduler="hyperband", reduction_factor=4), config.training) == 3
+    assert brackets(tuning(scheduler="hyperband", reduction_factor=2), config.training) == 5
+    assert brackets(tuning(scheduler="hyperband"), config.training) == 3
     assert brackets(tuning(scheduler="hyperband", grace_evaluations=100), config.training) == 1
 
 

@@ -22,7 +22,7 @@ from raylm.tuning.search import (
     FAILURE,
     FAILURE_LOG,
     Planner,
-    exported_figures,
+    figures_at,
     finite,
     go_back,
     job_of,
@@ -118,7 +118,7 @@ def _outcome(final: dict[str, Any], directory: Path, metric: str) -> Outcome:
         return Outcome(_reached(directory), failure=final[FAILURE])
     if not (finished := bool(final.get("finished"))):
         return Outcome(final["step"], final["tokens"], finite(final, metric))
-    figures = exported_figures(read_metrics(directory / METRICS), final["exported_step"], metric)
+    figures = figures_at(read_metrics(directory / METRICS), final["exported_step"], metric)
     return Outcome(final["step"], final["tokens"], figures, finished=finished)
 
 
