@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from raylm.config.base import LONGEST_SECONDS, MOST_WORKERS, Count, PathText, Seconds, Section, Workers
 from raylm.config.reading import ReadingSection
+
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
 
 class ServedModel(Section):
@@ -100,13 +102,20 @@ class ServingSection(Section):
     """Texts that may wait at a replica; further ones get status 503."""
     max_queue_seconds: Seconds = 5.0
     """Longest wait. A text that is expected to wait longer gets status 503 and the header Retry-After."""
-    max_new_tokens: Count = 256
-    """Most tokens that a request may ask for; also the default of a request."""
+    max_new_tokens: Count | None = None
+    """Most tokens that a request may ask for, and of a text whose request does not say. By default what the prompt
+    leaves of the model's context; 256 for a model without a limit."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """How the last hidden states become an embedding; auto: as a sentence encoder's directory says, else the mean."""
     api_keys_file: PathText | None = None
     """File with an API key, or its hash as sha256:HEX, on each line; a name may follow. The environment variable
     RAYLM_API_KEYS has more keys."""
+    allowed_origins: list[Origin] = Field(default_factory=list)
+    """Web pages that may ask from a browser (CORS), by origin such as https://chat.example.org. With API keys, * allows
+    all. None by default."""
+    token_ids: bool = False
+    """Let sentence encoders take token ids in /v1/embeddings. Ids of another tokenizer, as some clients send them, give
+    wrong vectors."""
     requests_per_minute: Count | None = None
     """Requests per minute and API key that a replica takes; further ones get status 429. No limit by default."""
     max_body_megabytes: float = Field(default=4.0, gt=0, le=1e6)

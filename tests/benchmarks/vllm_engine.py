@@ -37,7 +37,7 @@ async def check(engine, tokenizer, model: str) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from raylm.serving.engines.base import EngineFailure, SamplingParameters
+    from raylm.serving.engines.base import Constraint, EngineFailure, SamplingParameters
 
     async def text(prompt: str, tokens: int = 24, **parameters: object) -> tuple[str | None, str]:
         chosen = SamplingParameters(**{"max_new_tokens": tokens, "temperature": 0.0, **parameters})
@@ -46,7 +46,7 @@ async def check(engine, tokenizer, model: str) -> dict:
         return stream.finish_reason, tokenizer.decode(ids, skip_special_tokens=True)
 
     found = {"greedy": await text("The capital of France is")}
-    answer = await text("Is Paris in France? Answer as JSON: ", schema=json.dumps(SCHEMA))
+    answer = await text("Is Paris in France? Answer as JSON: ", constraint=Constraint("json", json.dumps(SCHEMA)))
     assert isinstance(json.loads(answer[1])["answer"], bool), answer
     seeded = [await text("Once upon a time", temperature=0.9, seed=3) for _ in range(2)]
     assert seeded[0] == seeded[1], seeded

@@ -31,7 +31,7 @@ import psutil
 from raylm.config.loading import validate
 from raylm.config.stages import ServeConfig
 from raylm.serving.deploy.app import model_sources, open_service
-from raylm.serving.deploy.service import Models
+from raylm.serving.deploy.models import Models
 from raylm.serving.engines.base import EngineFailure
 from raylm.serving.http.gate import Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics

@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 
 from raylm.config.serving import CollectionQuota, ServingSection
-from raylm.serving.deploy.service import Models
+from raylm.serving.deploy.models import Models
 from raylm.serving.http.access import hash_key
 from raylm.serving.http.gate import Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics

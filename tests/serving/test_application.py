@@ -16,7 +16,7 @@ import pytest
 from raylm.config.loading import validate
 from raylm.config.stages import ServeConfig
 from raylm.serving.deploy.app import open_service
-from raylm.serving.deploy.service import Models
+from raylm.serving.deploy.models import Models
 from raylm.serving.http.gate import Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.routes import create_app

@@ -22,7 +22,7 @@ from raylm.config.loading import validate
 from raylm.config.stages import ServeConfig
 from raylm.data.loading import load_tokenizer
 from raylm.serving.deploy.app import open_service
-from raylm.serving.deploy.service import Models
+from raylm.serving.deploy.models import Models
 from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.requests import QuestionRequest
 from raylm.serving.http.routes import create_app
@@ -125,12 +125,32 @@ def test_ids_of_a_padded_vocabulary_are_taken(served: SimpleNamespace) -> None:
         ({"prompt": "\ud800"}, "surrogate"),
         ({"max_tokens": 0}, "max_tokens: 0 is allowed only together with echo"),
         ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": 10**30}, "max_tokens: found 1" + "0" * 30 + ", allowed: at most 64"),
+        ({"max_tokens": 10**30}, "max_tokens: found 1" + "0" * 30 + ", allowed: at most 64 (serving.max_new_tokens)"),
         ({"n": 10**30}, "n: "),
         ({"n": 64, "prompt": ["a", "b"]}, "at most 64 completions"),
         ({"stop": ["x"] * 5000}, "stop: at most 4 strings"),
-        ({"logit_bias": {"5": 1e300}}, "Unsupported parameter: logit_bias"),
-        ({"logit_bias": {"999999": 1}}, "Unsupported parameter: logit_bias"),
+        ({"logit_bias": {"5": 1e300}}, "logit_bias.5: Input should be less than or equal to 100"),
+        ({"logit_bias": {"5": float("nan")}}, "logit_bias.5: "),
+        ({"logit_bias": {"five": 1}}, "logit_bias: found 'five', allowed: token ids"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias: found token id 999999, allowed: 0 to 359"),
+        ({"logit_bias": {"9" * 100: 1}}, "logit_bias: found '999"),
+        ({"stop_token_ids": [360]}, "stop_token_ids: found token id 360, allowed: 0 to 359"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0: "),
+        ({"min_tokens": 5}, "min_tokens: found 5, allowed: at most 4 (max_tokens)"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e30}, "repetition_penalty"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens: found 0, allowed: -1, or 1 and more"),
+        ({"truncate_prompt_tokens": 257}, "truncate_prompt_tokens: found 257, allowed: -1, or 1 to 256"),
+        ({"structured_outputs": {}}, "structured_outputs: found none, allowed: one of json, json_object"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs: found regex and choice"),
+        ({"structured_outputs": {"json": "[]"}}, "structured_outputs: json: found a text that is no JSON object"),
+        ({"structured_outputs": {"regex": "(("}}, "structured_outputs: the regular expression cannot be followed"),
+        ({"structured_outputs": {"grammar": "root ::= nowhere"}}, "structured_outputs: the grammar cannot be followed"),
+        ({"prompt": ["a", [5, "b"]]}, "prompt.1.1: "),
+        ({"prompt": ["a", 5]}, "prompt.1: found neither a text nor a list of token ids"),
+        ({"prompt": {"a": 1}}, "prompt: found neither a text, nor a list of token ids, nor a list of either"),
         ({"temperature": 1e30}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
@@ -168,6 +188,18 @@ def test_what_no_engine_may_see_is_refused(served: SimpleNamespace, change: dict
         {"stop": ["x" * 1_000_000] * 4},
         {"stop": ["", "\0"]},
         {"logit_bias": {}},
+        {"logit_bias": {"5": 0}},
+        {"top_k": 10**30},
+        {"top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "min_tokens": 0, "stop_token_ids": []},
+        {"ignore_eos": False, "logit_bias": None, "truncate_prompt_tokens": None, "best_of": 1, "tools": []},
+        {"top_k": 2, "min_p": 1, "top_p": 0.5},
+        {"repetition_penalty": 1e6, "temperature": 2},
+        {"repetition_penalty": 1e-6, "temperature": 1e-3},
+        {"min_tokens": 4, "stop_token_ids": list(range(360))[:300]},
+        {"truncate_prompt_tokens": 1},
+        {"truncate_prompt_tokens": -1, "prompt": "fox " * 5000},
+        {"prompt": ["fox", [5, 6]], "max_tokens": 2},
+        {"structured_outputs": None, "user": None, "best_of": None, "whatever": None},
     ],
 )
 def test_what_is_hard_is_answered(served: SimpleNamespace, change: dict[str, Any]) -> None:

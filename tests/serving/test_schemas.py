@@ -15,11 +15,11 @@ import psutil
 import pytest
 
 from raylm.config.serving import ServingSection
-from raylm.serving.engines.base import EngineRefusal, SamplingParameters
+from raylm.serving.engines.base import Constraint, EngineRefusal, SamplingParameters
 from raylm.serving.engines.client import start_engine
 from raylm.serving.engines.schemas import MOST_WAITING, SchemaChecker, SchemasUnavailable
 from raylm.serving.http.errors import RequestError
-from raylm.serving.tasks.structured import ResponseFormat, excess_of, wanted_schema
+from raylm.serving.tasks.structured import ResponseFormat, excess_of, wanted_constraint
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 
@@ -32,7 +32,7 @@ def checker() -> Iterator[SchemaChecker]:
 
 
 def mistake(checker: SchemaChecker, schema: dict[str, Any], source: Path | None = None) -> str | None:
-    return asyncio.run(checker.mistake_in(json.dumps(schema), None if source is None else str(source)))
+    return asyncio.run(checker.mistake_in(Constraint("json", json.dumps(schema)), source and str(source)))
 
 
 def properties(count: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def test_what_is_too_much_is_refused_before_anything_compiles_it(schema: dict, m
     asked = ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"schema": schema}})
     untouched = SchemaChecker()
     with pytest.raises(RequestError, match=message) as refusal:
-        asyncio.run(wanted_schema(asked, untouched, None))
+        asyncio.run(wanted_constraint(asked, None, untouched, None))
     assert (refusal.value.status, refusal.value.body["error"]["param"]) == (400, "response_format")
     assert untouched._process is None
 
@@ -122,7 +122,7 @@ def test_a_schema_that_ends_the_library_ends_a_fork_alone(checker: SchemaChecker
     deep = '{"type":"array","items":' * depth + "{}" + "}" * depth
     pattern = json.dumps({"pattern": "(" * groups + "a" + ")" * groups})
     for text in (deep, pattern):
-        found = asyncio.run(checker.mistake_in(text, None))
+        found = asyncio.run(checker.mistake_in(Constraint("json", text), None))
         assert found is None or any(
             said in found for said in ("make it smaller", "cannot be followed", "nested too deep")
         )
@@ -131,17 +131,17 @@ def test_a_schema_that_ends_the_library_ends_a_fork_alone(checker: SchemaChecker
 
 def test_a_killed_process_fails_its_request_and_is_replaced(checker: SchemaChecker) -> None:
     async def kill() -> None:
-        assert await checker.mistake_in('{"type": "integer"}', None) is None
+        assert await checker.mistake_in(Constraint("json", '{"type": "integer"}'), None) is None
         assert checker._process is not None
         first = checker._process
         os.kill(first.pid, signal.SIGSTOP)
-        asked = asyncio.create_task(checker.mistake_in('{"type": "number"}', None))
+        asked = asyncio.create_task(checker.mistake_in(Constraint("json", '{"type": "number"}'), None))
         await asyncio.sleep(0.2)
         os.kill(first.pid, signal.SIGKILL)
         with pytest.raises(SchemasUnavailable, match="ended; try again"):
             await asked
         assert not psutil.pid_exists(first.pid)
-        assert await checker.mistake_in('{"type": "number"}', None) is None
+        assert await checker.mistake_in(Constraint("json", '{"type": "number"}'), None) is None
 
     asyncio.run(kill())
 
@@ -149,11 +149,12 @@ def test_a_killed_process_fails_its_request_and_is_replaced(checker: SchemaCheck
 def test_few_schemas_wait_and_nobody_waits_for_ever() -> None:
     async def ask() -> None:
         checker = SchemaChecker(answer_seconds=0.01)
-        asked = [asyncio.create_task(checker.mistake_in(f'{{"const": {n}}}', None)) for n in range(MOST_WAITING + 1)]
+        wanted = [Constraint("json", f'{{"const": {n}}}') for n in range(MOST_WAITING + 1)]
+        asked = [asyncio.create_task(checker.mistake_in(one, None)) for one in wanted]
         found = await asyncio.gather(*asked, return_exceptions=True)
         assert all(isinstance(error, SchemasUnavailable) for error in found)
         assert sum("too many schemas" in str(error) for error in found) == 1
-        assert sum("was not compiled within 0.01 s" in str(error) for error in found) >= 1
+        assert sum("it was not compiled within 0.01 s" in str(error) for error in found) >= 1
         checker.close()
 
     asyncio.run(ask())
@@ -163,7 +164,9 @@ def test_a_schema_without_a_text_ends_its_own_request_only(tiny_model: Path) -> 
     """Sampling from no token at all ended the engine, and every request in it."""
 
     async def collect(schema: str | None) -> list[int]:
-        stream = engine.submit([5, 6, 7], SamplingParameters(8, temperature=1.0, seed=1, schema=schema))
+        stream = engine.submit(
+            [5, 6, 7], SamplingParameters(8, temperature=1.0, seed=1, constraint=schema and Constraint("json", schema))
+        )
         return [token async for piece in stream for token in piece]
 
     async def side_by_side() -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from raylm.config.serving import CollectionQuota, ServingSection
-from raylm.serving.deploy.service import Models
+from raylm.serving.deploy.models import Models
 from raylm.serving.http.access import hash_key
 from raylm.serving.http.gate import Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics

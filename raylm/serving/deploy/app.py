@@ -31,7 +31,8 @@ from raylm.models.encoder_decoders import source_prefix
 from raylm.models.encoders import sentence_pooling
 from raylm.models.loading import load_config
 from raylm.models.lora import adapter_tokenizer
-from raylm.serving.deploy.service import Models, ModelService
+from raylm.serving.deploy.models import Models
+from raylm.serving.deploy.service import ModelService
 from raylm.serving.engines.adapted import AdaptedEngine
 from raylm.serving.engines.client import Engine, start_engine
 from raylm.serving.engines.on_demand import EnginePool
@@ -179,6 +180,7 @@ def open_service(
         "pooling": choose_pooling(model.pooling, source),
         "metrics": metrics,
         "service": task.service,
+        "width": getattr(model_config.get_text_config(), "hidden_size", None),
         "vocabulary": getattr(model_config.get_text_config(), "vocab_size", None),
     }
     if task.continues:

@@ -1,31 +1,28 @@
-"""What the routes work with: the model's name, tokenizer and engine, its limits, and texts in generation."""
+"""What the routes work with: the model's name, tokenizer and engine, and its limits."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
 
 from jinja2 import TemplateError
 
 from raylm.data.chat import neutralize
-from raylm.serving.deploy.watch import TextWatch
-from raylm.serving.engines.base import EngineTimeout, FinishReason, Pooling, SamplingParameters
+from raylm.serving.deploy.texts import TextOptions
+from raylm.serving.engines.base import NO_BIAS, Constraint, Pooling, SamplingParameters
 from raylm.serving.engines.client import Engine
 from raylm.serving.engines.schemas import SchemaChecker
 from raylm.serving.engines.stats import EngineStats
-from raylm.serving.http import request_log
 from raylm.serving.http.errors import RequestError
+from raylm.serving.http.generation import GenerationRequest
 from raylm.serving.http.metrics import ServerMetrics
-from raylm.serving.http.requests import ChatRequest, CompletionRequest, GenerationRequest
-from raylm.serving.tasks.prompts import TextWork, check_fits, token_ids
-from raylm.serving.tasks.text import IncrementalDecoder, StopStrings
-from raylm.tasks import all_tasks
+from raylm.serving.http.requests import ChatRequest, CompletionRequest
+from raylm.serving.tasks.prompts import ANSWER, PLAIN, ChatOptions, PromptOptions, TextWork, check_fits, token_ids
 from raylm.tasks.base import GENERATION, Service
 
 if TYPE_CHECKING:
@@ -38,35 +35,9 @@ if TYPE_CHECKING:
 SEEDS = 2**63
 # OpenAI's default for completions; chat answers run as long as they may.
 COMPLETION_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class TextPiece:
-    """A part of one text, as it is streamed: ``finish_reason`` comes with the last one."""
-
-    index: int
-    text: str
-    finish_reason: FinishReason | None = None
-    tokens: tuple[int, ...] = ()
-    """With the last piece: all ids of the text."""
-    logprobs: dict[str, Any] | None = None
-
-
-@dataclass
-class Usage:
-    """Token counts of one request."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        """OpenAI's usage object."""
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+# Of a text that may be as long as it likes, where neither the model nor the server says how long.
+DEFAULT_TOKENS = 256
+Ids = TypeVar("Ids", bound=Sequence[int])
 
 
 @dataclass
@@ -78,7 +49,7 @@ class ModelService:
         engine: decodes token ids.
         tokenizer: of the model's directory, with its chat template.
         context_length: prompt and answer tokens together; None without a limit.
-        max_new_tokens: most tokens of one text.
+        max_new_tokens: most tokens of one text; None: as many as the context has room for.
         capacity: texts in work and waiting together; more are refused with 503.
         queue_seconds: longest that a text may be expected to wait for its turn.
         request_seconds: a text that takes longer is ended.
@@ -90,13 +61,14 @@ class ModelService:
         token_bytes: of text that one token stands for at most; 0 where that cannot be said, None until it is asked for.
         vocabulary: rows of the model's embedding, often more than the tokenizer has ids; None: as many as those.
         parent: of an adapter, the name of the model that it belongs to.
+        width: numbers of an embedding; None where that is not known.
     """
 
     name: str
     engine: Engine | OnDemandEngine | AdaptedEngine
     tokenizer: PreTrainedTokenizerBase
     context_length: int | None
-    max_new_tokens: int
+    max_new_tokens: int | None
     capacity: int
     queue_seconds: float = math.inf
     request_seconds: float = 600.0
@@ -108,6 +80,7 @@ class ModelService:
     token_bytes: int | None = field(default=None, repr=False)
     vocabulary: int | None = None
     parent: str | None = None
+    width: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -118,7 +91,7 @@ class ModelService:
     @property
     def completion_tokens(self) -> int | None:
         """Tokens of a completion that does not say how many; None for as many as there may be."""
-        return min(COMPLETION_TOKENS, self.max_new_tokens)
+        return min(COMPLETION_TOKENS, self.max_new_tokens or COMPLETION_TOKENS)
 
     def check_request(self, request: CompletionRequest | ChatRequest) -> None:
         """Refuse what this kind of model does not do.
@@ -126,6 +99,29 @@ class ModelService:
         Raises:
             RequestError: names the parameter.
         """
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the special tokens."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {str(token): number for number, token in added if token.special}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        return frozenset(self.special_tokens.values())
+
+    def text_options(self, request: GenerationRequest) -> TextOptions:
+        """Where texts of ``request`` end. No text that is shown holds a special token: a stop string that is one ends
+        the text by its id."""
+        named = {self.special_tokens[stop]: stop for stop in request.stops if stop in self.special_tokens}
+        return TextOptions(
+            tuple(request.stops),
+            named,
+            include_stop=bool(request.include_stop_str_in_output),
+            skip_special=request.skip_special_tokens is not False,
+            min_tokens=request.min_tokens or 0,
+        )
 
     def load(self) -> EngineStats:
         """What the engine has in work for this name, and its counters."""
@@ -141,22 +137,36 @@ class ModelService:
                 code="model_not_found",
             )
 
-    def encode_prompt(self, prompt: str | list[int], parameter: str = "prompt") -> list[int]:
+    def encode_prompt(
+        self, prompt: str | list[int], parameter: str = "prompt", options: PromptOptions = PLAIN
+    ) -> list[int]:
         """Token ids of a prompt, given or of a text.
 
         Raises:
             RequestError: there is none, or the model does not know one.
         """
         if isinstance(prompt, str):
-            ids = token_ids(self.tokenizer, prompt, special=True)
-            if not ids and self.tokenizer.bos_token_id is not None:
+            ids = token_ids(self.tokenizer, prompt, special=options.special)
+            if not ids and options.special and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
             if not ids:
                 raise RequestError(f"{parameter}: the text has no tokens, at least one is needed", parameter=parameter)
-            return self.check_ids(ids, parameter)
-        return self.check_ids(prompt, parameter)
+        else:
+            ids = prompt
+        return self.check_ids(self._cut(prompt, ids, options), parameter)
 
-    def check_ids(self, ids: list[int], parameter: str) -> list[int]:
+    def _cut(self, prompt: str | list[int], ids: list[int], options: PromptOptions) -> list[int]:
+        """The last ones of ``ids``, as many as ``options`` let stay; the tokens around a text stay too."""
+        if options.keep is None or len(ids) <= options.keep:
+            return ids
+        bare = token_ids(self.tokenizer, prompt, special=False) if isinstance(prompt, str) and options.special else ids
+        before = next((at for at in range(len(ids) - len(bare) + 1) if ids[at : at + len(bare)] == bare), 0)
+        around = len(ids) - len(bare)
+        if around >= options.keep:
+            return ids[-options.keep :]
+        return [*ids[:before], *bare[len(bare) + around - options.keep :], *ids[before + len(bare) :]]
+
+    def check_ids(self, ids: Ids, parameter: str) -> Ids:
         """``ids``, or a refusal where the model has no embedding of one: looked up, it would end the engine."""
         vocabulary = self.vocabulary or len(self.tokenizer)
         unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
@@ -166,7 +176,9 @@ class ModelService:
             )
         return ids
 
-    def encode_messages(self, messages: Sequence[dict[str, str]], *, whole: bool = False) -> list[int]:
+    def encode_messages(
+        self, messages: Sequence[dict[str, str]], *, whole: bool = False, options: ChatOptions = ANSWER
+    ) -> list[int]:
         """Token ids of a conversation by the model's own chat template, up to where the answer begins.
 
         Text that reads as a special token is defused: no message can end its own turn. Where the ``whole`` of it has
@@ -176,19 +188,25 @@ class ModelService:
         if not templates or (isinstance(templates, dict) and "default" not in templates):
             what = "several chat templates and none named default" if templates else "no chat template"
             raise RequestError(f"The model '{self.name}' has {what}; use /v1/completions", code="no_chat_template")
-        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        safe = [message | {"content": neutralize(message["content"], special)} for message in messages]
+        safe = [message | {"content": neutralize(message["content"], self.special_tokens)} for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+            text = self.tokenizer.apply_chat_template(
+                safe,
+                tokenize=False,
+                add_generation_prompt=options.answer,
+                continue_final_message=options.continues,
+                **options.arguments,
+            )
+        except (TemplateError, ValueError, TypeError, AttributeError, LookupError) as error:
+            # What is not jinja's own comes of arguments that the template did not expect.
             raise RequestError(f"messages: the chat template refuses them: {error}", parameter="messages") from None
         # The template writes the special tokens itself.
-        if whole:
+        if whole and options.keep is None:
             check_fits(self, text, "messages")
-        ids = token_ids(self.tokenizer, text, special=False)
+        ids = token_ids(self.tokenizer, text, special=options.special)
         if not ids:
             raise RequestError("messages: they have no tokens, at least one is needed", parameter="messages")
-        return self.check_ids(ids, "messages")
+        return self.check_ids(self._cut(text, ids, options), "messages")
 
     def parameters(
         self,
@@ -197,45 +215,76 @@ class ModelService:
         prompt_tokens: int,
         *,
         temperature: float = 1.0,
-        schema: str | None = None,
+        constraint: Constraint | None = None,
     ) -> SamplingParameters:
         """How to decode ``request`` after a prompt of ``prompt_tokens``.
 
         Args:
             max_tokens: what the request asks for; None takes what is allowed and fits.
             temperature: of a request that does not say.
-            schema: JSON schema that the text must follow.
+            constraint: what the text must be.
 
         Raises:
-            RequestError: more than the server allows, or than the model's context holds.
+            RequestError: more than the server allows, than the model's context holds, or than its engine does.
         """
-        if max_tokens is not None and max_tokens > self.max_new_tokens:
+        most = self._room(max_tokens, prompt_tokens)
+        if (request.min_tokens or 0) > most:
             raise RequestError(
-                f"max_tokens: found {max_tokens}, allowed: at most {self.max_new_tokens}", parameter="max_tokens"
+                f"min_tokens: found {request.min_tokens}, allowed: at most {most} (max_tokens)", parameter="min_tokens"
             )
-        room = self.max_new_tokens
-        if self.context_length is not None:
-            room = self.context_length - prompt_tokens
-            if room < (max_tokens or 1):
-                raise RequestError(
-                    f"This model's maximum context length is {self.context_length} tokens, but the request needs "
-                    f"{prompt_tokens + (max_tokens or 1)}: {prompt_tokens} of the prompt and at least "
-                    f"{max_tokens or 1} of the answer",
-                    parameter="max_tokens" if max_tokens and room > 0 else "prompt",
-                    code="context_length_exceeded",
-                )
-        temperature = temperature if request.temperature is None else request.temperature
-        top_p = 1.0 if request.top_p is None else request.top_p
+        shaping = request.shaping()
+        if shaping["top_k"] >= (self.vocabulary or len(self.tokenizer)):
+            shaping["top_k"] = 0
+        shaping["stop_token_ids"] += tuple(self.text_options(request).special_stops)
+        self.check_ids([token for token, _ in shaping["logit_bias"]], "logit_bias")
+        self.check_ids(shaping["stop_token_ids"], "stop_token_ids")
+        if shaping["logit_bias"] and not self.biases:
+            raise RequestError(NO_BIAS, parameter="logit_bias", code="not_supported")
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         return SamplingParameters(
-            max_new_tokens=max_tokens or min(room, self.max_new_tokens),
-            temperature=temperature,
-            top_p=top_p,
+            max_new_tokens=most,
+            temperature=temperature if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
             seed=seed % SEEDS,
-            presence_penalty=request.presence_penalty or 0.0,
-            frequency_penalty=request.frequency_penalty or 0.0,
-            schema=schema,
+            constraint=constraint,
+            **shaping,
         )
+
+    @property
+    def biases(self) -> bool:
+        """Whether the engine knows logit_bias."""
+        return self.engine.name != "openvino"
+
+    def _room(self, max_tokens: int | None, prompt_tokens: int) -> int:
+        """Most tokens of a text after a prompt of ``prompt_tokens``.
+
+        Raises:
+            RequestError: it is less than ``max_tokens``, or none.
+        """
+        limit = self.max_new_tokens
+        if max_tokens is not None and limit is not None and max_tokens > limit:
+            raise RequestError(
+                f"max_tokens: found {max_tokens}, allowed: at most {limit} (serving.max_new_tokens)",
+                parameter="max_tokens",
+            )
+        if self.context_length is None:
+            return max_tokens or limit or DEFAULT_TOKENS
+        room = self.context_length - prompt_tokens
+        if room < 1:
+            raise RequestError(
+                f"This model's maximum context length is {self.context_length} tokens, but the prompt has "
+                f"{prompt_tokens}, and the answer needs at least 1",
+                parameter="prompt",
+                code="context_length_exceeded",
+            )
+        if max_tokens is not None and max_tokens > room:
+            raise RequestError(
+                f"max_tokens: found {max_tokens}, allowed: at most {room}, as this model's maximum context length is "
+                f"{self.context_length} tokens and the prompt has {prompt_tokens}",
+                parameter="max_tokens",
+                code="context_length_exceeded",
+            )
+        return max_tokens or min(room, limit or room)
 
     def check_length(self, ids: Sequence[int], parameter: str) -> None:
         """Refuse a text that is longer than the model's context."""
@@ -264,133 +313,3 @@ class ModelService:
                 kind="server_error",
                 headers={"Retry-After": str(wait)},
             )
-
-    async def generate(
-        self, prompts: Sequence[list[int]], parameters: Sequence[SamplingParameters], stops: Sequence[str], usage: Usage
-    ) -> AsyncIterator[TextPiece]:
-        """Generate the texts of all ``prompts`` side by side, and give their pieces as they come.
-
-        When the caller stops listening, the engine stops generating.
-
-        Args:
-            prompts: one list of token ids per text.
-            parameters: one per text.
-            stops: strings before which a text ends.
-            usage: counts completion tokens on the way.
-        """
-        if len(prompts) == 1:
-            async for piece in self._text(0, prompts[0], parameters[0], stops, usage):
-                yield piece
-            return
-        pieces: asyncio.Queue[TextPiece | None] = asyncio.Queue()
-
-        async def follow(index: int) -> None:
-            try:
-                async for piece in self._text(index, prompts[index], parameters[index], stops, usage):
-                    pieces.put_nowait(piece)
-            finally:
-                pieces.put_nowait(None)
-
-        tasks = [asyncio.create_task(follow(index)) for index in range(len(prompts))]
-        try:
-            ended = 0
-            while ended < len(tasks):
-                piece = await pieces.get()
-                if piece is None:
-                    ended += 1
-                else:
-                    yield piece
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _text(
-        self, index: int, prompt: list[int], parameters: SamplingParameters, stops: Sequence[str], usage: Usage
-    ) -> AsyncIterator[TextPiece]:
-        decoder, stopping = IncrementalDecoder(self.tokenizer), StopStrings(stops)
-        late = EngineTimeout(f"the text was not ready within {self.request_seconds:g} s (serving.request_seconds)")
-        ids: list[int] = []
-        watch = TextWatch(self)
-        request_log.note(model=self.name)
-        request_log.count(texts=1, prompt_tokens=len(prompt))
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(watch)
-            stream = (await self.engine.open()).submit(prompt, parameters)
-            stack.callback(stream.cancel)
-            timer = asyncio.get_running_loop().call_later(self.request_seconds, stream.cancel, late)
-            stack.callback(timer.cancel)
-            async for tokens in stream:
-                watch.tokens(len(tokens))
-                usage.completion_tokens += len(tokens)
-                ids += tokens
-                text = stopping.push(decoder.push(tokens))
-                if stopping.found:
-                    watch.reason = "stop"
-                    yield TextPiece(index, text, "stop", tuple(ids))
-                    return
-                if text:
-                    yield TextPiece(index, text)
-            watch.reason = stream.finish_reason
-            text = stopping.push(decoder.finish())
-            if stopping.found:
-                yield TextPiece(index, text, "stop", tuple(ids))
-                return
-            yield TextPiece(index, text + stopping.finish(), stream.finish_reason, tuple(ids))
-
-
-class Models:
-    """The models of one application.
-
-    Args:
-        services: at least one; the first answers requests that name none.
-    """
-
-    def __init__(self, services: Sequence[ModelService]) -> None:
-        self.services = list(services)
-        for service in self.services:
-            # One process for the schemas of all.
-            service.schemas = self.services[0].schemas
-        self._by_name = {service.name: service for service in services}
-
-    def find(self, name: str | None, *tasks: str) -> ModelService:
-        """The model called ``name``, or the first one; where ``tasks`` are given, one that does any of them.
-
-        Raises:
-            RequestError: status 404, or 400 where the named model does something else.
-        """
-        if name is None:
-            for task in tasks:
-                if (found := next((s for s in self.services if s.task == task), None)) is not None:
-                    return found
-            if not tasks:
-                return self.services[0]
-            raise RequestError(
-                f"This server does not serve {_in_words(tasks)}; serving.models takes more",
-                status=404,
-                parameter="model",
-                code="model_not_found",
-            )
-        if name not in self._by_name:
-            served = ", ".join(f"'{known}'" for known in self._by_name)
-            raise RequestError(
-                f"The model '{name}' does not exist; served: {served}",
-                status=404,
-                parameter="model",
-                code="model_not_found",
-            )
-        found = self._by_name[name]
-        if tasks and found.task not in tasks:
-            raise RequestError(
-                f"The model '{name}' is {found.service.what}; this needs {_in_words(tasks)}",
-                parameter="model",
-                code="model_not_supported",
-            )
-        return found
-
-
-def _in_words(tasks: Sequence[str]) -> str:
-    """Models that do any of the ``tasks``."""
-    known = {task.service.name: task.service.what for task in all_tasks()}
-    return " or ".join(known[task] for task in tasks)

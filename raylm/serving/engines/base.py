@@ -16,11 +16,13 @@ import numpy as np
 
 FinishReason = Literal["stop", "length"]
 Pooling = Literal["mean", "first", "last"]
+ConstraintKind = Literal["json", "regex", "choice", "grammar"]
 
 # Below this, logits divided by the temperature may overflow: the likeliest token is taken.
 LEAST_TEMPERATURE = 1e-3
 # Below this only the likeliest token is left, and in fp32 it may be 0, which engines refuse.
 LEAST_TOP_P = 1e-6
+NO_BIAS = "logit_bias: the engine openvino has none; serving.engine: transformers has"
 
 
 class EngineFailure(Exception):
@@ -44,36 +46,79 @@ def reason_of(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What a text must be.
+
+    Attributes:
+        kind: json: of a schema; choice: one of several texts.
+        text: the schema as JSON, the regular expression, the texts as a JSON array, or the grammar in EBNF.
+        parameter: of the request that asks for it.
+        compact: json: no white space but one blank behind a comma and a colon.
+    """
+
+    kind: ConstraintKind
+    text: str
+    parameter: str = "response_format"
+    compact: bool = False
+
+
+@dataclass(frozen=True)
 class SamplingParameters:
     """How one request is decoded.
+
+    The logits are changed in vLLM's order: logit_bias, min_tokens, the penalties, the temperature, min_p, top_k, top_p.
 
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_p: sample from the smallest set of tokens whose probabilities sum to this, at least one; [0, 1].
+        top_k: sample from this many likeliest tokens, and those as likely as the last of them; 0 for all.
+        min_p: sample from tokens of at least this share of the likeliest one's probability; [0, 1].
         seed: of the request's own random numbers; the same seed draws the same tokens whatever runs beside it.
         presence_penalty: taken from the logit of every token that was generated before.
         frequency_penalty: taken from a token's logit as many times as it was generated before.
-        schema: JSON schema that the text must follow.
+        repetition_penalty: divides the logits above 0, and multiplies those below, of every token of the prompt and of
+            those that were generated before (Keskar et al. 2019).
+        logit_bias: token ids, and what is added to the logit of each.
+        stop_token_ids: token ids that end the text besides the model's own.
+        min_tokens: tokens to generate before any of those may come.
+        ignore_eos: the model's own end tokens end nothing.
+        constraint: what the text must be.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    schema: str | None = None
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    constraint: Constraint | None = None
 
     @property
     def greedy(self) -> bool:
         """Whether nothing is left to chance."""
-        return self.temperature < LEAST_TEMPERATURE or self.top_p < LEAST_TOP_P
+        return self.temperature < LEAST_TEMPERATURE or self.top_p < LEAST_TOP_P or self.top_k == 1 or self.min_p >= 1
 
     @property
     def penalizes(self) -> bool:
         """Whether what was generated changes the logits."""
-        return bool(self.presence_penalty or self.frequency_penalty)
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether the likeliest token may be another one than the model's own."""
+        return self.penalizes or bool(self.logit_bias or self.min_tokens)
+
+    def ends(self, end_ids: frozenset[int]) -> frozenset[int]:
+        """Token ids that end a text of a model whose own are ``end_ids``."""
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else end_ids)
 
 
 @dataclass(frozen=True)
@@ -102,6 +147,9 @@ class Event:
     result: Any = None
     refused: bool = False
     """With an error: it is the request's own fault."""
+    cached: int | None = None
+    """With the first tokens: tokens of the prompt that were read for an earlier request; None if the engine does not
+    say."""
 
     @property
     def last(self) -> bool:

@@ -60,8 +60,8 @@ class EncoderDecoderBackend(Backend):
         self._groups: list[_Group] = []
 
     def admit(self, request: Generate) -> None:
-        if request.parameters.schema is not None:
-            raise EngineRefusal("response_format: a sequence-to-sequence model follows no schema")
+        if (constraint := request.parameters.constraint) is not None:
+            raise EngineRefusal(f"{constraint.parameter}: a sequence-to-sequence model follows no schema")
         self._waiting.append(request)
 
     def advance(self) -> list[Event]:
@@ -122,10 +122,10 @@ class EncoderDecoderBackend(Backend):
                 if not finite[row]:
                     raise EngineFailure("the model's output is not finite here")
                 token = likeliest[row] if sampler.plain else sampler.draw(torch.from_numpy(logits[row]))
-                events.append(Event(number, [token], sampler.account(token)))
+                events.append(Event(number, [token], sampler.account(token), cached=0))
             except EngineFailure as error:
                 token = 0
-                events.append(Event(number, error=str(error)))
+                events.append(Event(number, error=str(error), refused=isinstance(error, EngineRefusal)))
             tokens.append(token)
         group.tokens = np.array(tokens, dtype=np.int64)[:, None]
         for event in events:

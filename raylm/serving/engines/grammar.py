@@ -1,4 +1,4 @@
-"""Tokens that a JSON schema allows, for the transformers engine: xgrammar (Dong et al. 2024) as a mask over logits."""
+"""Tokens that a grammar allows, for the transformers engine: xgrammar (Dong et al. 2024) as a mask over logits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raylm.serving.engines.base import EngineRefusal
+from raylm.serving.engines.base import Constraint, EngineRefusal
+from raylm.serving.engines.grammar_text import grammar_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,27 +36,27 @@ class Grammars:
         self._ends = bool(end_ids)
         self._compiler = xgrammar.GrammarCompiler(information, max_threads=1, cache_limit_bytes=CACHE_BYTES)
 
-    def begin(self, schema: str) -> Grammar:
+    def begin(self, constraint: Constraint) -> Grammar:
         """A grammar at the beginning of a text.
 
         Raises:
-            RuntimeError: the schema cannot be followed.
+            RuntimeError: it cannot be followed.
         """
         import xgrammar
 
-        compiled = self._compiler.compile_json_schema(schema)
+        compiled = self._compiler.compile_grammar(grammar_of(constraint))
         # A model without an end token ends with the last brace.
         matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=not self._ends)
-        return Grammar(matcher, self._vocabulary)
+        return Grammar(matcher, self._vocabulary, constraint.parameter)
 
 
 class Grammar:
     """Where one text stands in its grammar."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
+    def __init__(self, matcher: Any, vocabulary: int, parameter: str) -> None:
         import xgrammar
 
-        self._matcher = matcher
+        self._matcher, self._parameter = matcher, parameter
         self._mask = xgrammar.allocate_token_bitmask(1, vocabulary)
 
     @property
@@ -74,7 +75,7 @@ class Grammar:
         logits = logits.clone()
         self._matcher.fill_next_token_bitmask(self._mask)
         if not self._mask.any():
-            raise EngineRefusal("response_format: the schema allows no further token of this model")
+            raise EngineRefusal(f"{self._parameter}: it allows no further token of this model")
         xgrammar.apply_token_bitmask_inplace(logits[None], self._mask)
         return logits
 

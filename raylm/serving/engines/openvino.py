@@ -18,15 +18,19 @@ import openvino_genai
 
 from raylm.models.openvino import EXPORT_MODEL, find_export, has_tokenizer, open_pipeline
 from raylm.serving.engines.base import (
+    NO_BIAS,
     Backend,
+    Constraint,
     EngineFailure,
     EngineRefusal,
     Event,
     FinishReason,
     Generate,
     Reading,
+    SamplingParameters,
     reason_of,
 )  # fmt: skip
+from raylm.serving.engines.grammar_text import plain_text
 
 # Tokens of a text that are read at once: with 50,000 words their logits take 50 MB.
 TOKENS_PER_PART = 256
@@ -71,31 +75,47 @@ class OpenVinoBackend(Backend):
         self._handles: dict[int, openvino_genai.py_openvino_genai.GenerationHandle] = {}
 
     def admit(self, request: Generate) -> None:
-        parameters = request.parameters
-        config = openvino_genai.GenerationConfig(
-            max_new_tokens=parameters.max_new_tokens,
-            do_sample=not parameters.greedy,
-            stop_token_ids=set(self._end_ids),
-        )
-        # The pipeline takes penalties from logits above 0 and adds them to those below; what is likely under a
-        # trained model lies above.
-        config.presence_penalty = parameters.presence_penalty
-        config.frequency_penalty = parameters.frequency_penalty
-        if not parameters.greedy:
-            config.temperature = parameters.temperature
-            config.top_p = parameters.top_p
-            config.rng_seed = parameters.seed
-        if parameters.schema is not None:
-            if not self._has_tokenizer:
-                raise EngineRefusal(
-                    "response_format: this export has no tokenizer of OpenVINO's; `raylm compress` makes one now"
-                )
-            config.structured_output_config = openvino_genai.StructuredOutputConfig(json_schema=parameters.schema)
+        config = self._config(request.parameters)
+        if request.parameters.constraint is not None:
             self._unproven.add(request.number)
         prompt = openvino.Tensor(np.array([request.prompt_ids], dtype=np.int64))
         self._handles[request.number] = self._pipeline.add_request(request.number, prompt, config)
         self._requests[request.number] = request
         self._generated[request.number] = []
+
+    def _config(self, parameters: SamplingParameters) -> openvino_genai.GenerationConfig:
+        """The pipeline's own form of ``parameters``.
+
+        Raises:
+            EngineRefusal: it has no such thing.
+        """
+        if parameters.logit_bias:
+            raise EngineRefusal(NO_BIAS)
+        config = openvino_genai.GenerationConfig(
+            max_new_tokens=parameters.max_new_tokens,
+            do_sample=not parameters.greedy,
+            stop_token_ids=set(parameters.ends(self._end_ids)),
+        )
+        # The pipeline takes penalties from logits above 0 and adds them to those below; what is likely under a
+        # trained model lies above.
+        config.presence_penalty = parameters.presence_penalty
+        config.frequency_penalty = parameters.frequency_penalty
+        config.repetition_penalty = parameters.repetition_penalty
+        config.min_new_tokens = parameters.min_tokens
+        if not parameters.greedy:
+            config.temperature = parameters.temperature
+            config.top_p = parameters.top_p
+            config.min_p = parameters.min_p
+            config.rng_seed = parameters.seed
+            if parameters.top_k:
+                config.top_k = parameters.top_k
+        if (constraint := parameters.constraint) is not None:
+            if not self._has_tokenizer:
+                raise EngineRefusal(
+                    f"{constraint.parameter}: this export has no tokenizer of OpenVINO's; `raylm compress` makes one"
+                )
+            config.structured_output_config = openvino_genai.StructuredOutputConfig(grammar=_grammar(constraint))
+        return config
 
     def advance(self) -> list[Event]:
         try:
@@ -128,8 +148,11 @@ class OpenVinoBackend(Backend):
 
         Schemas were checked before (:mod:`raylm.serving.tasks.structured`), by the nearest release of the same library.
         """
-        reason = f"response_format: cannot be followed by this engine: {reason_of(error)}"
-        events = [Event(number, error=reason, refused=True) for number in self._unproven]
+        reason = f"cannot be followed by this engine: {reason_of(error)}"
+        events = [
+            Event(number, error=f"{self._requests[number].parameters.constraint.parameter}: {reason}", refused=True)
+            for number in self._unproven
+        ]
         for number in self._unproven:
             if (handle := self._forget(number)) is not None:
                 handle.cancel()
@@ -154,13 +177,14 @@ class OpenVinoBackend(Backend):
         self._pipeline = self._open()
         for request, given in waiting:
             number, parameters = request.number, request.parameters
-            if parameters.schema is not None:
+            if parameters.constraint is not None:
                 self.admit(request)
                 self._unproven.discard(number)
                 self._repeated[number] = list(given)
             else:
                 left, seed = parameters.max_new_tokens - len(given), parameters.seed + len(given)
-                rest = replace(parameters, max_new_tokens=left, seed=seed)
+                least = max(0, parameters.min_tokens - len(given))
+                rest = replace(parameters, max_new_tokens=left, seed=seed, min_tokens=least)
                 self.admit(Generate(number, [*request.prompt_ids, *given], rest))
             self._generated[number] = list(given)
 
@@ -199,6 +223,14 @@ class OpenVinoBackend(Backend):
         if self._reader is None:
             self._reader = TextReader(self._directory, self._threads)
         return self._reader.read(ids)
+
+
+def _grammar(constraint: Constraint) -> str:
+    """The grammar of ``constraint`` for the release of xgrammar within OpenVINO GenAI."""
+    try:
+        return plain_text(constraint)
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise EngineRefusal(f"{constraint.parameter}: cannot be followed by this engine: {reason_of(error)}") from None
 
 
 class TextReader:

@@ -1,6 +1,7 @@
-"""The replica's side of :mod:`raylm.serving.engines.schema_process`: asks what is wrong with a schema, and remembers.
+"""The replica's side of :mod:`raylm.serving.engines.schema_process`: asks what is wrong with a
+schema or grammar, and remembers.
 
-The process starts with the first schema and stays; where it dies, the next schema starts another.
+The process starts with the first one and stays; where it dies, the next schema starts another.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
+from raylm.serving.engines.base import Constraint
 from raylm.serving.helper_process import HelperProcess
 
 # Schemas whose outcome is remembered, and schemas that may wait for theirs.
@@ -38,24 +40,26 @@ class SchemaChecker:
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._asked: dict[bytes, asyncio.Future[str | None]] = {}
 
-    async def mistake_in(self, schema: str, source: str | None) -> str | None:
-        """Why the schema cannot be followed; None where it can.
+    async def mistake_in(self, constraint: Constraint, source: str | None) -> str | None:
+        """Why the schema or grammar cannot be followed; None where it can.
 
         Args:
-            schema: as JSON.
+            constraint: what a text is to be.
             source: directory of the model whose tokens the grammar is compiled for; None only makes the grammar.
 
         Raises:
             SchemasUnavailable: too many wait, or the process ended.
         """
-        key = hashlib.sha256(f"{source}\n{schema}".encode()).digest()
+        key = hashlib.sha256(f"{source}\n{constraint.kind} {constraint.compact}\n{constraint.text}".encode()).digest()
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
         if key not in self._asked:
             if len(self._asked) >= MOST_WAITING:
-                raise SchemasUnavailable("too many schemas of response_format wait to be compiled; try again later")
-            asked = asyncio.get_running_loop().run_in_executor(self._thread, self._ask, schema, source)
+                raise SchemasUnavailable(
+                    f"{constraint.parameter}: too many schemas wait to be compiled; try again later"
+                )
+            asked = asyncio.get_running_loop().run_in_executor(self._thread, self._ask, constraint, source)
             self._asked[key] = asked
             asked.add_done_callback(lambda done: self._answered(key, done))
         # A client that leaves does not take the answer from the others who wait for it.
@@ -74,20 +78,22 @@ class SchemaChecker:
         self._thread.submit(self._end)
         self._thread.shutdown(wait=True)
 
-    def _ask(self, schema: str, source: str | None) -> str | None:
+    def _ask(self, constraint: Constraint, source: str | None) -> str | None:
         """The process's answer; runs on the thread."""
         if self._process is None:
             self._process = HelperProcess("raylm.serving.engines.schema_process")
         connection = self._process.connection
         try:
-            connection.send((schema, source))
+            connection.send((constraint, source))
             if connection.poll(self._answer_seconds):
                 return connection.recv()
         except (EOFError, OSError):
             self._end()
-            raise SchemasUnavailable("the process that compiles schemas of response_format ended; try again") from None
+            raise SchemasUnavailable(
+                f"{constraint.parameter}: the process that compiles schemas ended; try again"
+            ) from None
         self._end(kill=True)
-        raise SchemasUnavailable(f"the schema of response_format was not compiled within {self._answer_seconds:g} s")
+        raise SchemasUnavailable(f"{constraint.parameter}: it was not compiled within {self._answer_seconds:g} s")
 
     def _end(self, *, kill: bool = False) -> None:
         if self._process is not None:

@@ -17,6 +17,7 @@ class TokenStream:
     Attributes:
         finish_reason: ``stop`` (end token) or ``length``, once the stream has ended.
         generated: tokens that the engine gave, read or not.
+        cached: tokens of the prompt that the engine had in its cache; None where it does not say.
         adapter: what the model has in this request.
     """
 
@@ -24,6 +25,7 @@ class TokenStream:
         self.adapter = adapter
         self.finish_reason: FinishReason | None = None
         self.generated = 0
+        self.cached: int | None = None
         self._engine, self._number = engine, number
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
@@ -72,6 +74,7 @@ class TokenStream:
         if self._error is not None:
             return
         self._tokens += event.tokens
+        self.cached = event.cached if self.cached is None else self.cached
         self.finish_reason = event.finish_reason
         if event.error is not None:
             self._error = _failure_of(event)

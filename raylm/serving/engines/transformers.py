@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raylm.errors import first_line
 from raylm.models.lora import LoraLayer
-from raylm.serving.engines.base import Backend, EngineFailure, EngineRefusal, Event, Generate, Reading
+from raylm.serving.engines.base import Backend, Constraint, EngineFailure, EngineRefusal, Event, Generate, Reading
 from raylm.serving.engines.grammar import Grammar, Grammars
 from raylm.serving.engines.row_adapters import RowAdapters
 from raylm.serving.engines.rows import Rows, is_plain, left_pad, plain_cache
@@ -76,8 +76,8 @@ class TransformersBackend(Backend):
         self._alone: dict[int, _Alone] = {}
 
     def admit(self, request: Generate) -> None:
-        if request.parameters.schema is not None:
-            self._begun[request.number] = self._grammar(request.parameters.schema)
+        if request.parameters.constraint is not None:
+            self._begun[request.number] = self._grammar(request.parameters.constraint)
         self._adapters.check(request.adapter)
         self._adapted[request.number] = request.adapter
         self._waiting.append(request)
@@ -88,7 +88,7 @@ class TransformersBackend(Backend):
         for request in newcomers:
             grammar = self._begun.pop(request.number, None)
             end_ids = self._end_ids | self._ends.get(request.adapter or "", frozenset())
-            self._samplers[request.number] = Sampler(request.parameters, end_ids, grammar)
+            self._samplers[request.number] = Sampler(request.parameters, end_ids, grammar, request.prompt_ids)
         if not self.batches:
             self._alone |= {request.number: _Alone(request) for request in newcomers}
             return [self._advance_alone(number) for number in list(self._alone)]
@@ -132,16 +132,16 @@ class TransformersBackend(Backend):
                     output = self._run(input_ids, mask, cache, 0 if logits else 1, **extra)
             yield output.logits[0] if logits else output.hidden_states[-1][0]
 
-    def _grammar(self, schema: str) -> Grammar:
+    def _grammar(self, constraint: Constraint) -> Grammar:
         if self._tokenizer is None:
-            raise EngineRefusal("response_format: this model is served without its tokenizer")
+            raise EngineRefusal(f"{constraint.parameter}: this model is served without its tokenizer")
         try:
             if self._grammars is None:
                 columns = self._model.get_output_embeddings().weight.shape[0]
                 self._grammars = Grammars(self._tokenizer, columns, self._end_ids)
-            return self._grammars.begin(schema)
+            return self._grammars.begin(constraint)
         except (RuntimeError, ValueError, ImportError, AttributeError) as error:
-            raise EngineRefusal(f"response_format: cannot be followed with this model: {error}") from None
+            raise EngineRefusal(f"{constraint.parameter}: cannot be followed with this model: {error}") from None
 
     def _next_newcomers(self) -> list[Generate]:
         """The waiting requests that there is room for, oldest first."""
@@ -223,7 +223,7 @@ class TransformersBackend(Backend):
                 if not finite[row]:
                     raise EngineFailure("the model's output is not finite here")
                 token = likeliest[row] if sampler.plain else sampler.draw(logits[row])
-                events.append(Event(number, [token], sampler.account(token)))
+                events.append(Event(number, [token], sampler.account(token), cached=0))
             except EngineFailure as error:
                 token = 0
                 events.append(Event(number, error=str(error), refused=isinstance(error, EngineRefusal)))

@@ -8,6 +8,7 @@ and samples by itself: here a task a request hands its tokens on.
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
@@ -25,6 +26,7 @@ from raylm.serving.engines.base import (
     Cancel,
     Close,
     Command,
+    Constraint,
     EngineFailure,
     Event,
     FinishReason,
@@ -172,7 +174,7 @@ class _Work:
         async for output in self._outputs(command, command.prompt_ids, self._sampling(command)):
             part = output.outputs[0]
             reason = REASONS.get(part.finish_reason or "")
-            yield Event(command.number, list(part.token_ids), reason)
+            yield Event(command.number, list(part.token_ids), reason, cached=output.num_cached_tokens)
         if reason is None:
             yield Event(command.number, error="vLLM ended the text without a reason")
 
@@ -205,21 +207,28 @@ class _Work:
 
     def _sampling(self, command: Generate) -> Any:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.sampling_params import RequestOutputKind
 
         parameters = command.parameters
-        schema = parameters.schema
+        ends = self._end_ids | self._ends.get(command.adapter or "", frozenset())
         return SamplingParams(
             max_tokens=parameters.max_new_tokens,
+            min_tokens=parameters.min_tokens,
             temperature=0.0 if parameters.greedy else parameters.temperature,
             top_p=1.0 if parameters.greedy else parameters.top_p,
+            top_k=0 if parameters.greedy else parameters.top_k,
+            min_p=0.0 if parameters.greedy else parameters.min_p,
             seed=parameters.seed,
             presence_penalty=parameters.presence_penalty,
             frequency_penalty=parameters.frequency_penalty,
-            stop_token_ids=sorted(self._end_ids | self._ends.get(command.adapter or "", frozenset())),
+            repetition_penalty=parameters.repetition_penalty,
+            logit_bias=dict(parameters.logit_bias) or None,
+            stop_token_ids=sorted(parameters.ends(ends)),
+            # The model's own end tokens are vLLM's business too.
+            ignore_eos=parameters.ignore_eos,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+            structured_outputs=_structured(parameters.constraint),
         )
 
     def _deliver(self, event: Event) -> None:
@@ -231,3 +240,16 @@ class _Work:
     def _flush(self) -> None:
         events, self._events = self._events, []
         self._connection.send(events)
+
+
+def _structured(constraint: Constraint | None) -> Any:
+    """vLLM's own form of ``constraint``."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if constraint is None:
+        return None
+    if constraint.kind == "json":
+        # Small models would go on with white space for ever.
+        return StructuredOutputsParams(json=constraint.text, disable_any_whitespace=True)
+    text = json.loads(constraint.text) if constraint.kind == "choice" else constraint.text
+    return StructuredOutputsParams(**{constraint.kind: text})

@@ -13,6 +13,10 @@ from starlette.exceptions import HTTPException
 from raylm.serving.engines.base import EngineFailure, EngineRefusal, EngineTimeout
 
 INVALID = "invalid_request_error"
+# Of a validator's PydanticCustomError: what the client asks for is not done here.
+UNSUPPORTED = "unsupported"
+# The places that pydantic names for the kinds of a value (:mod:`raylm.serving.http.bodies`), which no body has.
+TEXT, IDS, LIST = KINDS = ("<text>", "<ids>", "<list>")
 # Of a name or message that may quote what the client sent.
 LONGEST_QUOTE, LONGEST_MESSAGE = 300, 1500
 
@@ -102,7 +106,10 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse(error_body(message, INVALID), status_code=error.status_code, headers=error.headers)
+        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+        return JSONResponse(
+            error_body(message, INVALID, code=code), status_code=error.status_code, headers=error.headers
+        )
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
@@ -123,22 +130,25 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _describe(mistake: dict[str, Any]) -> dict[str, Any]:
-    """The first mistake that pydantic found in a body."""
+    """The first mistake that pydantic found in a body; the parameter is the path to the part at fault."""
     if mistake["type"] == "json_invalid":
         reason = mistake.get("ctx", {}).get("error", "")
         return error_body(f"The body is not valid JSON: {reason} at character {mistake['loc'][-1]}", INVALID)
-    keys = [_short(str(part)) for part in mistake["loc"][1:]]
+    keys = [_short(str(part)) for part in mistake["loc"][1:] if part not in KINDS]
+    message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error" and not keys:
-        # A validator of the whole body names its parameters itself.
-        return error_body(mistake["msg"].removeprefix("Value error, "), INVALID, code="invalid_value")
+        # A validator of the whole body names its parameter itself.
+        name, colon, _ = message.partition(": ")
+        return error_body(message, INVALID, name if colon and name.isidentifier() else None, "invalid_value")
     if not keys:
         return error_body("The body must be a JSON object, sent as application/json", INVALID)
-    parameter = keys[0]
-    message = _short(mistake["msg"].removeprefix("Value error, "))
+    parameter, message = ".".join(keys), _short(message)
     if mistake["type"] == "extra_forbidden":
-        return error_body(f"Unsupported parameter: {'.'.join(keys)}", INVALID, parameter, "unsupported_parameter")
+        return error_body(f"Unsupported parameter: {parameter}", INVALID, parameter, "unsupported_parameter")
+    if mistake["type"] == UNSUPPORTED:
+        return error_body(f"Unsupported parameter: {parameter}: {message}", INVALID, parameter, "unsupported_parameter")
     if mistake["type"] == "missing":
-        return error_body(f"Missing parameter: {'.'.join(keys)}", INVALID, parameter, "missing_parameter")
+        return error_body(f"Missing parameter: {parameter}", INVALID, parameter, "missing_parameter")
     return error_body(f"{parameter}: {message}", INVALID, parameter, "invalid_value")
 
 

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from raylm.serving.deploy.service import SEEDS, ModelService, TextPiece, Usage
+from raylm.serving.deploy.service import SEEDS, ModelService
+from raylm.serving.deploy.texts import TextPiece, Usage, generate
 from raylm.serving.engines.base import EngineFailure, SamplingParameters
-from raylm.serving.http.errors import RequestError, error_body
-from raylm.serving.http.requests import GenerationRequest
+from raylm.serving.http.errors import error_body
+from raylm.serving.http.generation import GenerationRequest, StreamOptions
 
 
 class Reply(abc.ABC):
@@ -24,13 +25,15 @@ class Reply(abc.ABC):
 
     Args:
         service: the model that answers.
+        prompts: token ids of each text's prompt, where those and the text's own are to be shown.
     """
 
     prefix: ClassVar[str]
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
 
-    def __init__(self, service: ModelService) -> None:
+    def __init__(self, service: ModelService, prompts: Sequence[list[int]] | None = None) -> None:
+        self._prompts = prompts
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
 
     def whole(self, pieces: Sequence[TextPiece], usage: Usage) -> dict[str, Any]:
@@ -50,6 +53,11 @@ class Reply(abc.ABC):
         """The last event, if the client asked for it."""
         return self._head | {"object": self.chunk_kind, "choices": [], "usage": usage.as_dict()}
 
+    def _end(self, piece: TextPiece) -> dict[str, Any]:
+        """Of a choice: why it ended, and its ids where they are to be shown."""
+        end = {"logprobs": piece.logprobs, "finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+        return end if self._prompts is None else end | {"token_ids": list(piece.fresh)}
+
     @abc.abstractmethod
     def _choice(self, piece: TextPiece) -> dict[str, Any]: ...
 
@@ -62,25 +70,31 @@ class CompletionReply(Reply):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, service: ModelService, echoes: Sequence[str] = ()) -> None:
-        super().__init__(service)
+    def __init__(
+        self, service: ModelService, echoes: Sequence[str] = (), prompts: Sequence[list[int]] | None = None
+    ) -> None:
+        super().__init__(service, prompts)
         self._echoes = echoes
 
     def opening(self, texts: int) -> list[dict[str, Any]]:
-        """The prompts, where they are to be echoed."""
-        return [self.chunk(TextPiece(index, echo)) for index, echo in enumerate(self._echoes)]
+        """The prompts, where they are to be echoed or their ids to be shown."""
+        if self._prompts is None:
+            return [self.chunk(TextPiece(index, echo)) for index, echo in enumerate(self._echoes)]
+        pieces = [TextPiece(index, self._echoes[index] if self._echoes else "") for index in range(texts)]
+        return [
+            self._head | {"object": self.chunk_kind, "choices": [self._delta(piece) | self._prompt(piece.index)]}
+            for piece in pieces
+        ]
 
     def _choice(self, piece: TextPiece) -> dict[str, Any]:
         echo = self._echoes[piece.index] if self._echoes else ""
-        return self._delta(piece) | {"text": echo + piece.text}
+        return self._delta(piece) | {"text": echo + piece.text} | self._prompt(piece.index)
 
     def _delta(self, piece: TextPiece) -> dict[str, Any]:
-        return {
-            "index": piece.index,
-            "text": piece.text,
-            "logprobs": piece.logprobs,
-            "finish_reason": piece.finish_reason,
-        }
+        return {"index": piece.index, "text": piece.text, **self._end(piece)}
+
+    def _prompt(self, index: int) -> dict[str, Any]:
+        return {} if self._prompts is None else {"prompt_token_ids": self._prompts[index]}
 
 
 class ChatReply(Reply):
@@ -88,32 +102,30 @@ class ChatReply(Reply):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def whole(self, pieces: Sequence[TextPiece], usage: Usage) -> dict[str, Any]:
+        """The answers in one object."""
+        return super().whole(pieces, usage) | self._prompt()
+
     def opening(self, texts: int) -> list[dict[str, Any]]:
         """Says of each text that the assistant speaks."""
         delta = {"role": "assistant", "content": ""}
-        return [
+        chunks = [
             self._head
             | {"object": self.chunk_kind, "choices": [{"index": index, "delta": delta, "finish_reason": None}]}
             for index in range(texts)
         ]
+        return [chunks[0] | self._prompt(), *chunks[1:]]
 
     def _choice(self, piece: TextPiece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {
-            "index": piece.index,
-            "message": message,
-            "logprobs": piece.logprobs,
-            "finish_reason": piece.finish_reason,
-        }
+        return {"index": piece.index, "message": message, **self._end(piece)}
 
     def _delta(self, piece: TextPiece) -> dict[str, Any]:
         delta = {"content": piece.text} if piece.text else {}
-        return {
-            "index": piece.index,
-            "delta": delta,
-            "logprobs": piece.logprobs,
-            "finish_reason": piece.finish_reason,
-        }
+        return {"index": piece.index, "delta": delta, **self._end(piece)}
+
+    def _prompt(self) -> dict[str, Any]:
+        return {} if self._prompts is None else {"prompt_token_ids": self._prompts[0]}
 
 
 async def send_reply(
@@ -134,8 +146,6 @@ async def send_reply(
         logprobs: makes the object of that name from a prompt's ids and those of the text after it; in a stream it comes
             with a text's last piece, as the whole text is read for it.
     """
-    if request.stream_options is not None and not request.stream:
-        raise RequestError("stream_options is allowed only together with stream", parameter="stream_options")
     service.admit(len(prompts) * choices)
     usage = Usage(prompt_tokens=sum(map(len, prompts)))
     jobs = [
@@ -143,7 +153,7 @@ async def send_reply(
         for prompt, chosen in zip(prompts, parameters, strict=True)
         for choice in range(choices)
     ]
-    pieces = service.generate([job[0] for job in jobs], [job[1] for job in jobs], request.stops, usage)
+    pieces = generate(service, [job[0] for job in jobs], [job[1] for job in jobs], service.text_options(request), usage)
     if logprobs is not None:
         pieces = _with_logprobs(pieces, [job[0] for job in jobs], logprobs)
     if request.stream:
@@ -154,7 +164,7 @@ async def send_reply(
         async for piece in pieces:
             texts[piece.index] += piece.text
             ends[piece.index] = piece
-    whole = [dataclasses.replace(end, text=text) for end, text in zip(ends, texts, strict=True)]
+    whole = [dataclasses.replace(end, text=text, fresh=end.tokens) for end, text in zip(ends, texts, strict=True)]
     return JSONResponse(reply.whole(whole, usage))
 
 
@@ -177,28 +187,28 @@ def stream_reply(
     request: GenerationRequest, reply: Reply, pieces: AsyncIterator[TextPiece], usage: Usage, texts: int = 1
 ) -> Response:
     """Server-sent events of ``pieces``; ``usage`` comes last where the request asks for it."""
-    with_usage = request.stream_options is not None and request.stream_options.include_usage
     return StreamingResponse(
-        _events(reply, pieces, texts, usage, with_usage),
+        _events(reply, pieces, texts, usage, request.stream_options or StreamOptions()),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
 
 
 async def _events(
-    reply: Reply, pieces: AsyncIterator[TextPiece], texts: int, usage: Usage, with_usage: bool
+    reply: Reply, pieces: AsyncIterator[TextPiece], texts: int, usage: Usage, options: StreamOptions
 ) -> AsyncIterator[str]:
     for opening in reply.opening(texts):
         yield _event(opening)
     try:
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
-                yield _event(reply.chunk(piece))
+                chunk = reply.chunk(piece)
+                yield _event(chunk | {"usage": usage.as_dict()} if options.continuous_usage_stats else chunk)
     except EngineFailure as error:
         # The status was sent long ago; an error object is what OpenAI's client looks for in a stream.
         yield _event(error_body(str(error), "server_error", code="engine_failure"))
         return
-    if with_usage:
+    if options.include_usage:
         yield _event(reply.usage_chunk(usage))
     yield "data: [DONE]\n\n"
 

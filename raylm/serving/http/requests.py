@@ -1,135 +1,76 @@
-"""What clients may send: OpenAI's request bodies, as far as they are supported.
-
-A parameter that is not supported is refused by name, unless it has the value that changes nothing: clients send
-``"logprobs": null`` or ``"frequency_penalty": 0`` without meaning anything by it.
-"""
+"""What clients may send to each route: OpenAI's request bodies, vLLM's and our own, as far as they are supported."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from raylm.serving.http.bodies import MOST_KEYS, Items, RequestBody
-from raylm.serving.tasks.structured import ResponseFormat
+from raylm.serving.http.bodies import Items, Prompts, RequestBody, as_list
+from raylm.serving.http.generation import GenerationRequest
+from raylm.serving.http.messages import MOST_MESSAGES, Message
+from raylm.serving.tasks.structured import ResponseFormat, StructuredOutputs
 
 # Texts that one request may ask for: its prompts times n.
 MOST_CHOICES = 64
-# Texts of one request for embeddings, and likeliest tokens that a request may ask for at each place.
+# Texts of one request to read, texts of one for embeddings, and likeliest tokens that one may ask for at each place.
 MOST_INPUTS = 256
+MOST_EMBEDDED = 2048
 MOST_LOGPROBS = 20
-# Messages of one conversation, and parts of one message.
-MOST_MESSAGES = 10_000
-TokenIds = Annotated[Items[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-# Parameters of OpenAI's that are not supported, and the values besides null that change nothing.
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "metadata": ({},),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-}
+Truncation = Annotated[int, Field(ge=-1)]
+# Of transformers' apply_chat_template.
+TEMPLATE_ARGUMENTS = frozenset(
+    {
+        "add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation", "documents",
+        "eos_token", "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict",
+        "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation",
+    }
+)  # fmt: skip
 
 
-class StreamOptions(BaseModel):
-    """``stream_options``."""
+class TextRequest(GenerationRequest):
+    """What ``/v1/completions`` and ``/v1/chat/completions`` share."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: bool = False
-    """Send the token counts in a last event."""
-    include_obfuscation: bool = False
-    """Accepted for OpenAI's client; nothing is added."""
-
-
-class GenerationRequest(RequestBody):
-    """What all routes that generate text share."""
-
-    model: str | None = None
-    """Name of the model; by default the first one that fits the route."""
-    max_tokens: int | None = Field(default=None, ge=0)
-    """Most tokens to generate."""
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    """Divides the logits; 0 takes the likeliest token each time; default 1."""
-    top_p: float | None = Field(default=None, ge=0, le=1)
-    """Share of the probability to sample from; default 1."""
-    seed: int | None = None
-    """Seed of the sampling; the same seed gives the same text."""
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    """Subtracted from the logit of every token that was generated before."""
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    """Subtracted from a token's logit once for each time that it was generated before."""
-    stop: str | Items[str] | None = None
-    """Strings that end the text, at most 4; the text ends before them."""
-    stream: bool | None = None
-    """Send the text as server-sent events while it is generated."""
-    stream_options: StreamOptions | None = None
-    """Only together with stream."""
-    user: str | None = None
-    """The client's name for its user; has no effect."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_has_no_effect(cls, values: Any) -> Any:
-        # This comes before the base's check of how many there are.
-        if not isinstance(values, dict) or len(values) > MOST_KEYS:
-            return values
-        if values.get("logprobs") is False:
-            values = {name: value for name, value in values.items() if name != "logprobs"}
-        return {name: value for name, value in values.items() if name in cls.model_fields or not _idle(name, value)}
-
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and len(value) > 4:
-            raise ValueError(f"at most 4 strings are allowed, found {len(value)}")
-        return value
-
-    @property
-    def stops(self) -> list[str]:
-        """``stop`` as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-
-def _idle(name: str, value: Any) -> bool:
-    """Whether an unsupported parameter is given with a value that changes nothing."""
-    if name not in _WITHOUT_EFFECT:
-        return False
-    # True == 1 in Python, but "logprobs": 0 asks for something and "logprobs": false does not.
-    return value is None or any(
-        value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in _WITHOUT_EFFECT[name]
-    )
-
-
-def as_list(texts: str | list) -> list[str] | list[list[int]]:
-    """One text or one list of token ids as a list of them; a list as it is."""
-    return [texts] if isinstance(texts, str) or (texts and isinstance(texts[0], int)) else texts
-
-
-class CompletionRequest(GenerationRequest):
-    """``POST /v1/completions``."""
-
-    prompt: str | TokenIds | Items[str] | Items[TokenIds]
-    """Text, token ids, or a list of either."""
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
-    """Number of completions of each prompt; default 1."""
-    echo: bool | None = None
-    """Begin the text with the prompt; with max_tokens 0 nothing is generated."""
+    """Number of texts for each prompt; default 1."""
     response_format: ResponseFormat | None = None
     """JSON that the text must follow: ``{"type": "json_schema", "json_schema": {"schema": ...}}`` or json_object."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the text must be: one of json (a schema), json_object, regex, choice and grammar (EBNF)."""
+    truncate_prompt_tokens: Truncation | None = None
+    """Keep only this many last tokens of the prompt; -1: as many as leave room for max_tokens."""
+    add_special_tokens: bool | None = None
+    """Let the tokenizer put its special tokens around the prompt; true by default for prompts, and false for messages,
+    whose chat template writes them."""
+    return_token_ids: bool | None = None
+    """Give the token ids of the prompt and of the text."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> TextRequest:
+        forced = self.response_format is not None and self.response_format.type != "text"
+        if forced and self.structured_outputs is not None:
+            raise ValueError("structured_outputs: leave out response_format, which says what the text must be as well")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens: found 0, allowed: -1, or 1 and more")
+        return self
+
+
+class CompletionRequest(TextRequest):
+    """``POST /v1/completions``."""
+
+    prompt: Prompts
+    """Text, token ids, or a list of both."""
+    echo: bool | None = None
+    """Begin the text with the prompt; with max_tokens 0 nothing is generated."""
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     """Return each token's log-probability, and those of this many likeliest tokens. A stream sends all with its last
     piece."""
+
+    @classmethod
+    def _asked(cls, values: dict[Any, Any]) -> dict[Any, Any]:
+        found = super()._asked(values)
+        # Chat has it as true or false.
+        return {name: value for name, value in found.items() if name != "logprobs" or value is not False}
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:
@@ -143,46 +84,24 @@ class CompletionRequest(GenerationRequest):
         return self
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> list[str | list[int]]:
         """``prompt`` as a list of prompts."""
         return as_list(self.prompt)
 
 
-class TextPart(BaseModel):
-    """A part of a message's content; only text is supported."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[Items[TextPart], Field(max_length=MOST_MESSAGES)]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """The message as a chat template takes it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class ChatRequest(GenerationRequest):
+class ChatRequest(TextRequest):
     """``POST /v1/chat/completions``."""
 
     messages: Items[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     """The conversation so far."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """OpenAI's newer name of max_tokens."""
-    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
-    """Number of answers; default 1."""
-    response_format: ResponseFormat | None = None
-    """JSON that the answer must follow: ``{"type": "json_schema", "json_schema": {"schema": ...}}`` or json_object."""
+    add_generation_prompt: bool | None = None
+    """Let the chat template begin the assistant's answer; true by default."""
+    continue_final_message: bool | None = None
+    """Go on with the last message instead of answering it."""
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=64)
+    """What the chat template is given besides the messages, such as ``{"enable_thinking": false}``."""
     logprobs: bool | None = None
     """Return each token's log-probability. A stream sends all with its last piece."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
@@ -192,31 +111,41 @@ class ChatRequest(GenerationRequest):
     def _something_to_say(self) -> ChatRequest:
         if self.max_tokens == 0:
             raise ValueError("max_tokens: at least 1 is needed")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: allowed only together with logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message: allowed only without add_generation_prompt")
+        if own := sorted(TEMPLATE_ARGUMENTS & set(self.chat_template_kwargs or {})):
+            raise ValueError(f"chat_template_kwargs: found {own[0]}, which the request itself says")
         return self
 
 
 class EmbeddingRequest(RequestBody):
     """``POST /v1/embeddings``."""
 
-    input: str | TokenIds | Items[str] | Items[TokenIds]
-    """Text, token ids, or a list of either."""
+    idle: ClassVar[dict[str, tuple[Any, ...]]] = {"normalize": (True,)}
+
+    input: Prompts
+    """Text, token ids, or a list of both, at most 2,048. A sentence encoder takes texts only (serving.token_ids)."""
     model: str | None = None
     """Name of the model; by default the first one that fits the route."""
     encoding_format: Literal["float", "base64"] = "float"
     """base64: little-endian fp32."""
-    user: str | None = None
-    """The client's name for its user; has no effect."""
+    dimensions: int | None = Field(default=None, ge=1)
+    """Length of the vectors: the model's own, and no other."""
+    truncate_prompt_tokens: Truncation | None = None
+    """Keep only this many last tokens of each text; -1: as many as the model takes."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> EmbeddingRequest:
-        if not 0 < len(self.inputs) <= MOST_INPUTS:
-            raise ValueError(f"input: found {len(self.inputs)} texts, allowed: 1 to {MOST_INPUTS}")
+        if not 0 < len(self.inputs) <= MOST_EMBEDDED:
+            raise ValueError(f"input: found {len(self.inputs)} texts, allowed: 1 to {MOST_EMBEDDED}")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens: found 0, allowed: -1, or 1 and more")
         return self
 
     @property
-    def inputs(self) -> list[str] | list[list[int]]:
+    def inputs(self) -> list[str | list[int]]:
         """``input`` as a list."""
         return as_list(self.input)
 

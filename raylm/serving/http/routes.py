@@ -10,7 +10,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 import raylm
-from raylm.serving.deploy.service import Models, ModelService
+from raylm.serving.deploy.models import Models
+from raylm.serving.deploy.service import ModelService
 from raylm.serving.http.bodies import BodyRoute
 from raylm.serving.http.errors import ERROR_RESPONSES, install_error_handlers
 from raylm.serving.http.metrics import CONTENT_TYPE, ServerMetrics

@@ -9,7 +9,9 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 
 from raylm.data.chat import question_messages
-from raylm.serving.deploy.service import Models, ModelService, TextPiece, Usage
+from raylm.serving.deploy.models import Models
+from raylm.serving.deploy.service import ModelService
+from raylm.serving.deploy.texts import TextPiece, Usage
 from raylm.serving.http.replies import Reply, send_reply, stream_reply
 from raylm.serving.http.requests import QuestionRequest
 from raylm.serving.retrieval.collections import describe_matches, refusals
@@ -115,9 +117,11 @@ async def generate_answer(
         return refuse(request, QuestionReply(service, matches, 0))
     wanted = request.max_tokens
     if wanted is None and service.context_length is not None:
-        wanted = max(1, min(service.max_new_tokens, int(service.context_length * ANSWER_SHARE)))
+        share = max(1, int(service.context_length * ANSWER_SHARE))
+        wanted = min(service.max_new_tokens or share, share)
     characters = len(request.question) + sum(len(match.passage.text) for match in matches)
-    fit = functools.partial(fit_prompt, service, request.question, matches, wanted or service.max_new_tokens)
+    # Where there is no context, there is nothing to leave room in.
+    fit = functools.partial(fit_prompt, service, request.question, matches, wanted or 0)
     prompt, used = await service.text_work.run(characters, 1, fit)
     # The likeliest answer, unless the request asks for chance: sampling invents what the passages do not say.
     parameters = service.parameters(request, wanted, len(prompt), temperature=0.0)

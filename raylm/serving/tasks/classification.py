@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from raylm.serving.http.bodies import Items, RequestBody
+from raylm.serving.http.bodies import RequestBody, Texts, as_list
 from raylm.serving.http.requests import MOST_INPUTS
 from raylm.serving.tasks.encoders import EncoderService
 from raylm.serving.tasks.prompts import encode_prompts
@@ -16,14 +16,12 @@ from raylm.tasks.classification.texts import softmax
 class ClassifyRequest(RequestBody):
     """``POST /v1/classify``."""
 
-    input: str | Items[str]
+    input: Texts
     """A text, or a list of them."""
     model: str | None = None
     """Name of the classifier; by default the first one."""
     top: int | None = Field(default=None, ge=1)
     """Return the scores of this many likeliest labels; all by default."""
-    user: str | None = None
-    """The client's name for its user; has no effect."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> ClassifyRequest:
@@ -34,7 +32,7 @@ class ClassifyRequest(RequestBody):
     @property
     def inputs(self) -> list[str]:
         """``input`` as a list."""
-        return [self.input] if isinstance(self.input, str) else self.input
+        return as_list(self.input)
 
 
 async def classify(service: EncoderService, request: ClassifyRequest) -> dict[str, Any]:

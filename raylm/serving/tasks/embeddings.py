@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from fastapi.responses import Response
 
-from raylm.serving.deploy.service import ModelService, Usage
+from raylm.serving.deploy.service import ModelService
+from raylm.serving.deploy.texts import Usage
 from raylm.serving.engines.deadline import all_in_time
 from raylm.serving.http.requests import EmbeddingRequest
 from raylm.serving.tasks.prompts import encode_prompts

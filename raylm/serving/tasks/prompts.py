@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raylm.serving.http.errors import RequestError
@@ -22,6 +23,38 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 # Characters that are tokenized in the event loop: they take it some milliseconds, a thread would take longer to answer.
 MOST_INLINE = 4096
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a text becomes token ids.
+
+    Attributes:
+        special: with the tokens that the tokenizer puts around a text.
+        keep: last tokens of it that stay; None for all.
+    """
+
+    special: bool = True
+    keep: int | None = None
+
+
+@dataclass(frozen=True)
+class ChatOptions(PromptOptions):
+    """How a conversation becomes token ids.
+
+    Attributes:
+        answer: the template begins the assistant's answer.
+        continues: the last message is gone on with.
+        arguments: that the template is given besides.
+    """
+
+    special: bool = False
+    answer: bool = True
+    continues: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+PLAIN, ANSWER = PromptOptions(), ChatOptions()
 
 
 class TextWork:
@@ -50,23 +83,34 @@ class TextWork:
 
 
 async def encode_prompts(
-    service: ModelService, prompts: Sequence[str] | Sequence[list[int]], parameter: str = "prompt"
+    service: ModelService,
+    prompts: Sequence[str | list[int]],
+    parameter: str = "prompt",
+    options: PromptOptions = PLAIN,
+    places: int | None = None,
 ) -> list[list[int]]:
     """Token ids of all ``prompts``.
+
+    Args:
+        places: texts that they count as in the queue; by default each does.
 
     Raises:
         RequestError: the queue is full, or a prompt is longer than the context or has unknown ids.
     """
-    service.admit(len(prompts))
-    for prompt in prompts:
-        check_fits(service, prompt, parameter)
+    places = len(prompts) if places is None else places
+    service.admit(places)
+    if options.keep is None:
+        for prompt in prompts:
+            check_fits(service, prompt, parameter)
     characters = sum(map(len, prompts))
     return await service.text_work.run(
-        characters, len(prompts), lambda: [service.encode_prompt(prompt, parameter) for prompt in prompts]
+        characters, places, lambda: [service.encode_prompt(prompt, parameter, options) for prompt in prompts]
     )
 
 
-async def encode_messages(service: ModelService, messages: Sequence[dict[str, str]]) -> list[int]:
+async def encode_messages(
+    service: ModelService, messages: Sequence[dict[str, str]], options: ChatOptions = ANSWER
+) -> list[int]:
     """Token ids of a conversation.
 
     Raises:
@@ -75,7 +119,32 @@ async def encode_messages(service: ModelService, messages: Sequence[dict[str, st
     service.admit(1)
     # Each message costs the template something, even one without text.
     characters = sum(len(message["content"]) + len("<|user|>") for message in messages)
-    return await service.text_work.run(characters, 1, lambda: service.encode_messages(messages, whole=True))
+    return await service.text_work.run(
+        characters, 1, lambda: service.encode_messages(messages, whole=True, options=options)
+    )
+
+
+def kept_tokens(service: ModelService, wanted: int | None, answer: int = 0) -> int | None:
+    """``truncate_prompt_tokens`` as tokens of a prompt that stay; None for all.
+
+    Args:
+        wanted: the request's; -1 for as many as the context has room for.
+        answer: tokens to leave room for.
+
+    Raises:
+        RequestError: the context is shorter.
+    """
+    limit = service.context_length
+    if wanted is None or (wanted == -1 and limit is None):
+        return None
+    if wanted == -1:
+        return max(1, limit - answer)
+    if limit is not None and wanted > limit:
+        raise RequestError(
+            f"truncate_prompt_tokens: found {wanted}, allowed: -1, or 1 to {limit}, this model's context length",
+            parameter="truncate_prompt_tokens",
+        )
+    return wanted
 
 
 def check_fits(service: ModelService, prompt: str | Sequence[int], parameter: str) -> None:

@@ -1,4 +1,4 @@
-"""``response_format``: the JSON that an answer must be, checked before any engine sees it.
+"""``response_format`` and ``structured_outputs``: what an answer must be, checked before any engine sees it.
 
 A schema that the grammar library cannot take would fail inside an engine's step, with every request beside it. Here its
 size is bounded first, then it is compiled in a process that may die (:mod:`raylm.serving.engines.schemas`). OpenVINO
@@ -11,9 +11,11 @@ import json
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
+from raylm.serving.engines.base import Constraint
 from raylm.serving.engines.schemas import SchemaChecker, SchemasUnavailable
+from raylm.serving.http.bodies import Items, Part
 from raylm.serving.http.errors import RequestError
 
 LONGEST_SCHEMA = 100_000
@@ -28,14 +30,14 @@ MOST_COUNTED = 1000
 MOST_REPEATED = 1_000_000
 COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains")
 ANY_OBJECT = '{"type": "object"}'
-PARAMETER = "response_format"
+RESPONSE_FORMAT, STRUCTURED_OUTPUTS = "response_format", "structured_outputs"
+LONGEST_GRAMMAR = 20_000
+MOST_CHOSEN = 1000
 _ESCAPED = re.compile(r"\\.")
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Part):
     """``response_format.json_schema``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = ""
     description: str | None = None
@@ -43,51 +45,112 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Part):
     """``response_format``: text, any JSON object, or JSON of a schema."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-async def wanted_schema(wanted: ResponseFormat | None, checker: SchemaChecker, source: str | None) -> str | None:
-    """The JSON schema that an answer must follow, as text; None where any text will do.
+class StructuredOutputs(Part):
+    """``structured_outputs``, as vLLM has it: one of the first five."""
+
+    json_: str | dict[str, Any] | None = Field(default=None, alias="json")
+    """JSON schema that the text must follow, or its text."""
+    json_object: bool | None = None
+    """The text must be a JSON object."""
+    regex: str | None = Field(default=None, min_length=1, max_length=LONGEST_PATTERN)
+    """Regular expression of the whole text."""
+    choice: Items[str] | None = Field(default=None, min_length=1, max_length=MOST_CHOSEN)
+    """Texts, one of which is the answer."""
+    grammar: str | None = Field(default=None, min_length=1, max_length=LONGEST_GRAMMAR)
+    """Grammar of the text in EBNF, whose first rule is ``root``."""
+    disable_any_whitespace: bool = False
+    """JSON without white space but one blank behind a comma and a colon."""
+    disable_additional_properties: bool = False
+    """JSON without properties that the schema does not name, which is so in any case."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StructuredOutputs:
+        kinds = {
+            "json": self.json_, "json_object": self.json_object or None, "regex": self.regex, "choice": self.choice,
+            "grammar": self.grammar,
+        }  # fmt: skip
+        found = [name for name, value in kinds.items() if value is not None]
+        if len(found) != 1:
+            raise ValueError(f"found {' and '.join(found) or 'none'}, allowed: one of {', '.join(kinds)}")
+        return self
+
+    def constraint(self) -> Constraint:
+        """What the text must be.
+
+        Raises:
+            RequestError: the schema is no JSON object.
+        """
+        parameter = STRUCTURED_OUTPUTS
+        if self.regex is not None:
+            return Constraint("regex", self.regex, parameter)
+        if self.choice is not None:
+            return Constraint("choice", json.dumps(self.choice), parameter)
+        if self.grammar is not None:
+            return Constraint("grammar", self.grammar, parameter)
+        schema: Any = json.loads(ANY_OBJECT) if self.json_ is None else self.json_
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError):
+                schema = None
+            if not isinstance(schema, dict):
+                raise _refusal("json: found a text that is no JSON object", parameter)
+        return _of_schema(schema, parameter, compact=self.disable_any_whitespace)
+
+
+async def wanted_constraint(
+    wanted: ResponseFormat | None, outputs: StructuredOutputs | None, checker: SchemaChecker, source: str | None
+) -> Constraint | None:
+    """What an answer must be; None where any text will do.
 
     Args:
         wanted: the request's.
+        outputs: the request's too; never both of them ask for something.
         checker: compiles schemas.
         source: directory of the model, where its engine compiles with the same library; None where it does not.
 
     Raises:
         RequestError: there is no such schema, it cannot be followed, or (status 503) it cannot be tried now.
     """
-    if wanted is None or wanted.type == "text":
+    if outputs is not None:
+        constraint = outputs.constraint()
+    elif wanted is None or wanted.type == "text":
         return None
-    if wanted.type == "json_object":
-        schema = ANY_OBJECT
+    elif wanted.type == "json_object":
+        constraint = Constraint("json", ANY_OBJECT)
     elif wanted.json_schema is None:
-        raise RequestError("response_format.json_schema: missing with the type json_schema", parameter=PARAMETER)
+        raise RequestError("response_format.json_schema: missing with the type json_schema", parameter=RESPONSE_FORMAT)
     else:
-        if (mistake := excess_of(wanted.json_schema.json_schema)) is not None:
-            raise _refusal(mistake)
-        schema = json.dumps(wanted.json_schema.json_schema, ensure_ascii=False)
-        if len(schema) > LONGEST_SCHEMA:
-            raise _refusal(f"found a schema of {len(schema)} characters, allowed: at most {LONGEST_SCHEMA}")
+        constraint = _of_schema(wanted.json_schema.json_schema, RESPONSE_FORMAT)
     try:
-        mistake = await checker.mistake_in(schema, source)
+        mistake = await checker.mistake_in(constraint, source)
     except SchemasUnavailable as error:
         raise RequestError(
             str(error), status=503, code="server_busy", kind="server_error", headers={"Retry-After": "1"}
         ) from None
     if mistake is not None:
-        raise _refusal(mistake)
-    return schema
+        raise _refusal(mistake, constraint.parameter)
+    return constraint
 
 
-def _refusal(mistake: str) -> RequestError:
-    return RequestError(f"response_format: {mistake}", parameter=PARAMETER, code="invalid_schema")
+def _of_schema(schema: dict[str, Any], parameter: str, *, compact: bool = False) -> Constraint:
+    if (mistake := excess_of(schema)) is not None:
+        raise _refusal(mistake, parameter)
+    text = json.dumps(schema, ensure_ascii=False)
+    if len(text) > LONGEST_SCHEMA:
+        raise _refusal(f"found a schema of {len(text)} characters, allowed: at most {LONGEST_SCHEMA}", parameter)
+    return Constraint("json", text, parameter, compact)
+
+
+def _refusal(mistake: str, parameter: str) -> RequestError:
+    return RequestError(f"{parameter}: {mistake}", parameter=parameter, code="invalid_schema")
 
 
 def excess_of(schema: dict[str, Any]) -> str | None:

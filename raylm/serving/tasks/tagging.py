@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import model_validator
 
 from raylm.data.samples.word_windows import WordWindow, WordWindows
-from raylm.serving.http.bodies import Items, RequestBody
+from raylm.serving.http.bodies import RequestBody, Texts, as_list
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.requests import MOST_INPUTS
 from raylm.serving.tasks.encoders import MOST_WINDOWS, EncoderService
@@ -28,12 +28,10 @@ Places = list[tuple[int, int]]
 class TagRequest(RequestBody):
     """``POST /v1/tag``."""
 
-    input: str | Items[str]
+    input: Texts
     """A text, or a list of them."""
     model: str | None = None
     """Name of the tagger; by default the first one."""
-    user: str | None = None
-    """The client's name for its user; has no effect."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> TagRequest:
@@ -44,7 +42,7 @@ class TagRequest(RequestBody):
     @property
     def inputs(self) -> list[str]:
         """``input`` as a list."""
-        return [self.input] if isinstance(self.input, str) else self.input
+        return as_list(self.input)
 
 
 async def tag(service: EncoderService, request: TagRequest) -> dict[str, Any]:

@@ -23,10 +23,14 @@ class IncrementalDecoder:
     Text up to the last place where all characters were complete is settled. What follows is decoded together with
     the settled piece before it, as some tokenizers treat the start of a text in their own way (the leading space of
     SentencePiece).
+
+    Args:
+        tokenizer: of the ids.
+        skip_special: leave special tokens out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._ids: list[int] = []
         # ids[:_settled] are settled; decoding starts at _context; _ahead characters after the settled ones are out.
         self._context = self._settled = self._ahead = 0
@@ -70,24 +74,37 @@ class IncrementalDecoder:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False)
 
 
 class StopStrings:
-    """Cuts a growing text at the first of ``strings``; holds back what may be the start of one."""
+    """Cuts a growing text at the first of ``strings``; holds back what may be the start of one.
 
-    def __init__(self, strings: Sequence[str]) -> None:
+    Attributes:
+        found: the string that the text was cut at, else empty.
+
+    Args:
+        strings: empty ones are none.
+        include: cut behind the string.
+    """
+
+    def __init__(self, strings: Sequence[str], *, include: bool = False) -> None:
         self._strings = [string for string in strings if string]
+        self._include = include
         self._held = ""
-        self.found = False
+        self.found = ""
 
-    def push(self, text: str) -> str:
-        """Take ``text`` and return what certainly stands before any stop string."""
+    def push(self, text: str, *, early: bool = False) -> str:
+        """Take ``text`` and return what certainly stands before any stop string.
+
+        Args:
+            early: the text may not end here: a string that is whole by now is none.
+        """
         self._held += text
-        places = [place for string in self._strings if (place := self._held.find(string)) >= 0]
-        if places:
-            self.found = True
-            return self._take(min(places))
+        places = [(place, string) for string in self._strings if (place := self._held.find(string)) >= 0]
+        if places and not early:
+            place, self.found = min(places)
+            return self._take(place + len(self.found) * self._include)
         return self._take(len(self._held) - self._possible_start())
 
     def finish(self) -> str:

@@ -16,7 +16,7 @@ from raylm.config.serving import ServingSection
 from raylm.data.loading import load_tokenizer
 from raylm.models.heads import SEQUENCE_TO_SEQUENCE
 from raylm.models.writing import TransformersWriter
-from raylm.serving.engines.base import EngineFailure, EngineRefusal, Generate, SamplingParameters
+from raylm.serving.engines.base import Constraint, EngineFailure, EngineRefusal, Generate, SamplingParameters
 from raylm.serving.engines.client import Engine, start_engine
 from raylm.serving.engines.encoder_decoder import EncoderDecoderBackend
 from tests.pairs import write_model, write_pairs
@@ -90,7 +90,8 @@ def test_concurrent_is_single(engine: Engine, temperature: float) -> None:
 def test_what_it_does_not_do_fails_its_own_request(engine: Engine) -> None:
     async def ask() -> None:
         with pytest.raises(EngineRefusal, match="response_format: a sequence-to-sequence model follows no schema"):
-            await collect(engine, SOURCES[0], SamplingParameters(4, schema='{"type": "object"}'))
+            wanted = Constraint("json", '{"type": "object"}')
+            await collect(engine, SOURCES[0], SamplingParameters(4, constraint=wanted))
         with pytest.raises(EngineFailure, match="no probabilities of its source"):
             await engine.score(SOURCES[0])
         assert len(await collect(engine, SOURCES[0], SamplingParameters(4, temperature=0))) == 4

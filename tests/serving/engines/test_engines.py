@@ -29,7 +29,7 @@ from transformers import (
 
 from raylm.config.serving import ServingSection
 from raylm.errors import UserError
-from raylm.serving.engines.base import Backend, Close, EngineFailure, EngineRefusal, SamplingParameters
+from raylm.serving.engines.base import Backend, Close, Constraint, EngineFailure, EngineRefusal, SamplingParameters
 from raylm.serving.engines.client import Engine, start_engine
 from raylm.serving.engines.opening import choose_engine
 from raylm.serving.engines.process import Decoding
@@ -349,5 +349,7 @@ def test_a_schema_that_fails_in_the_engine_is_refused_there(engine: Engine) -> N
     """What the check before the engine would let through."""
     expected = greedy(engine, PROMPTS[0], 24)
     with pytest.raises(EngineRefusal, match="nonsense"):
-        asyncio.run(collect(engine, PROMPTS[1], SamplingParameters(8, schema='{"type": "nonsense"}')))
+        asyncio.run(
+            collect(engine, PROMPTS[1], SamplingParameters(8, constraint=Constraint("json", '{"type": "nonsense"}')))
+        )
     assert greedy(engine, PROMPTS[0], 24) == expected
