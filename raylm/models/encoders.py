@@ -59,6 +59,16 @@ def label_names(config: PretrainedConfig) -> list[str]:
     return [config.id2label[number] for number in range(config.num_labels)]
 
 
+def scores_are_probabilities(config: PretrainedConfig) -> bool:
+    """Whether the score of a classifier with one label is its logit through the sigmoid: so if sentence-transformers'
+    part of the configuration names no other function."""
+    named = getattr(config, "sbert_ce_default_activation_function", None)
+    section = getattr(config, "sentence_transformers", None)
+    if isinstance(section, dict):
+        named = section.get("activation_fn") or named
+    return not (isinstance(named, str) and named.endswith("Identity"))
+
+
 def sentence_pooling(directory: Path) -> Literal["first", "mean"]:
     """What the directory of a sentence encoder says; the mean where it says nothing."""
     return "first" if _settings(directory / "1_Pooling" / "config.json").get("pooling_mode_cls_token") else "mean"

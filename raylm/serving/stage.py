@@ -28,7 +28,7 @@ from raylm.models.loading import load_config
 from raylm.models.lora import check_adapters
 from raylm.models.own_heads import usable_head
 from raylm.progress import Activity
-from raylm.serving.http.access import load_key_hashes
+from raylm.serving.http.access import check_origins, load_key_hashes
 from raylm.tasks import task_of
 
 if TYPE_CHECKING:
@@ -176,8 +176,10 @@ def check(config: ServeConfig) -> RunDirectory:
 
 
 def check_access(serving: ServingSection) -> None:
-    """Refuse to serve other machines without API keys."""
-    if not load_key_hashes(serving) and not serving.loopback:
+    """Refuse to serve other machines, or every web page, without API keys."""
+    key_hashes = load_key_hashes(serving)
+    check_origins(serving, key_hashes)
+    if not key_hashes and not serving.loopback:
         raise UserError(
             f"serving.host: found {serving.host}, allowed: a loopback address (127.0.0.1), as there are no API keys "
             f"(serving.api_keys_file or {API_KEYS_VARIABLE})"

@@ -71,7 +71,8 @@ def _mean(hidden: np.ndarray) -> np.ndarray:
 
 
 def _settings(source: str, config: PretrainedConfig, serving: ServingSection) -> dict[str, Any]:
-    return {"context_length": sentence_length(Path(source), encoder_positions(config))}
+    length = sentence_length(Path(source), encoder_positions(config))
+    return {"context_length": length, "token_ids": serving.token_ids}
 
 
 TASK = Task(

@@ -38,7 +38,8 @@ from raylm.serving.engines.client import Engine, start_engine
 from raylm.serving.engines.on_demand import EnginePool
 from raylm.serving.engines.opening import choose_engine, context_length
 from raylm.serving.http import request_log
-from raylm.serving.http.access import load_key_hashes
+from raylm.serving.http.access import check_origins, load_key_hashes
+from raylm.serving.http.browsers import allow_origins
 from raylm.serving.http.gate import Gate, Limits
 from raylm.serving.http.metrics import ServerMetrics
 from raylm.serving.http.routes import create_app
@@ -97,6 +98,8 @@ class ModelReplica:
         )
         limits = Limits.of(self._serving)
         app.add_middleware(Gate, limits=limits, key_hashes=self._key_hashes, metrics=self._metrics)
+        if self._serving.allowed_origins:
+            app.add_middleware(allow_origins, origins=self._serving.allowed_origins)
         return app
 
     async def check_health(self) -> None:
@@ -223,7 +226,9 @@ def build_application(config: ServeConfig) -> Application:
     values = config.model_dump(mode="json")
     # A replica's working directory may be another one.
     values["run"]["storage"] = str(config.run.directory.parent)
-    return deployment.bind(values, max(1, math.floor(cpus)), load_key_hashes(serving))
+    key_hashes = load_key_hashes(serving)
+    check_origins(serving, key_hashes)
+    return deployment.bind(values, max(1, math.floor(cpus)), key_hashes)
 
 
 def _scaling(serving: ServingSection) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class ModelService:
         vocabulary: rows of the model's embedding, often more than the tokenizer has ids; None: as many as those.
         parent: of an adapter, the name of the model that it belongs to.
         width: numbers of an embedding; None where that is not known.
+        token_ids: whether it takes token ids to embed.
     """
 
     name: str
@@ -81,6 +82,7 @@ class ModelService:
     vocabulary: int | None = None
     parent: str | None = None
     width: int | None = None
+    token_ids: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

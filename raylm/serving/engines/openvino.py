@@ -102,6 +102,8 @@ class OpenVinoBackend(Backend):
         config.frequency_penalty = parameters.frequency_penalty
         config.repetition_penalty = parameters.repetition_penalty
         config.min_new_tokens = parameters.min_tokens
+        # The pipeline knows the model's end tokens too.
+        config.ignore_eos = parameters.ignore_eos
         if not parameters.greedy:
             config.temperature = parameters.temperature
             config.top_p = parameters.top_p

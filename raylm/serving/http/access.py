@@ -68,6 +68,19 @@ def load_key_hashes(serving: ServingSection) -> dict[str, str]:
     return dict(_read_entry(where, entry) for where, entry in entries)
 
 
+def check_origins(serving: ServingSection, key_hashes: dict[str, str]) -> None:
+    """Refuse to let every web page ask a server that asks nobody for a key.
+
+    Raises:
+        UserError: names the key.
+    """
+    if "*" in serving.allowed_origins and not key_hashes:
+        raise UserError(
+            "serving.allowed_origins: found *, allowed: origins such as https://chat.example.org, as there are no API "
+            f"keys (serving.api_keys_file or {API_KEYS_VARIABLE})"
+        )
+
+
 def _read_entry(where: str, entry: str) -> tuple[str, str]:
     key, _, name = entry.partition(" ")
     found = _HASH.fullmatch(key)

@@ -28,6 +28,16 @@ TEMPLATE_ARGUMENTS = frozenset(
 )  # fmt: skip
 
 
+def check_template_arguments(arguments: dict[str, Any] | None) -> None:
+    """Refuse arguments of a chat template that are the request's own or the server's.
+
+    Raises:
+        ValueError: names one.
+    """
+    if own := sorted(TEMPLATE_ARGUMENTS & set(arguments or {})):
+        raise ValueError(f"chat_template_kwargs: found {own[0]}, which the request itself says")
+
+
 class TextRequest(GenerationRequest):
     """What ``/v1/completions`` and ``/v1/chat/completions`` share."""
 
@@ -115,8 +125,7 @@ class ChatRequest(TextRequest):
             raise ValueError("top_logprobs: allowed only together with logprobs")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message: allowed only without add_generation_prompt")
-        if own := sorted(TEMPLATE_ARGUMENTS & set(self.chat_template_kwargs or {})):
-            raise ValueError(f"chat_template_kwargs: found {own[0]}, which the request itself says")
+        check_template_arguments(self.chat_template_kwargs)
         return self
 
 

@@ -13,6 +13,7 @@ import raylm
 from raylm.serving.deploy.models import Models
 from raylm.serving.deploy.service import ModelService
 from raylm.serving.http.bodies import BodyRoute
+from raylm.serving.http.browsers import HeadAsGet
 from raylm.serving.http.errors import ERROR_RESPONSES, install_error_handlers
 from raylm.serving.http.metrics import CONTENT_TYPE, ServerMetrics
 from raylm.serving.http.requests import ChatRequest, CompletionRequest, EmbeddingRequest, QuestionRequest
@@ -22,7 +23,9 @@ from raylm.serving.tasks.answering import answer_question
 from raylm.serving.tasks.classification import ClassifyRequest, classify
 from raylm.serving.tasks.completions import chat, complete
 from raylm.serving.tasks.embeddings import embed
+from raylm.serving.tasks.ranking import RerankRequest, ScoreRequest, rerank, score
 from raylm.serving.tasks.tagging import TagRequest, tag
+from raylm.serving.tasks.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from raylm.tasks.base import GENERATION, WRITING
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -59,6 +62,7 @@ def create_app(
     """
     app = FastAPI(title="raylm", version=raylm.__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     app.router.route_class = BodyRoute
+    app.add_middleware(HeadAsGet)
     install_error_handlers(app)
     _add_state_routes(app, models, metrics)
     _add_model_routes(app, models)
@@ -87,6 +91,11 @@ def _add_state_routes(app: FastAPI, models: Models, metrics: ServerMetrics) -> N
         counters = [key for key, value in next(iter(loads.values())).items() if type(value) is int]
         totals = {key: sum(load[key] for load in loads.values()) for key in counters}
         return {"status": "ok", **totals, "models": loads}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of raylm."""
+        return {"version": raylm.__version__}
 
     @app.get("/", response_class=HTMLResponse)
     async def playground() -> Response:
@@ -127,6 +136,29 @@ def _add_model_routes(app: FastAPI, models: Models) -> None:
     async def embeddings(request: EmbeddingRequest) -> Response:
         """One vector for each text, of length 1."""
         return await embed(models.find(request.model, "generation", "embedding"), request)
+
+    @app.post("/v1/rerank")
+    @app.post("/v2/rerank", include_in_schema=False)
+    @app.post("/rerank", include_in_schema=False)
+    async def reranking(request: RerankRequest) -> dict[str, Any]:
+        """How well each document fits a query, the best first, by a sentence encoder or a cross-encoder."""
+        return await rerank(models, request)
+
+    @app.post("/score")
+    @app.post("/v1/score", include_in_schema=False)
+    async def scoring(request: ScoreRequest) -> dict[str, Any]:
+        """How well the texts of each pair fit each other, by a sentence encoder or a cross-encoder."""
+        return await score(models, request)
+
+    @app.post("/tokenize")
+    async def tokenization(request: TokenizeRequest) -> dict[str, Any]:
+        """The token ids of a prompt or of messages."""
+        return await tokenize(models.find(request.model), request)
+
+    @app.post("/detokenize")
+    async def detokenization(request: DetokenizeRequest) -> dict[str, Any]:
+        """The text of token ids."""
+        return await detokenize(models.find(request.model), request)
 
     @app.post("/v1/classify")
     async def classification(request: ClassifyRequest) -> dict[str, Any]:

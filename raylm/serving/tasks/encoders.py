@@ -16,7 +16,7 @@ from raylm.config.reading import ReadingSection
 from raylm.data.samples.windows import Window, Windows
 from raylm.serving.deploy.service import ModelService
 from raylm.serving.engines.base import EngineFailure
-from raylm.serving.engines.deadline import all_in_time
+from raylm.serving.engines.deadline import AT_ONCE, all_in_time
 from raylm.serving.http import request_log
 from raylm.serving.http.errors import RequestError
 from raylm.serving.http.metrics import TextTiming
@@ -33,11 +33,13 @@ class EncoderService(ModelService):
 
     Attributes:
         labels: of a classifier, in the order of its logits.
+        sigmoid: of a classifier with one label, whether its score is the logit's sigmoid.
         decoder: of a tagger, how its logits are read.
         reading: of a reader, how it looks for answers.
     """
 
     labels: Sequence[str] = ()
+    sigmoid: bool = True
     decoder: Decoder | None = None
     reading: ReadingSection = field(default_factory=ReadingSection)
     # A tokenizer's own truncation is a setting of it: two threads would change it for each other.
@@ -51,6 +53,24 @@ class EncoderService(ModelService):
             EngineFailure: the engine has stopped, or took too long.
         """
         return await self._read([self.engine.encode(ids) for ids in self._admitted(texts)])
+
+    async def pair_logits(self, pairs: Sequence[tuple[list[int], list[int] | None]]) -> list[np.ndarray]:
+        """Logits fp32 [labels] of pairs of texts: their ids together, and which of the two each belongs to.
+
+        They wait in the queue in groups, each as long as a request may take: one request may bring more than fit.
+
+        Raises:
+            RequestError: the queue is full.
+            EngineFailure: the engine has stopped, or a group took too long.
+        """
+        self.admit(min(len(pairs), AT_ONCE))
+        request_log.note(model=self.name)
+        request_log.count(texts=len(pairs), prompt_tokens=sum(len(ids) for ids, _ in pairs))
+        found: list[np.ndarray] = []
+        for start in range(0, len(pairs), AT_ONCE):
+            group = pairs[start : start + AT_ONCE]
+            found += await self._read([self.engine.encode(ids, types) for ids, types in group])
+        return found
 
     async def windows(self, question: str, context: str) -> list[Window]:
         """The windows of a question; none where the context has no token.

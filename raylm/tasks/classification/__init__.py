@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from raylm.models.encoders import encoder_positions, label_names
+from raylm.models.encoders import encoder_positions, label_names, scores_are_probabilities
 from raylm.models.heads import CLASSIFIER
 from raylm.tasks.base import Evaluation, Measure, Service, Task
 from raylm.tasks.classification.objective import ClassificationObjective
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def _settings(source: str, config: PretrainedConfig, serving: ServingSection) -> dict[str, Any]:
-    return {"context_length": encoder_positions(config), "labels": label_names(config)}
+    return {
+        "context_length": encoder_positions(config),
+        "labels": label_names(config),
+        "sigmoid": scores_are_probabilities(config),
+    }
 
 
 TASK = Task(
