@@ -48,12 +48,22 @@ ROUTES = {
     "/v1/embeddings": "input",
     "/v1/classify": "input",
     "/v1/qa": "question",
+    "/v1/rerank": "query",
+    "/score": "text_1",
+    "/tokenize": "prompt",
+    "/detokenize": "tokens",
 }
+# What a route needs besides.
+COMPANIONS = {"/v1/rerank": "documents", "/score": "text_2"}
 NAMES = [
     "model", "max_tokens", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "stop", "stream",
     "stream_options", "user", "n", "echo", "response_format", "logprobs", "top_logprobs", "max_completion_tokens",
     "encoding_format", "top", "collection", "context", "mode", "null_threshold", "passages", "tools", "metadata",
     "logit_bias", "suffix", "best_of", "nonsense", "__class__", "", "messages", "prompt", "input", "question",
+    "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "skip_special_tokens",
+    "include_stop_str_in_output", "truncate_prompt_tokens", "add_special_tokens", "return_token_ids", "dimensions",
+    "structured_outputs", "chat_template_kwargs", "continue_final_message", "add_generation_prompt", "documents",
+    "top_n", "text_2", "tokens", "return_token_strs", "use_activation",
 ]  # fmt: skip
 GOOD: dict[str, list[Any]] = {
     "model": ["tiny", "reader", "classifier", "bare", None], "max_tokens": [1, 4, 16, 32], "temperature": [0, 0.5, 2],
@@ -61,6 +71,16 @@ GOOD: dict[str, list[Any]] = {
     "echo": [True], "logprobs": [0, 1, 20, True], "top_logprobs": [0, 3, 20], "stop": ["a", ["a", "", "b" * 10**5]],
     "mode": ["extractive", "generative"], "top": [1, 2, 10**30], "context": ["anna lives in berlin . " * 20],
     "encoding_format": ["base64", "float"], "null_threshold": [0.0, float("nan"), -1e308], "max_completion_tokens": [3],
+    "top_k": [-1, 0, 1, 3, 10**30], "min_p": [0, 0.1, 1], "repetition_penalty": [1e-6, 0.5, 1.0, 2, 1e6],
+    "min_tokens": [0, 1, 4], "stop_token_ids": [[], [0], [5, 300]], "ignore_eos": [True], "logit_bias": [{"5": 100.0}],
+    "skip_special_tokens": [False], "include_stop_str_in_output": [True], "truncate_prompt_tokens": [-1, 1, 7, 256],
+    "return_token_ids": [True], "add_special_tokens": [True, False], "continue_final_message": [True],
+    "structured_outputs": [
+        {"choice": ["a", "\u2028", ""]}, {"regex": "(a|aa)+"}, {"regex": "^.*$"}, {"json": {"pattern": ".*"}},
+        {"grammar": "root ::= root root | \"a\" | \"\""}, {"grammar": "root ::= [^a]*"}, {"json_object": True},
+    ],
+    "chat_template_kwargs": [{"enable_thinking": False}, {"bos": "a"}], "documents": [["a", {"text": "b"}] * 30],
+    "text_2": ["a", ["a", "b"]], "tokens": [[5, 6, 7]], "top_n": [0, 1], "return_token_strs": [True],
 }  # fmt: skip
 
 
@@ -150,6 +170,8 @@ def attack(chance: random.Random) -> Attack:
     """One request."""
     route = chance.choice(list(ROUTES))
     body: dict[str, Any] = {ROUTES[route]: main_value(chance, ROUTES[route])}
+    if route in COMPANIONS and chance.random() < 0.9:
+        body[COMPANIONS[route]] = chance.choice(GOOD[COMPANIONS[route]])
     for _ in range(chance.randrange(4)):
         name = chance.choice(NAMES if chance.random() < 0.5 else list(GOOD))
         body[name] = chance.choice(GOOD[name]) if name in GOOD and chance.random() < 0.8 else value(chance)

@@ -180,7 +180,8 @@ def test_embeddings(server: SimpleNamespace, model: Any, tokenizer: Any) -> None
         ("/v1/completions", {"prompt": "a", "max_tokens": -1}, 400, "invalid_value", "max_tokens"),
         ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "invalid_value", "temperature"),
         ("/v1/completions", {"prompt": "a", "temperature": float("nan")}, 400, "invalid_value", "temperature"),
-        ("/v1/completions", {"prompt": "a", "logit_bias": {"1": 5}}, 400, "unsupported_parameter", "logit_bias"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"a": 5}}, 400, "invalid_value", "logit_bias"),
+        ("/v1/completions", {"prompt": "a", "bad_words": ["b"]}, 400, "unsupported_parameter", "bad_words"),
         ("/v1/completions", {"prompt": ["a"] * 40, "n": 2}, 400, "invalid_value", "64"),
         (
             "/v1/completions",

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from raylm.data.chat import question_messages
 from raylm.serving.deploy.models import Models
-from raylm.serving.deploy.service import ModelService
+from raylm.serving.deploy.service import DEFAULT_TOKENS, ModelService
 from raylm.serving.deploy.texts import TextPiece, Usage
 from raylm.serving.http.replies import Reply, send_reply, stream_reply
 from raylm.serving.http.requests import QuestionRequest
@@ -118,7 +118,7 @@ async def generate_answer(
     wanted = request.max_tokens
     if wanted is None and service.context_length is not None:
         share = max(1, int(service.context_length * ANSWER_SHARE))
-        wanted = min(service.max_new_tokens or share, share)
+        wanted = min(service.max_new_tokens or DEFAULT_TOKENS, share)
     characters = len(request.question) + sum(len(match.passage.text) for match in matches)
     # Where there is no context, there is nothing to leave room in.
     fit = functools.partial(fit_prompt, service, request.question, matches, wanted or 0)
