@@ -102,8 +102,13 @@ class OpenVinoBackend(Backend):
         config.frequency_penalty = parameters.frequency_penalty
         config.repetition_penalty = parameters.repetition_penalty
         config.min_new_tokens = parameters.min_tokens
-        # The pipeline knows the model's end tokens too.
-        config.ignore_eos = parameters.ignore_eos
+        if parameters.ignore_eos:
+            # The pipeline adds the model's own end token where none is named as such, and with ignore_eos it looks at
+            # no other token that ends the text either.
+            if parameters.stop_token_ids:
+                config.set_eos_token_id(parameters.stop_token_ids[0])
+            else:
+                config.ignore_eos = True
         if not parameters.greedy:
             config.temperature = parameters.temperature
             config.top_p = parameters.top_p
