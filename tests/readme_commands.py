@@ -335,7 +335,8 @@ def routes() -> dict[tuple[str, str], str | None]:
 
 def body_model(name: str | None) -> type[BaseModel]:
     """The class of a request's body."""
-    for module in ("http.requests", "retrieval.collections", "tasks.classification", "tasks.tagging"):
+    tasks = ("tasks.classification", "tasks.ranking", "tasks.tagging", "tasks.tokenization")
+    for module in ("http.requests", "retrieval.collections", *tasks):
         found = getattr(importlib.import_module(f"raylm.serving.{module}"), name or "", None)
         if found is not None:
             return found
