@@ -238,7 +238,8 @@ def _train(candidate: Point, base: TrainingJob, planner: Planner, directory: Pat
     outcome, metric = Outcome(directory, job.config), str(planner.config.tuning.metric)
     if (final := outcome.read()) is not None:
         return final
-    final = trained(job, base, planner.folder, _ranks, reporter(metric))
+    ranks = None if job.config.resources.workers == 1 else _ranks
+    final = trained(job, base, planner.folder, ranks, reporter(metric))
     if FAILURE in final:
         return final
     lines = read_metrics(directory / METRICS)
@@ -271,9 +272,12 @@ def job_of(candidate: Point, base: TrainingJob, planner: Planner, directory: Pat
 
 
 def trained(
-    job: TrainingJob, base: TrainingJob, folder: Path, ranks: KeptRanks, report: Callable[[dict[str, Any]], None]
+    job: TrainingJob, base: TrainingJob, folder: Path, ranks: KeptRanks | None, report: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Train a trial, in this process where it has one worker and else in ``ranks``; the final metrics.
+    """Train a trial; the final metrics.
+
+    Args:
+        ranks: that train it; None trains it in this process, for one worker.
 
     Raises:
         RunFailure: a later start of the search has taken over, or a rank failed.
@@ -281,7 +285,7 @@ def trained(
     # A trial of a search that was overtaken may not take its directory back.
     Mirror(Storage(base.storage), base.directory).check_owner(base.attempt)
     Mirror(Storage(job.storage), job.directory).own(base.attempt)
-    if base.config.resources.workers > 1:
+    if ranks is not None:
         return ranks.train(job, folder, report)
     join_single_process_group()
     from raylm.training.loop.training_loop import TrainingLoop

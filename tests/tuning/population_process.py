@@ -21,7 +21,6 @@ def main(path: Path, overrides: list[str]) -> None:
     from raylm.tuning.population import state
     from raylm.tuning.population.evolution import Evolution
     from raylm.tuning.population.turn import run_turn
-    from raylm.tuning.ranks import KeptRanks
     from raylm.tuning.search import Planner
     from raylm.tuning.searcher import make_candidates
     from raylm.tuning.stage import _job
@@ -38,7 +37,7 @@ def main(path: Path, overrides: list[str]) -> None:
     population = state.read(run.path) or state.begun(points)
     evolution = Evolution(run.path, planned, population, lambda: mirror.check_owner(base.attempt))
     while (order := evolution.next_order(())) is not None:
-        evolution.record(order, run_turn(order, base, planner, KeptRanks()))
+        evolution.record(order, run_turn(order, base, planner, None))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ import contextlib
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from raylm.cluster.environment import training_environment, worker_environment
-from raylm.cluster.waiting import worker_share
 from raylm.errors import RunFailure, first_line
 from raylm.interrupts import Deferred, deferred
 from raylm.training.checkpoints.mirror import Mirror
@@ -89,19 +87,11 @@ class _Processes:
     def __init__(self, planner: Planner, base: TrainingJob, most: int) -> None:
         import ray
 
-        resources, use_gpu = base.config.resources, base.use_gpu
-        self._most, self._failures = most, resources.max_failures
-        if resources.workers == 1:
-            share = worker_share(resources, use_gpu=use_gpu)
-            environment = (worker_environment if use_gpu else training_environment)(resources.cpus_per_worker)
-            options = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0)}
-            options |= {"runtime_env": {"env_vars": environment}}
-        else:
-            # Its ranks have shares of their own.
-            options = {"num_cpus": 0, "resources": HEAD_NODE_SHARE}
+        self._most, self._failures = most, base.config.resources.max_failures
         # Large, and the same for all of them.
         self._base, self._planner = ray.put(base), ray.put(planner)
-        self._made = ray.remote(TurnProcess).options(**options)
+        # What a turn needs, its ranks have reserved.
+        self._made = ray.remote(TurnProcess).options(num_cpus=0, resources=HEAD_NODE_SHARE)
         self._idle: list[Any] = []
         # Reference to a turn's outcome -> its actor, the turn, and how often a process may still die over it.
         self._turns: dict[Any, tuple[Any, Order, int]] = {}

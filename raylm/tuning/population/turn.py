@@ -1,7 +1,8 @@
 """A turn of a member, in a process that makes one turn after the other.
 
 In: which member goes forward, to which step and with which values. Out: what the last evaluation found, or why the
-member failed. A turn of one worker trains in the process itself; of several, in the ranks that the process holds.
+member failed. It trains in the ranks that the process holds, which are forked anew for each turn: an engine that was
+made in a process leaves some of its memory taken there, and a member may make many turns.
 """
 
 from __future__ import annotations
@@ -78,11 +79,7 @@ class TurnProcess:
 
     def run(self, order: Order) -> Outcome:
         """Make a turn; whatever fails is its outcome."""
-        from raylm.parallel.engines.environment import prepare_deepspeed
-
         go_back(self._planner.folder)
-        if self._base.config.resources.workers == 1:
-            prepare_deepspeed(self._base.use_gpu)
         return run_turn(order, self._base, self._planner, self._ranks)
 
     def close(self) -> None:
@@ -90,8 +87,8 @@ class TurnProcess:
         self._ranks.close()
 
 
-def run_turn(order: Order, base: TrainingJob, planner: Planner, ranks: KeptRanks) -> Outcome:
-    """Make a turn in this process or in ``ranks``; whatever fails is its outcome."""
+def run_turn(order: Order, base: TrainingJob, planner: Planner, ranks: KeptRanks | None) -> Outcome:
+    """Make a turn in ``ranks``, or without any in this process; whatever fails is its outcome."""
     directory, metric = trial_directory(base.directory, order.member), str(planner.config.tuning.metric)
     directory.mkdir(parents=True, exist_ok=True)
     note(directory, order.values, "running")
