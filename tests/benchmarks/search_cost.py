@@ -73,11 +73,13 @@ def search(name: str, scheduler: str, encoder: str, directory: Path) -> dict[str
 
 
 def gaps(trials: Path) -> list[float]:
-    """Seconds from the end of each trial, one at a time, to the first metrics of the next."""
-    lines = [
-        [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(trials.glob("*/metrics.jsonl"))
-    ]
-    return [later[0]["time"] - before[-1]["time"] for before, later in itertools.pairwise(lines)]
+    """Seconds from the last metrics of a trial to the first of the next one, where one runs at a time and pauses."""
+    lines = sorted(
+        (json.loads(line)["time"], path.parent.name)
+        for path in trials.glob("*/metrics.jsonl")
+        for line in path.read_text().splitlines()
+    )
+    return [later - time for (time, trial), (later, other) in itertools.pairwise(lines) if trial != other]
 
 
 def main() -> None:
