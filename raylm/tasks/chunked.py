@@ -119,7 +119,8 @@ class ChunkedLogProbabilities(torch.autograd.Function):
         of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
         of_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if needs[2] else None
         for part in _parts(hidden, weight):
-            gradient = -torch.softmax(functional.linear(hidden[part], weight, bias).float(), dim=-1)
+            logits = functional.linear(hidden[part], weight, bias).float()
+            gradient = torch.log_softmax(logits, dim=-1).exp_().neg_()
             gradient.scatter_add_(1, targets[part].unsqueeze(1), torch.ones_like(gradient[:, :1]))
             gradient *= outer[part].unsqueeze(1)
             if of_bias is not None:

@@ -3,9 +3,9 @@
     python tests/benchmarks/adapter_cost.py MODEL TEXT.txt OUT.json [--tokens 512] [--length 256] [--checkpointing]
 
 DPO trains all weights on pairs of as many tokens, half of the text in each answer; its reference is known before.
-Each way trains in processes of its own, in turn, through raylm's engine with ZeRO 0. OUT has, of each round, the
-median seconds of a step and the peak of the process above what it held before the model was there; on the screen the
-medians of the ratios to training all weights.
+Each way trains in processes of its own, in turn, through raylm's engine with ZeRO 0, in a worker's environment. OUT
+has, of each round, the median seconds of a step and the peak of the process above what it held before the model was
+there; on the screen the medians of the ratios to training all weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from raylm.cluster.environment import training_environment
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "full": None,
@@ -137,7 +139,7 @@ def main() -> None:
                 command = [sys.executable, __file__, given.model, given.text, file.name, "--way", way]
                 command += ["--checkpointing"] if given.checkpointing else []
                 command += ["--tokens", str(given.tokens), "--length", str(given.length)]
-                environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
+                environment = {**os.environ, **training_environment(given.threads)}
                 subprocess.run(command, check=True, timeout=1800, env=environment)
                 rounds[-1][way] = json.loads(Path(file.name).read_text())
             print({key: value for key, value in rounds[-1][way].items() if key != "losses"}, flush=True)
