@@ -60,7 +60,7 @@ def shares(parameters: SamplingParameters, logits: torch.Tensor, before: list[in
         ({"repetition_penalty": 0.5, "top_k": 8}, [RepetitionPenaltyLogitsProcessor(0.5), TopKLogitsWarper(8)]),
         ({"min_tokens": 4}, [MinNewTokensLengthLogitsProcessor(len(PROMPT), 4, [1])]),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else len(value),
 )
 def test_shares_are_those_of_transformers(asked: dict[str, Any], processors: list[Any]) -> None:
     logits, before = logits_of(), [20, 21]
