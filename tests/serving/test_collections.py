@@ -153,7 +153,7 @@ def test_questions_to_a_collection(client: Client) -> None:
         ("POST", "/v1/collections", {"name": "a", "more": 1}, 400, "unsupported_parameter"),
         ("POST", "/v1/collections", b"{", 400, None),
         ("GET", "/v1/collections/absent", None, 404, "collection_not_found"),
-        ("GET", "/v1/collections/..%2Fuploads", None, 404, None),
+        ("GET", "/v1/collections/..%2Fuploads", None, 404, "unknown_url"),
         ("DELETE", "/v1/collections/absent", None, 404, "collection_not_found"),
         ("DELETE", "/v1/collections/default", None, 400, "collection_refused"),
         ("POST", "/v1/collections/default/documents", {"documents": [{"text": "a"}]}, 400, "collection_refused"),
