@@ -206,10 +206,13 @@ def _run_trial(candidate: Point, base: TrainingJob, planner: Planner) -> None:
         final, ended = {FAILURE: first_line(error)}, "failed"
     finally:
         note(directory, candidate, ended)
-    if FAILURE in final:
-        lines = read_metrics(directory / METRICS)
-        final = {FAILURE: final[FAILURE], "step": lines[-1]["step"] if lines else 0}
-    tune.report(final)
+    tune.report({FAILURE: final[FAILURE], "step": reached(directory)} if FAILURE in final else final)
+
+
+def reached(directory: Path) -> int:
+    """The last step of a trial that its ``directory`` tells of."""
+    lines = read_metrics(directory / METRICS)
+    return lines[-1]["step"] if lines else 0
 
 
 def begin(directory: Path, candidate: Point) -> None:

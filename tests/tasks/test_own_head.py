@@ -44,7 +44,7 @@ from raylm.training.reports.metrics import read_metrics
 from raylm.training.teacher import check_teacher
 from raylm.tuning.checking import check_space
 from tests.tagging import tagged_rows, write_columns
-from tests.training.classifiers import LABELS, write_encoder, write_rows, write_run
+from tests.training.classifiers import LABELS, write_run, write_with_module
 from tests.training.loops import ROOT, run_case, run_loops
 
 HEADS = """
@@ -149,10 +149,7 @@ def module_of(directory: Path) -> str:
 
 def write_all(directory: Path) -> None:
     """An encoder, texts, and a module of heads."""
-    write_encoder(directory / "encoder", dropout=0.0)
-    write_rows(directory / "train.csv", 96, 1)
-    write_rows(directory / "dev.csv", 16, 2)
-    (directory / f"{module_of(directory)}.py").write_text(HEADS)
+    write_with_module(directory, module_of(directory), HEADS)
 
 
 def loaded_module(path: Path) -> ModuleType:

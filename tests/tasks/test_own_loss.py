@@ -22,7 +22,7 @@ from raylm.tasks.own_loss import OwnLoss
 from raylm.training.inputs import labels_of, validate
 from raylm.training.reports.metrics import read_metrics
 from raylm.tuning.checking import check_space
-from tests.training.classifiers import write_encoder, write_rows, write_run
+from tests.training.classifiers import write_run, write_with_module
 from tests.training.loops import run_case, run_loops
 
 LOSSES = """
@@ -77,10 +77,7 @@ PLAIN = {"steps": 12, "evaluate_every_steps": None, "optimizer": "sgd", "momentu
 
 def write_all(directory: Path) -> None:
     """An encoder, texts, and a module of losses of which each directory has its own."""
-    write_encoder(directory / "encoder", dropout=0.0)
-    write_rows(directory / "train.csv", 96, 1)
-    write_rows(directory / "dev.csv", 16, 2)
-    (directory / f"{module_of(directory)}.py").write_text(LOSSES)
+    write_with_module(directory, module_of(directory), LOSSES)
 
 
 def module_of(directory: Path) -> str:

@@ -39,6 +39,14 @@ def write_rows(path: Path, count: int, seed: int) -> list[tuple[str, str]]:
     return rows
 
 
+def write_with_module(directory: Path, name: str, text: str) -> None:
+    """An encoder, texts to learn from and to measure with, and a module of the user's own."""
+    write_encoder(directory / "encoder", dropout=0.0)
+    write_rows(directory / "train.csv", 96, 1)
+    write_rows(directory / "dev.csv", 16, 2)
+    (directory / f"{name}.py").write_text(text)
+
+
 def write_run(directory: Path, name: str, **sections: dict) -> Path:
     """The file of a finetune run in ``directory`` over ``encoder``, ``train.csv`` and ``dev.csv`` there."""
     values = {

@@ -30,7 +30,7 @@ from raylm.tuning.ending import ended_in_order
 from raylm.tuning.progress import Look, SearchProgress
 from raylm.tuning.ray_tune import STATE, quiet_ray_tune, resumed
 from raylm.tuning.results import aligned, cell
-from raylm.tuning.search import HEAD_NODE_SHARE, go_back, reason, trial_directory, trial_name
+from raylm.tuning.search import HEAD_NODE_SHARE, go_back, reason, trial_directory, trial_name, trial_number
 from raylm.tuning.space import earlier_trials
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class _Search:
             metrics = result.metrics or {}
             rows.append(
                 {
-                    "trial": int(Path(result.path).name.split("-")[1]),
+                    "trial": trial_number(Path(result.path).name),
                     **{key: result.config.get(key) for key in self.config.tuning.space},
                     **metrics.get("figures", {}),
                     "status": "failed" if result.error else "finished",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from raylm.serving.http.bodies import Items, Prompts, RequestBody, as_list
 from raylm.serving.http.generation import GenerationRequest
@@ -17,7 +17,16 @@ MOST_CHOICES = 64
 MOST_INPUTS = 256
 MOST_EMBEDDED = 2048
 MOST_LOGPROBS = 20
-Truncation = Annotated[int, Field(ge=-1)]
+
+
+def _some_left(tokens: int) -> int:
+    if tokens == 0:
+        raise ValueError("found 0, allowed: -1, or 1 and more")
+    return tokens
+
+
+Truncation = Annotated[int, Field(ge=-1), AfterValidator(_some_left)]
+"""Last tokens of a text that are kept; -1: as many as there is room for."""
 # Of transformers' apply_chat_template.
 TEMPLATE_ARGUMENTS = frozenset(
     {
@@ -60,8 +69,6 @@ class TextRequest(GenerationRequest):
         forced = self.response_format is not None and self.response_format.type != "text"
         if forced and self.structured_outputs is not None:
             raise ValueError("structured_outputs: leave out response_format, which says what the text must be as well")
-        if self.truncate_prompt_tokens == 0:
-            raise ValueError("truncate_prompt_tokens: found 0, allowed: -1, or 1 and more")
         return self
 
 
@@ -149,8 +156,6 @@ class EmbeddingRequest(RequestBody):
     def _not_too_many(self) -> EmbeddingRequest:
         if not 0 < len(self.inputs) <= MOST_EMBEDDED:
             raise ValueError(f"input: found {len(self.inputs)} texts, allowed: 1 to {MOST_EMBEDDED}")
-        if self.truncate_prompt_tokens == 0:
-            raise ValueError("truncate_prompt_tokens: found 0, allowed: -1, or 1 and more")
         return self
 
     @property

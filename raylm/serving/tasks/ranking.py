@@ -54,12 +54,6 @@ class PairRequest(RequestBody):
     truncate_prompt_tokens: Truncation | None = None
     """Sentence encoder: keep only this many last tokens of each text; -1: as many as the model takes."""
 
-    @model_validator(mode="after")
-    def _some_left(self) -> PairRequest:
-        if self.truncate_prompt_tokens == 0:
-            raise ValueError("truncate_prompt_tokens: found 0, allowed: -1, or 1 and more")
-        return self
-
 
 class RerankRequest(PairRequest):
     """``POST /v1/rerank``."""

@@ -22,12 +22,14 @@ from raylm.tuning.ranks import KeptRanks
 from raylm.tuning.search import (
     FAILURE,
     FAILURE_LOG,
+    FINISHED,
     Planner,
     figures_at,
     finite,
     go_back,
     job_of,
     note,
+    reached,
     trained,
     trial_directory,
 )
@@ -100,7 +102,7 @@ def run_turn(order: Order, base: TrainingJob, planner: Planner, ranks: KeptRanks
         status = "failed" if outcome.failure else "finished" if outcome.finished else WAITING
     except Exception as error:  # noqa: BLE001 - whatever it is, the other members go on
         (directory / FAILURE_LOG).write_text(traceback.format_exc(), encoding="utf-8")
-        outcome = Outcome(_reached(directory), failure=first_line(error))
+        outcome = Outcome(reached(directory), failure=first_line(error))
     finally:
         note(directory, order.values, status)
     return outcome
@@ -112,13 +114,8 @@ def _check(metrics: dict[str, Any], metric: str) -> None:
 
 def _outcome(final: dict[str, Any], directory: Path, metric: str) -> Outcome:
     if FAILURE in final:
-        return Outcome(_reached(directory), failure=final[FAILURE])
-    if not (finished := bool(final.get("finished"))):
+        return Outcome(reached(directory), failure=final[FAILURE])
+    if FINISHED not in final:
         return Outcome(final["step"], final["tokens"], finite(final, metric))
     figures = figures_at(read_metrics(directory / METRICS), final["exported_step"], metric)
-    return Outcome(final["step"], final["tokens"], figures, finished=finished)
-
-
-def _reached(directory: Path) -> int:
-    lines = read_metrics(directory / METRICS)
-    return lines[-1]["step"] if lines else 0
+    return Outcome(final["step"], final["tokens"], figures, finished=True)
